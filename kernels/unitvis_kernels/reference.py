@@ -1,0 +1,48 @@
+"""Plain PyTorch truth of each operator: the CPU implementation, and the oracle of every other one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unitvis_kernels.keys import BLANK, NAN_KEY, pack
+
+
+def spatial_argmax(x: Tensor) -> Tensor:
+    # `max` returns the first of equal values and lets NaN through, which is the order of the keys.
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        values, positions = x.permute(0, 2, 3, 1).flatten(1, 2).max(dim=1)  # reads [N, H*W, C] without a copy
+    else:
+        values, positions = x.flatten(2).max(dim=2)
+    return pack(values, positions)  # [N, C]
+
+
+def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
+    k = (state.shape[1] - 2) // 2
+    ids = ids.expand(keys.shape[1], -1) if ids.ndim == 1 else ids.T  # [C, N]
+    keys = torch.where(ids < 0, BLANK, keys.T)  # [C, N]
+
+    is_nan = keys == NAN_KEY
+    state[:, -2] += is_nan.sum(dim=1)
+    first = torch.where(is_nan, ids, torch.iinfo(torch.int64).max).amin(dim=1)
+    state[:, -1] = torch.minimum(state[:, -1], first)
+    keys = keys.masked_fill(is_nan, BLANK)
+
+    # Only channels whose best newcomer reaches the last place can change; nearly none do in a long stream.
+    changed = ((keys.amax(dim=1) >> 32) >= (state[:, k - 1] >> 32)).nonzero()[:, 0]
+    merged_keys = torch.cat([state[changed, :k], keys[changed]], dim=1)  # [F, k + N]
+    merged_ids = torch.cat([state[changed, k : 2 * k], ids[changed]], dim=1)
+
+    def reorder(order: Tensor) -> None:
+        nonlocal merged_keys, merged_ids
+        merged_keys, merged_ids = merged_keys.gather(1, order), merged_ids.gather(1, order)
+
+    # Stable sorts, the least important criterion first.
+    reorder(merged_keys.argsort(dim=1, descending=True, stable=True))
+    reorder(merged_ids.argsort(dim=1, stable=True))
+    repeated = merged_ids[:, 1:] == merged_ids[:, :-1]  # an image that is there already keeps its larger key
+    merged_keys[:, 1:].masked_fill_(repeated, BLANK)
+    reorder((merged_keys >> 32).argsort(dim=1, descending=True, stable=True))
+    merged_ids.masked_fill_(merged_keys == BLANK, -1)
+    state[changed, :k] = merged_keys[:, :k]
+    state[changed, k : 2 * k] = merged_ids[:, :k]

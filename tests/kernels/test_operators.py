@@ -1,0 +1,247 @@
+"""The operators against brute force in plain Python: values and positions bit for bit."""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+
+import pytest
+import torch
+import unitvis_kernels as uk
+from torch import Tensor
+
+INF, NAN = math.inf, math.nan
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def brute_argmax(x: Tensor) -> list[list[tuple[float, int]]]:
+    """(value, position) of every map, by a loop; (nan, 0) where a map holds a NaN."""
+    out = []
+    for image in x.double().tolist():
+        row = []
+        for channel in image:
+            flat = [v for line in channel for v in line]
+            if any(math.isnan(v) for v in flat):
+                row.append((NAN, 0))
+            else:
+                best = max(flat)
+                row.append((best, flat.index(best)))
+        out.append(row)
+    return out
+
+
+def bits(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+def maps() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    ramp = torch.randn(3, 5, 4, 7, generator=g)
+    ties = torch.randint(-2, 3, (4, 6, 5, 3), generator=g).float()
+    zeros = torch.zeros(2, 3, 2, 2)
+    zeros[0] = torch.tensor([[-0.0, 0.0], [-0.0, 0.0]])
+    special = torch.randn(6, 2, 3, 3, generator=g)
+    special[0, 0, 1, 2] = NAN
+    special[1, 1] = NAN
+    special[2, 0] = -INF
+    special[3, 1, 2, 2] = INF
+    special[4, 0, 0, 1], special[4, 0, 2, 0] = NAN, INF
+    special[5, 0] = torch.tensor([[-INF, -INF, -1e30], [-1e-40, -INF, 0], [1e-40, 3e38, 3e38]])
+    return {
+        "random": ramp,
+        "ties": ties,
+        "signed zeros": zeros,
+        "all equal": torch.full((2, 4, 3, 3), -1.5),
+        "nan and infinities": special,
+        "one image, one neuron": torch.randn(1, 3, 1, 1, generator=g),
+        "one row": torch.randn(2, 3, 1, 9, generator=g),
+        "one channel": torch.randn(3, 1, 6, 2, generator=g),
+        "negative nan": -torch.full((1, 1, 2, 2), NAN),
+    }
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.stack([x, x * 0], dim=-1)[..., 0],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda x: x[:1].expand(3, *x.shape[1:]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", maps())
+def test_spatial_argmax_equals_brute_force(case: str, layout: str, dtype: torch.dtype) -> None:
+    x = LAYOUTS[layout](maps()[case].to(dtype))
+    values, positions = uk.unpack(uk.spatial_argmax(x))
+    assert values.dtype == torch.float32
+    for n, row in enumerate(brute_argmax(x)):
+        for c, (value, position) in enumerate(row):
+            found = values[n, c].item()
+            assert positions[n, c].item() == position
+            assert math.isnan(found) if math.isnan(value) else bits(found) == bits(value + 0.0)
+
+
+def test_keys_order_as_values_then_lower_positions() -> None:
+    values = torch.tensor([-INF, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-45, 1.0, INF])
+    keys = uk.pack(values, torch.zeros(9, dtype=torch.int64))
+    assert keys[4] == keys[5]
+    assert sorted(set(keys.tolist())) == list(dict.fromkeys(keys.tolist()))
+    assert uk.BLANK < keys[0] < keys[-1] < uk.NAN_KEY
+    later = uk.pack(torch.ones(3), torch.tensor([0, 7, 2**31 - 1]))
+    assert later.tolist() == sorted(later.tolist(), reverse=True)
+    assert uk.unpack(later)[1].tolist() == [0, 7, 2**31 - 1]
+    assert uk.unpack(torch.tensor([uk.BLANK, uk.NAN_KEY]))[1].tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 3, 4), "shape"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.float64), "float64"),
+        (torch.zeros(2, 3, 0, 4), "0 x 4"),
+    ],
+)
+def test_spatial_argmax_refuses(x: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        uk.spatial_argmax(x)
+
+
+class Brute:
+    """All responses kept, sorted at the end; one entry an id and channel, the larger key first."""
+
+    def __init__(self, channels: int, k: int) -> None:
+        self.k, self.best, self.nan = k, [{} for _ in range(channels)], [set() for _ in range(channels)]
+
+    def add(self, keys: Tensor, ids: Tensor) -> None:
+        values, positions = uk.unpack(keys)
+        for n, i in enumerate(ids.tolist()):
+            for c in range(keys.shape[1]):
+                value, position = values[n, c].item(), positions[n, c].item()
+                if i < 0 or position < 0:
+                    continue
+                if math.isnan(value):
+                    self.nan[c].add(i)
+                else:
+                    entry = (-value, i, position)
+                    self.best[c][i] = min(entry, self.best[c].get(i, entry), key=lambda e: (e[0], e[2]))
+
+    def check(self, state: Tensor) -> None:
+        values, ids, positions = uk.topk_read(state)
+        for c, (best, nan) in enumerate(zip(self.best, self.nan, strict=True)):
+            want = sorted(best.values())[: self.k]
+            pad = self.k - len(want)
+            assert ids[c].tolist() == [e[1] for e in want] + [-1] * pad
+            assert positions[c].tolist() == [e[2] for e in want] + [-1] * pad
+            assert [bits(v) for v in values[c, : len(want)].tolist()] == [bits(-e[0] + 0.0) for e in want]
+            assert values[c, len(want) :].isnan().all()
+            assert state[c, -2].item() == len(nan)
+            assert state[c, -1].item() == min(nan, default=2**63 - 1)
+
+
+def stream(kind: str, images: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Keys [images, channels] and ids in the order of arrival."""
+    g = torch.Generator().manual_seed(3)
+    values = torch.randn(images, channels, generator=g)
+    ids = torch.arange(images)
+    if kind == "heavy ties":
+        values = torch.randint(0, 3, values.shape, generator=g).float()
+    elif kind == "all equal":
+        values = torch.zeros_like(values)
+    elif kind == "ascending":
+        values = values.sort(dim=0).values
+    elif kind == "ids descend":
+        ids = ids.flip(0)
+    elif kind == "large ids at random":
+        ids = torch.randperm(images, generator=g) + 2**40
+    elif kind == "nan and -inf":
+        values[torch.rand(values.shape, generator=g) < 0.3] = NAN
+        values[torch.rand(values.shape, generator=g) < 0.5] = -INF
+        values[:, 0] = NAN
+    positions = torch.randint(0, 50, values.shape, generator=g)
+    return uk.pack(values, positions), ids
+
+
+KINDS = ["random", "heavy ties", "all equal", "ascending", "ids descend", "large ids at random", "nan and -inf"]
+
+
+@pytest.mark.parametrize("k", [1, 9, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_topk_merge_equals_brute_force(kind: str, k: int) -> None:
+    keys, ids = stream(kind, 37, 6)  # 40 > 37: blanks stay blank
+    brute = Brute(6, k)
+    brute.add(keys, ids)
+    whole, one_by_one = uk.topk_state(6, k), uk.topk_state(6, k)
+    uk.topk_merge_(whole, keys, ids)
+    for n in range(37):
+        uk.topk_merge_(one_by_one, keys[n : n + 1], ids[n : n + 1])
+    brute.check(whole)
+    assert torch.equal(whole, one_by_one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_merged_with_state_is_the_whole(kind: str) -> None:
+    keys, ids = stream(kind, 50, 5)
+    whole = uk.topk_state(5, 9)
+    uk.topk_merge_(whole, keys, ids)
+    order = list(range(50))
+    random.Random(1).shuffle(order)
+    shards = []
+    for part in (order[:7], order[7:8], order[8:30], order[30:], []):
+        shards.append(uk.topk_state(5, 9))
+        uk.topk_merge_(shards[-1], keys[part], ids[part])
+    left, right = uk.topk_state(5, 9), shards[4]
+    for shard in shards[:4]:
+        uk.topk_merge_states_(left, shard)
+        uk.topk_merge_states_(right, shard)
+    assert torch.equal(left, whole)
+    assert torch.equal(right, whole)
+
+
+def test_a_repeated_batch_changes_no_place_and_padding_is_ignored() -> None:
+    keys, ids = stream("heavy ties", 20, 4)
+    state = uk.topk_state(4, 9)
+    uk.topk_merge_(state, keys, ids)
+    before = state.clone()
+    uk.topk_merge_(state, keys, ids)
+    assert torch.equal(state, before)
+    uk.topk_merge_(state, torch.full((3, 4), uk.NAN_KEY), torch.full((3,), -1))
+    assert torch.equal(state, before)
+    better = uk.pack(torch.full((1, 4), 9.0), torch.full((1, 4), 3))
+    uk.topk_merge_(state, better, ids[:1])  # the same image again, with a larger key: replaces its own entry
+    values, found, _ = uk.topk_read(state)
+    assert (found[:, 0] == ids[0]).all()
+    assert (values[:, 0] == 9).all()
+    assert all((row == ids[0]).sum() == 1 for row in found)
+
+
+def test_topk_merge_refuses_what_does_not_fit() -> None:
+    state, keys, ids = uk.topk_state(4, 9), torch.zeros(2, 4, dtype=torch.int64), torch.arange(2)
+    for bad in ((state, keys.int(), ids), (state, keys, ids[:1]), (state, keys[:, :3], ids), (state[:, :3], keys, ids)):
+        with pytest.raises(ValueError, match=r"int64|do not fit"):
+            uk.topk_merge_(*bad)
+    with pytest.raises(ValueError, match="at least 1"):
+        uk.topk_state(4, 0)
+
+
+def test_operators_are_registered_right() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    keys = uk.spatial_argmax(x)
+    torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, (x,))
+    torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, (x.contiguous(memory_format=torch.channels_last),))
+    torch.library.opcheck(torch.ops.unitvis.topk_merge_.default, (uk.topk_state(3, 2), keys, torch.arange(2)))
+
+
+def test_operators_compile_and_keep_to_fake_tensors() -> None:
+    def step(x: Tensor, state: Tensor) -> Tensor:
+        uk.topk_merge_(state, uk.spatial_argmax(x * 2), torch.arange(2))
+        return state
+
+    x, eager = torch.randn(2, 3, 4, 4), uk.topk_state(3, 2)
+    step(x, eager)
+    compiled = uk.topk_state(3, 2)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(x, compiled)
+    assert torch.equal(eager, compiled)
+    assert uk.spatial_argmax(x.to("meta")).shape == (2, 3)
