@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint install clean
+.PHONY: demo test lint install clean
+
+demo: install
+	$(BIN)/unitvis demo --overwrite
 
 test: install lint
 	$(BIN)/python -m pytest

@@ -1,4 +1,7 @@
-"""The one exception that users meet."""
+"""The exceptions that users meet, and their words."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UnitvisError(Exception):
@@ -7,3 +10,21 @@ class UnitvisError(Exception):
 
 class ImageError(UnitvisError):
     """One image cannot be used; the message is the reason that the manifest lists."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or "no message").split("\n")[0]
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a name that is not there: the names most like it, or some of what there is."""
+    known = list(names)
+    if close := difflib.get_close_matches(name, known, n=3, cutoff=0.4):
+        return f"the closest are {', '.join(close)}"
+    return f"there are {some(known)}"
+
+
+def some(names: list[str]) -> str:
+    """A list that stays readable."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,130 @@
+"""Networks by name, checkpoints of one's own, and the networks people know, scanned with their default layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import unitvis
+import zoos
+from judges import check_by_perturbation
+from PIL import Image
+from torch import nn
+from unitvis import UnitvisError, models
+from unitvis.checkpoints import load_weights
+from unitvis.receptive_field import receptive_fields
+
+zoos.importable()
+
+# name -> (number of default layers, size of the input): as small as the network takes, to be quick
+NETWORKS = {
+    "torchvision:alexnet": (5, (80, 96)),
+    "torchvision:vgg16": (13, (32, 48)),
+    "torchvision:resnet50": (53, (48, 64)),
+    "torchvision:googlenet": (57, (48, 64)),
+    "torchvision:densenet121": (120, (48, 64)),
+    "torchvision:mobilenet_v2": (52, (48, 64)),
+    "torchvision:efficientnet_b0": (81, (48, 64)),
+    "torchvision:convnext_tiny": (22, (48, 64)),
+    "timm:resnet18": (20, (48, 64)),
+    "timm:mobilenetv3_small_100": (52, (48, 64)),
+}
+
+
+@pytest.mark.parametrize("spec", NETWORKS)
+def test_known_networks_scan_with_their_default_layers(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    count, size = NETWORKS[spec]
+    loaded = models.load(spec, pretrained=False)
+    pixels = torch.randn(20, 3, *size)
+    run = unitvis.scan(loaded, pixels, progress=False)
+    assert len(run.layers) == count
+    assert run.manifest["model"]["spec"] == spec
+    assert all(run[name].info["receptive_field"]["method"] == "traced" for name in run)
+    assert all((run[name].images >= 0).all() for name in run)
+    chosen = [run.layers[index] for index in np.random.default_rng(0).choice(count, 3, replace=False)]
+    fields = receptive_fields(loaded.model, chosen, size)
+    check_by_perturbation(loaded.model, fields, chosen, size, monkeypatch)
+
+
+def test_preprocessing_comes_from_the_weights() -> None:
+    want = unitvis.Transform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert models.load("torchvision:alexnet", pretrained=False).transform == want
+    transform = models.load("timm:resnet18", pretrained=False).transform
+    assert (transform.resize, transform.crop, transform.interpolation) == (235, (224, 224), "bicubic")
+
+
+def test_preprocessing_equals_torchvisions_own() -> None:
+    import torchvision
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 420, 3), dtype=np.uint8))
+    weights = torchvision.models.AlexNet_Weights.DEFAULT
+    theirs = weights.transforms(antialias=True)(picture)
+    transform = models.load("torchvision:alexnet", pretrained=False).transform
+    ours = transform.normalize(torch.from_numpy(transform(picture))[None])[0]
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_a_checkpoint_with_another_head_is_loaded(tmp_path: Path) -> None:
+    import torchvision
+
+    tuned = torchvision.models.vgg16(weights=None)
+    tuned.classifier[6] = nn.Linear(4096, 2)
+    torch.save(tuned.state_dict(), tmp_path / "cats_and_dogs.pt")
+    loaded = models.load("torchvision:vgg16", tmp_path / "cats_and_dogs.pt")
+    assert loaded.model.classifier[6].out_features == 2
+    assert torch.equal(loaded.model.classifier[6].weight, tuned.classifier[6].weight)
+    assert torch.equal(loaded.model.features[0].weight, tuned.features[0].weight)
+    assert loaded.transform is not None
+
+
+def test_a_checkpoint_that_does_not_fit_names_every_key(tmp_path: Path) -> None:
+    def small() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 10))
+
+    state = small().state_dict()
+    state["0.weight"] = torch.zeros(5, 3, 3, 3)
+    state["extra.weight"] = state.pop("1.bias")
+    torch.save(state, tmp_path / "w.pt")
+    told = (
+        r"\(missing: 1.bias; unexpected: extra.weight; of another shape: 0.weight \[5, 3, 3, 3\] for \[4, 3, 3, 3\]\)"
+        r"; name a function that builds the network"
+    )
+    with pytest.raises(UnitvisError, match=told):
+        load_weights(small(), tmp_path / "w.pt")
+    deeper = nn.Sequential(*list(small())[:3], nn.Linear(17, 2))
+    torch.save(deeper.state_dict(), tmp_path / "d.pt")
+    with pytest.raises(UnitvisError, match=r"of another shape: 3.weight \[2, 17\] for \[10, 16\], 3.bias"):
+        load_weights(small(), tmp_path / "d.pt")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("torchvision:alexnett", "torchvision has no model 'alexnett'; the closest are alexnet"),
+        ("timm:resnett18", "timm has no model 'resnett18'; the closest are resnet18"),
+        ("torchvision:raft_small", "only image classification models are scanned"),
+    ],
+)
+def test_names_that_are_not_there(spec: str, message: str) -> None:
+    with pytest.raises(UnitvisError, match=message):
+        models.load(spec, pretrained=False)
+
+
+def test_without_a_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UnitvisError, match=r"Name or service not known.*--weights FILE.*--no-pretrained"):
+        models.load("torchvision:alexnet")
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(UnitvisError, match=r"timm is not installed; pip install 'unitvis\[timm\]'"):
+        models.load("timm:resnet18")

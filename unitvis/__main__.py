@@ -1,0 +1,5 @@
+import sys
+
+from unitvis.cli import main
+
+sys.exit(main())

@@ -1,0 +1,98 @@
+"""Canonical responses: the one way of computing a response whose bits can be asked for again.
+
+The model as given, in eval mode, eager, IEEE float32, channels-last input, in compute batches of exactly `BATCH`
+images. Convolution and matrix libraries choose another algorithm for another shape, and with it other last bits; at
+one fixed shape an image's responses do not depend on its neighbours, its slot or the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+BATCH = 16
+
+# On a CPU a product of few rows and many columns is split over the threads along the sum, so its bits depend on their
+# number; with one thread they do not. Products of more rows are split along the rows and keep their speed.
+_PRODUCTS = {F.linear, torch.addmm, torch.mm, torch.matmul, Tensor.addmm, Tensor.mm, Tensor.matmul, Tensor.__matmul__}
+_FEW_ROWS = 4 * BATCH
+
+
+class _OneThreadForSmallProducts(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        left = args[1] if func in (torch.addmm, Tensor.addmm) and len(args) > 1 else args[0] if args else None
+        small = func in _PRODUCTS and isinstance(left, Tensor) and left.numel() <= _FEW_ROWS * left.shape[-1]
+        threads = torch.get_num_threads()
+        if not small or threads == 1:
+            return func(*args, **kwargs)
+        torch.set_num_threads(1)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+
+_cudnn: Any = torch.backends.cudnn
+_mkldnn: Any = torch.backends.mkldnn
+# (owner, attribute, value while responses are computed); the caller's values come back afterwards
+_SETTINGS: list[tuple[Any, str, Any]] = [
+    (_cudnn, "benchmark", False),
+    (_cudnn, "deterministic", True),
+    (_cudnn.conv, "fp32_precision", "ieee"),
+    (_cudnn.rnn, "fp32_precision", "ieee"),
+    (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    (_mkldnn.conv, "fp32_precision", "ieee"),
+    (_mkldnn.rnn, "fp32_precision", "ieee"),
+    (_mkldnn.matmul, "fp32_precision", "ieee"),
+    (torch.utils.deterministic, "fill_uninitialized_memory", False),
+]
+
+
+@contextmanager
+def canonical_settings(device: torch.device) -> Iterator[None]:
+    """Eager IEEE float32 with deterministic algorithms: no TF32, no autocast, no algorithm search."""
+    before = [getattr(owner, name) for owner, name, _ in _SETTINGS]
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cpu":
+            stack.enter_context(_OneThreadForSmallProducts())
+        try:
+            for owner, name, value in _SETTINGS:
+                setattr(owner, name, value)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+            for (owner, name, _), value in zip(_SETTINGS, before, strict=True):
+                setattr(owner, name, value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; each module's own flag comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def compute_batch(images: Tensor) -> Tensor:
+    """At most `BATCH` float images [n, C, H, W] as a compute batch: float32, channels last, padded with zeros."""
+    batch = images.new_zeros((BATCH, *images.shape[1:]), dtype=torch.float32).contiguous(
+        memory_format=torch.channels_last
+    )
+    batch[: images.shape[0]] = images
+    return batch

@@ -1,0 +1,85 @@
+"""Weights from a file: read without executing anything, fitted to a model, every key that does not fit named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from unitvis.errors import UnitvisError, first_line
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint into a model, in place.
+
+    A last layer with another number of classes is rebuilt to the checkpoint's shape. Anything else that is missing,
+    unexpected or of another shape is an error that names it.
+    """
+    state = read_weights(Path(path))
+    _resize_head(model, state)
+    own = model.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {list(state[key].shape)} for {list(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        raise UnitvisError(
+            f"the weights in {path} do not fit the model ({told}); name a function that builds the network that was "
+            f"trained: file.py:function"
+        )
+    model.load_state_dict(state)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the CPU: safetensors, or a state dict read with weights_only=True.
+
+    Common wrappings ("state_dict", "model", the prefix "module.") are taken off.
+    """
+    if not path.is_file():
+        raise UnitvisError(f"there is no file {path} with weights")
+    try:
+        state: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:
+        raise UnitvisError(
+            f"the weights in {path} cannot be read ({type(error).__name__}: {first_line(error)}); give safetensors, "
+            f"or a state dict saved with torch.save(model.state_dict(), ...)"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UnitvisError(f"{path} holds no state dict; save one with torch.save(model.state_dict(), ...)")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _resize_head(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Replace the model's last layer where the checkpoint's differs in the number of outputs alone."""
+    name, head = [(n, m) for n, m in model.named_modules() if list(m.parameters(recurse=False))][-1]
+    weight = state.get(f"{name}.weight")
+    if not isinstance(head, nn.Linear | nn.Conv2d) or weight is None or weight.shape[1:] != head.weight.shape[1:]:
+        return
+    if weight.shape == head.weight.shape:
+        return
+    outputs, bias = weight.shape[0], f"{name}.bias" in state
+    new: nn.Module
+    if isinstance(head, nn.Linear):
+        new = nn.Linear(head.in_features, outputs, bias)
+    elif head.kernel_size == (1, 1) and head.groups == 1:
+        new = nn.Conv2d(head.in_channels, outputs, 1, bias=bias)
+    else:
+        return
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new.train(head.training))

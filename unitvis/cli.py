@@ -1,0 +1,245 @@
+"""The command line. Exit codes: 0 done; 1 a check failed; 2 wrong usage or no start; 3 images skipped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from unitvis import models, sheets
+from unitvis.errors import UnitvisError
+from unitvis.recorder import Recorder
+from unitvis.rescore import verify
+from unitvis.run import Run, load, replacing
+from unitvis.scan import PRECISIONS, scan
+from unitvis.transform import Transform
+
+DONE, WRONG, USAGE, SKIPPED = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
+    arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"unitvis: warning: {message}", file=sys.stderr)
+        try:
+            return arguments.command(arguments)
+        except UnitvisError as error:
+            print(f"unitvis: {error}", file=sys.stderr)
+            return USAGE
+        except KeyboardInterrupt:
+            print("unitvis: interrupted; nothing was written", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of our output has gone, as in `unitvis layers MODEL | head`
+            sys.stderr.close()
+            return DONE
+
+
+def _load(arguments: argparse.Namespace) -> models.Loaded:
+    return models.load(arguments.model, arguments.weights, pretrained=arguments.pretrained)
+
+
+def _layers(arguments: argparse.Namespace) -> int:
+    loaded = _load(arguments)
+    size = arguments.crop or (loaded.transform and loaded.transform.crop) or (224, 224)
+    with Recorder(loaded.model, arguments.layer or None) as recorder:
+        recorder.prepare((3, *(size if isinstance(size, tuple) else (size, size))))
+    print(f"{'layer':<28} {'channels':>8} {'map':>11} {'receptive field':>17} {'stride':>9}")
+    for layer in recorder.layers:
+        field = recorder.fields[layer.name]
+        seen = "whole image" if field.whole_image else f"{field.size[0]} x {field.size[1]}"
+        stride = f"{field.stride[0]:g} x {field.stride[1]:g}" if field.stride else "-"
+        print(f"{layer.name:<28} {layer.channels:>8} {f'{layer.height} x {layer.width}':>11} {seen:>17} {stride:>9}")
+        if field.note:
+            print(f"  receptive field found by probing, cut at the image's border: {field.note}")
+    return DONE
+
+
+def _scan(arguments: argparse.Namespace) -> int:
+    loaded = _load(arguments)
+    fields = ("resize", "crop", "mean", "std", "interpolation")
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    run = scan(
+        loaded,
+        arguments.images,
+        arguments.layer or None,
+        arguments.k,
+        out=arguments.output,
+        transform=replace(loaded.transform or Transform(), **given) if given else loaded.transform,
+        batch_size=arguments.batch_size,
+        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        precision=arguments.precision,
+        unit=arguments.unit,
+        on_error=arguments.on_error,
+        overwrite=arguments.overwrite,
+        workers=arguments.workers,
+    )
+    _tell(run)
+    _render_into(run, arguments.output)
+    return SKIPPED if run.manifest["failures"] else DONE
+
+
+def _tell(run: Run) -> None:
+    counts = sheets.summary(run)
+    seconds = run.manifest["seconds"]
+    images = run.manifest["images"]
+    told = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
+    print(
+        f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
+        f"({images / seconds['scan']:.0f} images/s), second pass {seconds['second_pass']:.1f} s: {told}"
+    )
+    for name, top in run.tops.items():
+        if nan := top.info["nan"]:
+            print(f"layer {name}: {nan['responses']} NaN responses hold no place; first: image {nan['first_image']}")
+    failures = run.manifest["failures"]
+    if failures:
+        print(f"{len(failures)} images could not be read and were skipped (all are listed in the manifest):")
+        for failure in failures[:10]:
+            print(f"  {failure['name']!r}: {failure['reason']}")  # !r: a name may hold anything
+
+
+def _render(arguments: argparse.Namespace) -> int:
+    _render_into(load(arguments.run, arguments.images), arguments.run, arguments.crop)
+    return DONE
+
+
+def _render_into(run: Run, folder: Path, crop: str | None = None) -> None:
+    written = sheets.render(run, folder, crop=crop)
+    print(f"{len(written)} sheets in {written[0].parent}")
+
+
+def _sheet(arguments: argparse.Namespace) -> int:
+    target: Path = arguments.output
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UnitvisError(f"{target} must end in .png, .jpg or .webp")
+    if not target.parent.is_dir():
+        raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
+    run = load(arguments.run, arguments.images)
+    units = sheets.parse_units(arguments.units) if arguments.units else None
+    page = run.sheet(arguments.layer, units, crop=arguments.crop, size=arguments.size)
+    with replacing(target) as part:
+        page.save(part, format={".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG"))
+    print(f"{target}: {page.width} x {page.height} pixels")
+    return DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    run = load(arguments.run, arguments.images)
+    found = verify(run, _load(arguments).model, arguments.device)
+    how = (
+        "bit for bit"
+        if found["same_fingerprint"]
+        else "within 1e-5 of the layer's largest (another machine or version)"
+    )
+    print(f"{found['winners'] - found['wrong']:,} of {found['winners']:,} winners came out again {how}")
+    if found["wrong"]:
+        print(f"the first that did not: {found['first_wrong']}")
+    return WRONG if found["wrong"] else DONE
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from unitvis.demo.command import demo  # what only the demo needs is loaded for it alone
+
+    print(demo(arguments.output, overwrite=arguments.overwrite))
+    return DONE
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    """224 is a length, 224x256 height x width."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 224 or 224x256 (height x width)")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _square(text: str) -> tuple[int, int]:
+    size = _size(text)
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unitvis", description="For every unit of a ConvNet, the image patches that excite it most."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        return sub
+
+    def model_argument(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("model", metavar="MODEL", help=models.FORMS)
+        sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
+        sub.add_argument(
+            "--no-pretrained", dest="pretrained", action="store_false", help="random weights (by name only)"
+        )
+
+    def run_argument(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished scan")
+
+    def images_option(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--images", help="where the scanned images are now, if they moved")
+
+    sub = command("demo", _demo, "Draw pictures, scan them with the embedded network, and show what its units like.")
+    sub.add_argument("-o", "--output", type=Path, default=Path("unitvis-demo"), metavar="RUN", help="(unitvis-demo)")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
+
+    sub = command("layers", _layers, "List layers that can be scanned, with what their neurons see.")
+    model_argument(sub)
+    sub.add_argument(
+        "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
+    )
+    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the input (the model's own, or 224)")
+
+    sub = command("scan", _scan, "Scan images for the patches that excite every unit most, and draw them.")
+    model_argument(sub)
+    sub.add_argument("images", metavar="IMAGES", help="a folder, a text list of paths, or a uint8 .npy [N, H, W, 3]")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
+    sub.add_argument(
+        "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
+    )
+    sub.add_argument("-k", type=int, default=9, help="patches a unit (9)")
+    sub.add_argument("--resize", type=_size, metavar="R|HxW", help="R: the shorter side; HxW: exactly")
+    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="cut the centre")
+    sub.add_argument("--mean", type=float, nargs=3, metavar="M", help="subtracted, of values in 0..1")
+    sub.add_argument("--std", type=float, nargs=3, metavar="S", help="divided by")
+    sub.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="images read at once; does not change the result")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    sub.add_argument("--precision", choices=PRECISIONS, default="exact")
+    sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
+    sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
+    sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
+
+    sub = command("render", _render, "Draw the sheets of a finished scan again.")
+    run_argument(sub)
+    images_option(sub)
+    sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
+
+    sub = command("sheet", _sheet, "Draw one layer's units as a page of 3x3 tiles.")
+    run_argument(sub)
+    sub.add_argument("layer", metavar="LAYER")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
+    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all")
+    sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
+    sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
+    images_option(sub)
+
+    sub = command("verify", _verify, "Recompute every winner of a run; exit code 1 if one does not come out again.")
+    run_argument(sub)
+    model_argument(sub)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
+    images_option(sub)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Which input pixels reach an element of a tensor: intervals along one axis of the input, and how they combine.
+
+A `Reach` has the shape of the tensor that it describes, so that channels, groups and windows stay apart, but every
+dimension along which nothing changes is kept at size 1: the rows that reach a plain feature map are [1, 1, H, 1].
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+NOTHING = -math.inf
+NO_TAP = 1 << 40
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The interval of input positions, along one input axis, that can change each element of a tensor.
+
+    `bounds` is float64 [4, *shape]: -first and last position, exact; then the same *virtual*, as if the image went on
+    where the network pads. The minus sign makes every union a maximum, with -inf for the empty interval. A virtual
+    bound of +inf belongs to an element that would see all of an image of any size.
+    """
+
+    bounds: Tensor
+    axis: int  # the input axis: 0 images, -2 rows, -1 columns
+    extent: int  # input positions along that axis
+    step: float  # input positions between neighbours of the map that the convolutions have made so far
+
+    @property
+    def ndim(self) -> int:
+        return self.bounds.ndim - 1
+
+    def widened(self, dim: int, n: int) -> Tensor:
+        """The bounds with a collapsed dimension at its full size n."""
+        shape = list(self.bounds.shape)
+        shape[dim + 1] = n
+        return self.bounds.expand(shape)
+
+
+def source(shape: Sequence[int], axis: int) -> Reach:
+    """The reach of the model's input itself: every element is reached by its own position."""
+    extent = shape[axis]
+    view = [1] * len(shape)
+    view[axis] = extent
+    position = torch.arange(extent, dtype=torch.float64).reshape(view)
+    return Reach(torch.stack([-position, position] * 2), axis, extent, 1.0)
+
+
+def collapse(bounds: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """The same bounds with size 1 along each dimension (all, or those given) in which they do not change."""
+    for dim in range(bounds.ndim - 1) if dims is None else dims:
+        first = bounds.narrow(dim + 1, 0, 1)
+        if bounds.shape[dim + 1] > 1 and torch.equal(bounds, first.expand_as(bounds)):
+            bounds = first
+    return bounds
+
+
+def aligned(reach: Reach, ndim: int) -> Reach:
+    """With as many leading dimensions of size 1 as broadcasting to `ndim` dimensions adds."""
+    if reach.ndim == ndim:
+        return reach
+    shape = reach.bounds.shape
+    return replace(reach, bounds=reach.bounds.reshape(4, *[1] * (ndim - reach.ndim), *shape[1:]))
+
+
+def union(reaches: Sequence[Reach], ndim: int) -> Reach:
+    """What reaches an element computed from broadcast operands: all that reaches any of them."""
+    reaches = [aligned(reach, ndim) for reach in reaches]
+    bounds = functools.reduce(torch.maximum, [reach.bounds for reach in reaches])
+    return replace(reaches[0], bounds=bounds, step=max(reach.step for reach in reaches))
+
+
+def merged(reach: Reach, dims: Sequence[int], keepdim: bool = True) -> Reach:
+    """What reaches an element computed from all others along `dims` (positive): sums, maxima, norms, contractions."""
+    bounds = reach.bounds
+    over = [dim + 1 for dim in dims if bounds.shape[dim + 1] > 1]
+    if over:
+        # A merge over image positions, told by centres that move at least a step, ends the picture of a window that
+        # slides beyond the border: the virtual interval becomes the exact one, endless if that is the whole axis.
+        centres = (bounds[3:] - bounds[2:3]) / 2
+        highest = centres.nan_to_num(nan=-math.inf).amax(over, keepdim=True)
+        slides = highest - centres.nan_to_num(nan=math.inf).amin(over, keepdim=True) < reach.step
+        bounds = bounds.amax(over, keepdim=True)
+        everything = (bounds[:1] == 0) & (bounds[1:2] == reach.extent - 1)
+        ended = torch.where(everything, math.inf, bounds[:2])
+        bounds = torch.cat([bounds[:2], torch.where(slides, bounds[2:], ended)])
+    if not keepdim:
+        kept = [size for dim, size in enumerate(bounds.shape[1:]) if dim not in dims]
+        bounds = bounds.reshape(4, *kept)
+    return replace(reach, bounds=bounds)
+
+
+def slid(reach: Reach, dim: int, n: int, taps: Tensor, ratio: float = 1.0) -> Reach:
+    """What reaches the outputs of windows along one dimension of size n, itself possibly collapsed.
+
+    `taps` is int64 [outputs, taps]: the positions that each output reads. Positions outside [0, n) are padding:
+    nothing reaches them exactly, and virtually the map goes on with its own slope. `NO_TAP` is never read. `ratio` is
+    the window's stride.
+    """
+    own_axis = reach.axis == dim - reach.ndim
+    step = reach.step * ratio if own_axis else reach.step
+    inside = (taps >= 0) & (taps < n)
+    if reach.bounds.shape[dim + 1] == 1 and bool(inside.any(1).all()) and not (n == 1 and own_axis):
+        return replace(reach, step=step)
+    read = taps != NO_TAP
+    before = max(0, -int(taps.min()))
+    after = max(0, int(taps[read].max()) - n + 1) if bool(read.any()) else 0
+    lines = reach.widened(dim, n).movedim(dim + 1, -1)  # [4, ..., n]
+    first, last = lines[..., :1], lines[..., -1:]
+    if n > 1:
+        # inf - inf: what is endless or empty stays so
+        slope = ((last - first) / (n - 1)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    else:
+        sign = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64).reshape(4, *[1] * reach.ndim)
+        slope = sign * (reach.step if own_axis else 0.0)
+    left = first - slope * torch.arange(before, 0, -1)
+    right = last + slope * torch.arange(1, after + 1)
+    left[:2] = right[:2] = NOTHING
+    lines = torch.cat([left, lines, right], -1)
+    bounds = torch.full((*lines.shape[:-1], len(taps)), NOTHING, dtype=torch.float64)
+    for tap, is_read in zip(taps.unbind(1), read.unbind(1), strict=True):
+        one = lines.index_select(-1, torch.where(is_read, tap + before, 0))
+        bounds = torch.maximum(bounds, torch.where(is_read, one, NOTHING))
+    return replace(reach, bounds=collapse(bounds.movedim(-1, dim + 1), [dim]), step=step)
+
+
+def reshaped(reach: Reach, old: Sequence[int], new: Sequence[int]) -> Reach:
+    """The reach of a view: only the dimensions that it really merges or splits are brought to full size."""
+    before: list[int] = []
+    after: list[int] = []
+    split: list[int] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        start_i, start_j = i, j
+        size_i = size_j = 1
+        if i < len(old):
+            size_i, i = old[i], i + 1
+        if j < len(new):
+            size_j, j = new[j], j + 1
+        while size_i != size_j:
+            if size_i < size_j:
+                size_i, i = size_i * old[i], i + 1
+            else:
+                size_j, j = size_j * new[j], j + 1
+        plain = all(size == 1 for size in reach.bounds.shape[start_i + 1 : i + 1])
+        before += [1] * (i - start_i) if plain else old[start_i:i]
+        after += [1] * (j - start_j) if plain else new[start_j:j]
+        split += range(start_j, j)
+    bounds = reach.bounds.expand(4, *before).reshape(4, *after)
+    return replace(reach, bounds=collapse(bounds, split))
+
+
+def regrouped(reach: Reach, channels: int, groups: int, outputs: int) -> Reach:
+    """The reach behind a convolution's channels: outputs of a group see all of that group's inputs (dimension 1)."""
+    bounds = reach.bounds
+    if bounds.shape[2] == 1:
+        return reach
+    bounds = bounds.unflatten(2, (groups, channels // groups)).amax(3)
+    bounds = bounds.repeat_interleave(outputs // groups, 2)
+    return replace(reach, bounds=collapse(bounds, [1]))
+
+
+def joined(reaches: Sequence[Reach], sizes: Sequence[int], dim: int) -> Reach:
+    """The reach of a concatenation along `dim`, whose parts have these sizes."""
+    if all(torch.equal(reach.bounds, reaches[0].bounds) for reach in reaches[1:]) and (
+        reaches[0].bounds.shape[dim + 1] == 1
+    ):
+        return reaches[0]
+    parts = [reach.widened(dim, size) for reach, size in zip(reaches, sizes, strict=True)]
+    common = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    parts = [part.expand(*common[: dim + 1], part.shape[dim + 1], *common[dim + 2 :]) for part in parts]
+    step = max(reach.step for reach in reaches)
+    return replace(reaches[0], bounds=collapse(torch.cat(parts, dim + 1), [dim]), step=step)
+
+
+def empty(reach: Reach, ndim: int) -> Reach:
+    """The reach of a constant beside `reach`."""
+    return replace(reach, bounds=torch.full((4, *[1] * ndim), NOTHING, dtype=torch.float64))
+
+
+SHIFT = 2.0**24  # above every position; leaves float64 room for fractions of virtual ones
+
+
+def moved(
+    reaches: Sequence[Reach],
+    shapes: Sequence[Sequence[int]],
+    move: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    dims: Sequence[int] | None = None,
+) -> list[Reach]:
+    """The reaches behind an operator that only moves elements: it moves their bounds.
+
+    The operands have these shapes; only `dims` (default: all) must be at full size for the move to be right. Bounds are
+    shifted so that a zero that an operator fills in means the empty interval.
+    """
+    shifted = []
+    for reach, shape in zip(reaches, shapes, strict=True):
+        sizes = [n if dims is None or d in dims else reach.bounds.shape[d + 1] for d, n in enumerate(shape)]
+        bounds = reach.bounds.expand(4, *sizes)
+        shifted.append(torch.where(bounds == NOTHING, 0.0, bounds + SHIFT))
+    outputs = [move(operands) for operands in zip(*shifted, strict=True)]
+    stacked = [torch.stack(output) for output in zip(*outputs, strict=True)]
+    step = max(reach.step for reach in reaches)
+    return [
+        replace(reaches[0], bounds=collapse(torch.where(bounds == 0, NOTHING, bounds - SHIFT)), step=step)
+        for bounds in stacked
+    ]

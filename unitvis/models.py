@@ -1,0 +1,160 @@
+"""Models by name: torchvision:NAME, timm:NAME, file.py:function, package.module:function."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from unitvis.checkpoints import load_weights
+from unitvis.errors import UnitvisError, closest, first_line
+from unitvis.transform import Transform
+
+FORMS = "torchvision:NAME, timm:NAME, file.py:function or package.module:function"
+
+
+class Loaded(NamedTuple):
+    """A model by name; `scan` takes it in place of a module."""
+
+    spec: str
+    model: nn.Module
+    transform: Transform | None  # the preprocessing that its weights were trained with, where that is known
+
+
+def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = True) -> Loaded:
+    """The model that a spec names.
+
+    torchvision:NAME and timm:NAME: with pretrained weights unless `pretrained` is false or `weights` is given.
+    file.py:function and package.module:function: a function without arguments that returns an nn.Module, or a module.
+    weights: a checkpoint to load, see `checkpoints.load_weights`.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise UnitvisError(f"model {spec!r} is not of the form {FORMS}")
+    pretrained = pretrained and weights is None
+    if place == "torchvision":
+        loaded = _torchvision(name, pretrained)
+    elif place == "timm":
+        loaded = _timm(name, pretrained)
+    else:
+        loaded = Loaded(spec, _found(spec, place, name), None)
+    if weights is not None:
+        load_weights(loaded.model, weights)
+    return loaded
+
+
+def _torchvision(name: str, pretrained: bool) -> Loaded:
+    zoo = _library("torchvision.models", "torchvision")
+    try:
+        weights = zoo.get_model_weights(name).DEFAULT
+    except (ValueError, AttributeError):
+        raise UnitvisError(f"torchvision has no model {name!r}; {closest(name, zoo.list_models())}") from None
+    preset = weights.transforms()
+    if not all(hasattr(preset, key) for key in ("resize_size", "crop_size", "mean", "std", "interpolation")):
+        raise UnitvisError(f"torchvision:{name} takes no single images; only image classification models are scanned")
+    transform = Transform(
+        resize=preset.resize_size[0],
+        crop=preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+    )
+    chosen = weights if pretrained else None
+    model = _made(f"torchvision:{name}", lambda: zoo.get_model(name, weights=chosen))
+    return Loaded(f"torchvision:{name}", model, transform)
+
+
+def _timm(name: str, pretrained: bool) -> Loaded:
+    timm = _library("timm", "timm")
+    if not timm.is_model(name):
+        raise UnitvisError(f"timm has no model {name!r}; {closest(name, timm.list_models())}")
+    model = _made(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+    config = timm.data.resolve_model_data_config(model)
+    height, width = config["input_size"][1:]
+    share = config.get("crop_pct") or 1.0
+    larger = math.floor(height / share), math.floor(width / share)
+    if config.get("crop_mode", "center") == "squash" or height != width:
+        resize: int | tuple[int, int] = larger
+    else:
+        resize = larger[0]
+    interpolation = config["interpolation"]
+    transform = Transform(resize, (height, width), tuple(config["mean"]), tuple(config["std"]), interpolation)
+    return Loaded(f"timm:{name}", model, transform)
+
+
+def _library(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise UnitvisError(f"{package} is not installed; pip install 'unitvis[{package}]'") from None
+    except Exception as error:
+        raise UnitvisError(
+            f"{package} is installed but cannot be imported ({type(error).__name__}: {first_line(error)}); "
+            f"install the release of it that belongs to this torch"
+        ) from error
+
+
+def _made(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:
+        raise UnitvisError(
+            f"{spec} could not be made ({type(error).__name__}: {first_line(error)}); pretrained weights are "
+            f"downloaded: give --weights FILE for a checkpoint, or --no-pretrained for random ones"
+        ) from error
+
+
+def _found(spec: str, place: str, name: str) -> nn.Module:
+    found: Any = _import(place)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+            raise UnitvisError(f"{place} has no {name!r}; it has {', '.join(public) or 'nothing to call'}")
+        found = getattr(found, part)
+    if not isinstance(found, nn.Module):
+        if not callable(found):
+            raise UnitvisError(f"{spec} is a {type(found).__name__}; a function that returns an nn.Module is needed")
+        try:
+            found = found()
+        except UnitvisError:
+            raise
+        except Exception as error:
+            raise UnitvisError(f"{spec} raised {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(found, nn.Module):
+        raise UnitvisError(f"{spec} returned a {type(found).__name__}, not an nn.Module")
+    return found
+
+
+def _import(place: str) -> ModuleType:
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise UnitvisError(
+                f"there is no module {error.name!r} for the model {place}; models are {FORMS}"
+            ) from error
+        except Exception as error:
+            raise UnitvisError(f"importing {place} raised {type(error).__name__}: {first_line(error)}") from error
+    path = Path(place)
+    if not path.is_file():
+        raise UnitvisError(f"there is no file {place} for the model")
+    spec = importlib.util.spec_from_file_location(f"unitvis_model_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UnitvisError(f"{place} cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling inside the file look it up
+    sys.path.insert(0, str(path.parent.resolve()))  # as if the file were run: it may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UnitvisError(f"importing {place} raised {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        sys.path.pop(0)
+    return module

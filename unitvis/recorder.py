@@ -1,0 +1,326 @@
+"""The hot path: batches in, the strongest responses of every unit out. `scan` is a source and one of these."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import platform
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import unitvis_kernels as uk
+from unitvis.canonical import BATCH, canonical_settings, compute_batch, evaluating
+from unitvis.errors import UnitvisError
+from unitvis.receptive_field import ReceptiveField, receptive_fields
+from unitvis.run import FORMAT, SEPARATED, TIED, LayerTop, Run
+from unitvis.sources import open_source
+from unitvis.taps import Examination, Layer, Taps
+from unitvis.transform import Transform
+
+
+class Recorder:
+    """Ranks units inside a loop of your own::
+
+        with unitvis.Recorder(model, ["features.10"]) as recorder:
+            for images, labels in loader:
+                recorder(images)
+        run = recorder.result()
+
+    layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. unit:
+    "channel" ranks the largest response over positions, "neuron" every element of the map. device: None is the
+    model's own. Responses are canonical (float32, compute batches of 16). State on the device is O(units x k); nothing
+    is copied to the host before `result`. The model is left as it was found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str] | str | None = None,
+        k: int = 9,
+        *,
+        unit: str = "channel",
+        device: torch.device | str | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UnitvisError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+        if not isinstance(k, int) or k < 1:
+            raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
+        if unit not in ("channel", "neuron"):
+            raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
+        self.model, self.device = _on_device(model, device)
+        self.k, self.unit, self.transform = k, unit, transform
+        self.images = 0
+        self.layers: list[Layer] = []
+        self.fields: dict[str, ReceptiveField] = {}
+        self._patterns = layers
+        self._shape: list[int] = []  # [C, H, W] of the first image
+        self._next_id = 0
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than a compute batch: (float images, ids)
+        self._stack = ExitStack()
+        self._started = time.time()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(evaluating(self.model))
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            if error is None:
+                self.flush()
+
+    def __call__(self, batch: Tensor, ids: Tensor | Sequence[int] | None = None) -> None:
+        """Take a batch: float [N, C, H, W], already normalised, or uint8 [N, H, W, 3] where a transform was given.
+
+        ids: whole numbers from 0, one an image, each used once; None counts up.
+        """
+        images = self.as_images(batch)
+        if ids is None:
+            ids = torch.arange(self._next_id, self._next_id + len(images))
+        ids = torch.as_tensor(ids, dtype=torch.int64).to(self.device)
+        if ids.shape != images.shape[:1]:
+            raise UnitvisError(f"{len(images)} images came with ids of shape {list(ids.shape)}")
+        self._shape = self._shape or list(images.shape[1:])
+        if list(images.shape[1:]) != self._shape:
+            raise UnitvisError(
+                f"images of {list(images.shape[1:])} came after images of {self._shape}; give them one size"
+            )
+        self._next_id += len(images)
+        if self._waiting:
+            waiting = self._waiting.pop()
+            images, ids = torch.cat([waiting[0], images]), torch.cat([waiting[1], ids])
+        whole = len(images) - len(images) % BATCH
+        for start in range(0, whole, BATCH):
+            self._compute(images[start : start + BATCH], ids[start : start + BATCH])
+        if whole < len(images):
+            self._waiting.append((images[whole:].clone(), ids[whole:]))
+
+    def flush(self) -> None:
+        """Compute what waits for a whole compute batch, padded."""
+        if self._waiting:
+            self._compute(*self._waiting.pop())
+
+    def as_images(self, batch: Tensor) -> Tensor:
+        if not isinstance(batch, Tensor):
+            raise UnitvisError(f"a batch must be a tensor, not {type(batch).__name__}")
+        if batch.dtype == torch.uint8 and self.transform is not None:
+            return self.transform.normalize(batch.to(self.device))
+        if batch.ndim != 4 or not batch.is_floating_point():
+            raise UnitvisError(
+                f"a batch must be float images [N, C, H, W], already normalised, not {batch.dtype} {list(batch.shape)}"
+            )
+        return batch.to(self.device, torch.float32)
+
+    def _compute(self, images: Tensor, ids: Tensor) -> None:
+        batch = compute_batch(images)
+        if not self.layers:
+            channels, height, width = batch.shape[1:]
+            self.prepare((channels, height, width))
+        keys = self._keys(batch)
+        if self.images == 0:
+            self._check_independence(batch, keys)
+        self._take(keys[: len(ids)], ids)
+        self.images += len(ids)
+
+    def _take(self, keys: Tensor, ids: Tensor) -> None:
+        uk.topk_merge_(self.state, keys, ids)
+
+    def _keys(self, batch: Tensor) -> Tensor:
+        """Keys [BATCH, units of all layers] of a compute batch."""
+        keys = torch.empty(len(batch), self._starts[-1], dtype=torch.int64, device=self.device)
+
+        def read(index: int, maps: Tensor) -> None:
+            if self.unit == "neuron":
+                maps = maps.flatten(1)[:, :, None, None]
+            keys[:, self._starts[index] : self._starts[index + 1]] = uk.spatial_argmax(maps)
+
+        with torch.inference_mode(), canonical_settings(self.device):
+            self._taps.run(batch, read)
+        return keys
+
+    def prepare(self, shape: tuple[int, int, int]) -> None:
+        """For inputs [C, H, W]: which layers, how large, what their neurons see; and an empty state for them."""
+        self._shape = list(shape)
+        with canonical_settings(self.device):
+            examination = Examination(self.model, torch.zeros(1, *shape, device=self.device))
+        self.layers = [examination.layer(name) for name in examination.select(self._patterns)]
+        units = [_units(layer, self.unit) for layer in self.layers]
+        self._starts = np.concatenate([[0], np.cumsum(units)]).tolist()
+        self._refuse_what_does_not_fit()
+        names = [layer.name for layer in self.layers]
+        self.fields = receptive_fields(self.model, names, shape)
+        self.state = uk.topk_state(self._starts[-1], self.k + 1, self.device)  # one more than k: is the k-th tied?
+        self._taps = self._stack.enter_context(Taps(self.model, names))
+
+    def _refuse_what_does_not_fit(self) -> None:
+        units = self._starts[-1]
+        need = units * 8 * 6 * (self.k + 1 + BATCH)  # the first merge sorts that many keys and ids a unit, thrice
+        free = _free_memory(self.device)
+        if need > free:
+            raise UnitvisError(
+                f"the state of {units:,} units needs {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+                f"name fewer layers, or rank channels instead of neurons"
+            )
+
+    def _check_independence(self, batch: Tensor, keys: Tensor) -> None:
+        """The first compute batch again, reversed: what does not come out the same is no response to an image."""
+        again = self._keys(batch.flip(0).contiguous(memory_format=torch.channels_last)).flip(0)
+        if torch.equal(keys, again):
+            return
+        first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
+        for layer, start, stop in zip(self.layers, self._starts, self._starts[1:], strict=False):
+            a, b = first[:, start:stop], second[:, start:stop]
+            if not torch.allclose(
+                a, b, rtol=1e-4, atol=1e-4 * float(a.nan_to_num(0, 0, 0).abs().max()), equal_nan=True
+            ):
+                raise UnitvisError(
+                    f"layer {layer.name!r} gives other responses when the same images come in another order: something "
+                    f"in the model mixes the images of a batch or draws at random (BatchNorm without running "
+                    f"statistics, active dropout); such responses cannot be ranked"
+                )
+        warnings.warn("on this device the last bits of responses depend on an image's place in its batch")
+
+    def result(self, images: object = None) -> Run:
+        """The run so far: float32 values, images, positions and boxes of the k winners of every unit.
+
+        images: whatever `scan` takes and can be read again by id, to cut patches from.
+        """
+        self.flush()
+        if self.images == 0:
+            raise UnitvisError("no image was recorded, so there is nothing to rank")
+        values, ids, positions = (part.cpu().numpy() for part in uk.topk_read(self.state))
+        nan = self.state[:, -2:].cpu().numpy()
+        tops = {}
+        for layer, start, stop in zip(self.layers, self._starts, self._starts[1:], strict=False):
+            part = slice(start, stop)
+            info = asdict(layer) | {"unit": self.unit, "units": stop - start}
+            info |= {"receptive_field": _field_info(self.fields[layer.name]), "effective_box": None}
+            info["nan"] = _nan_info(nan[part])
+            tops[layer.name] = self._top(layer, values[part], ids[part], positions[part], info)
+        run = Run(tops, self._manifest(tops), {})
+        if images is not None:
+            run.attach(open_source(images, self.transform))
+        return run
+
+    def _top(self, layer: Layer, values: Any, ids: Any, flat: Any, info: dict[str, Any]) -> LayerTop:
+        k = self.k
+        tied = (ids[:, k] >= 0) & (values[:, k] == values[:, k - 1])
+        values, ids, flat = values[:, :k], ids[:, :k], flat[:, :k]
+        channels = np.arange(len(ids))[:, None]
+        if self.unit == "neuron":  # the unit is the position
+            channels, flat = channels // (layer.height * layer.width), channels % (layer.height * layer.width)
+        channels, flat, blank = np.broadcast_arrays(channels, flat, ids < 0)
+        positions = np.stack([flat // layer.width, flat % layer.width], axis=-1).astype(np.int32)
+        positions[blank] = -1
+        boxes = np.zeros((*ids.shape, 4), np.int32)
+        live = ~blank
+        boxes[live] = self.fields[layer.name].boxes(channels[live], positions[live][:, 0], positions[live][:, 1])
+        status = np.where(tied, TIED, SEPARATED)
+        return LayerTop(layer.name, values, ids, positions, boxes, status, info)
+
+    def _manifest(self, tops: dict[str, LayerTop]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": describe_model(self.model),
+            "input": self._shape,
+            "layers": {name: top.info for name, top in tops.items()},
+            "k": self.k,
+            "unit": self.unit,
+            "precision": "fp32",
+            "images": self.images,
+            "failures": [],
+            "source": {"kind": "recorder"},
+            "transform": self.transform.to_json() if self.transform else None,
+            "fingerprint": fingerprint(self.device),
+            "seconds": {"scan": round(time.time() - self._started, 3)},
+            "warnings": [w for top in tops.values() if (w := _saturation(top))],
+        }
+
+
+def _on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
+    """The model where it is to run, in float32: itself where it is so already, else a copy."""
+    tensors = [*model.parameters(), *model.buffers()]
+    own = tensors[0].device if tensors else torch.device("cpu")
+    try:
+        wanted = own if device is None else torch.device(device)
+    except RuntimeError:
+        raise UnitvisError(f"device {device!r} is unknown; give cpu, cuda or cuda:1") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise UnitvisError(f"device {str(device)!r} is not there ({torch.cuda.device_count()} GPUs); give cpu, or none")
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = torch.device("cuda", torch.cuda.current_device())
+    foreign = any(t.device != wanted or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors)
+    return (copy.deepcopy(model).to(wanted, torch.float32) if foreign else model), wanted
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except OSError:  # only Linux tells; elsewhere the allocation itself has to
+        return float("inf")
+
+
+def _units(layer: Layer, unit: str) -> int:
+    return layer.channels * (layer.height * layer.width if unit == "neuron" else 1)
+
+
+def _field_info(field: ReceptiveField) -> dict[str, Any]:
+    return {
+        "size": list(field.size),
+        "stride": list(field.stride) if field.stride else None,
+        "whole_image": field.whole_image,
+        "method": field.method,
+        "note": field.note,
+    }
+
+
+def _nan_info(nan: Any) -> dict[str, int] | None:
+    """How many responses were NaN, of how many units, and the first image with one; nan: [units, 2]."""
+    if not nan[:, 0].any():
+        return None
+    return {"responses": int(nan[:, 0].sum()), "units": int((nan[:, 0] > 0).sum()), "first_image": int(nan[:, 1].min())}
+
+
+def _saturation(top: LayerTop) -> str | None:
+    """A warning where a layer that takes a convolution's output reaches one same largest value again and again."""
+    full = top.fired.all(axis=1)
+    if top.info["fed_by"] is None or top.values.shape[1] < 2 or not full.any():
+        return None
+    flat = top.values[full, 0] == top.values[full, -1]
+    if flat.mean() < 0.1:
+        return None
+    return (
+        f"layer {top.name!r} saturates: in {flat.mean():.0%} of its units all {top.values.shape[1]} winners have the "
+        f"same value (up to {top.values[full, 0][flat].max():g}); rank what goes into it: layer {top.info['fed_by']!r}"
+    )
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What the manifest says of a model: its class, its number of parameters, and a hash of all its tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"class": type(model).__name__, "parameters": parameters, "weights": digest.hexdigest()}
+
+
+def fingerprint(device: torch.device) -> dict[str, str]:
+    """What the last bits of a response depend on besides model and image."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": device.type, "hardware": hardware, "torch": torch.__version__, "layout": "channels_last"}

@@ -1,0 +1,239 @@
+"""A run: what a scan found, in memory and as a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import urllib.parse
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unitvis.errors import UnitvisError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from unitvis.sources import Source
+
+FORMAT = 1
+SEPARATED, TIED, UNSEPARATED = "separated", "tied", "unseparated"
+ARRAYS = ("values", "images", "positions", "boxes", "status")
+
+
+@dataclass(frozen=True)
+class LayerTop:
+    """The top-k of one layer's units."""
+
+    name: str
+    values: NDArray[np.float32]  # [units, k], descending; NaN where blank
+    images: NDArray[np.int64]  # [units, k]; -1 where blank
+    positions: NDArray[np.int32]  # [units, k, 2]: row, column; -1 where blank
+    boxes: NDArray[np.int32]  # [units, k, 4]: left, top, right, bottom in model-input pixels; 0 where blank
+    status: NDArray[np.str_]  # [units]: separated | tied | unseparated
+    info: Mapping[str, Any]  # the layer's entry in the manifest
+
+    @property
+    def separated(self) -> NDArray[np.bool_]:
+        """[units]: the k winners are exactly brute force's."""
+        return self.status == SEPARATED
+
+    @property
+    def fired(self) -> NDArray[np.bool_]:
+        """[units, k]: not blank, and above 0 where the layer feeds a ReLU and nothing else."""
+        floor = 0.0 if self.info["feeds_relu"] else -np.inf
+        return (self.images >= 0) & ((self.values > floor) | (floor < 0))
+
+    @property
+    def dead(self) -> NDArray[np.bool_]:
+        """[units]: there are responses, and not even the strongest gets through the ReLU that follows."""
+        return (self.images[:, 0] >= 0) & ~self.fired[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+class Run:
+    """The top-k of every scanned layer: `run["features.10"].values`, `run.tile("features.10", 7)`."""
+
+    def __init__(
+        self,
+        tops: Mapping[str, LayerTop],
+        manifest: dict[str, Any],
+        records: Mapping[int, dict[str, Any]],
+        source: Source | None = None,
+    ) -> None:
+        self.tops, self.manifest, self.records = dict(tops), manifest, dict(records)
+        self._source = source
+
+    def __getitem__(self, layer: str) -> LayerTop:
+        if layer not in self.tops:
+            raise UnitvisError(f"the run has no layer {layer!r}; it has {', '.join(self.tops)}")
+        return self.tops[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tops)
+
+    def __len__(self) -> int:
+        return len(self.tops)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names, in the order of the forward pass."""
+        return list(self.tops)
+
+    @property
+    def winners(self) -> NDArray[np.int64]:
+        """The ids of all images that hold a place somewhere, ascending."""
+        ids = np.unique(np.concatenate([top.images.ravel() for top in self.tops.values()]))
+        return ids[ids >= 0]
+
+    @property
+    def source(self) -> Source:
+        """Where the pictures come from; opened again from the manifest if need be."""
+        if self._source is None:
+            from unitvis.sources import reopen_source
+
+            self._source = reopen_source(self.manifest["source"], self.manifest["transform"])
+        return self._source
+
+    def attach(self, source: Source) -> None:
+        """Say where the pictures come from, and keep what is known of each winner's image."""
+        self._source = source
+        self.manifest["source"] = source.describe()
+        if source.rereadable:
+            self.records = {image: source.record(image) for image in self.winners.tolist()}
+
+    def set_effective_box(self, layer: str, side: int | None) -> None:
+        """Keep the side of a layer's effective box, in model-input pixels; None where it has none."""
+        self.manifest["layers"][layer]["effective_box"] = side
+
+    def patch(self, layer: str, unit: int, rank: int, *, crop: str | None = None, size: int = 96) -> Image.Image:
+        """One winner's patch, `size` pixels high and wide. crop: rf, effective or image; None: as the sheet does."""
+        from unitvis import sheets
+
+        return sheets.patch(self, layer, unit, rank, crop=crop, size=size)
+
+    def tile(self, layer: str, unit: int, *, crop: str | None = None, size: int = 96) -> Image.Image:
+        """A unit's patches as a 3x3 tile, strongest first; `size` is one patch's."""
+        from unitvis import sheets
+
+        return sheets.tile(self, layer, unit, crop=crop, size=size)
+
+    def sheet(
+        self, layer: str, units: list[int] | None = None, *, crop: str | None = None, size: int | None = None
+    ) -> Image.Image:
+        """A page of tiles with unit numbers and values; all units by default."""
+        from unitvis import sheets
+
+        return sheets.sheet(self, layer, units, crop=crop, size=size)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the run into a folder: a new one, or (with `overwrite`) one that holds a run already."""
+        return self.write(check_output(path, overwrite=overwrite))
+
+    def write(self, folder: Path) -> Path:
+        """Write manifest.json, top.npz and images.jsonl into a folder that `check_output` gave, the manifest last: a
+        run is there only once all three are.
+        """
+        (folder / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "sheets", ignore_errors=True)
+        arrays = {f"{name}/{key}": getattr(top, key) for name, top in self.tops.items() for key in ARRAYS}
+        with replacing(folder / "top.npz") as target, open(target, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        with replacing(folder / "images.jsonl") as target, open(target, "w", encoding="utf-8") as file:
+            for _, record in sorted(self.records.items()):
+                file.write(json.dumps(record) + "\n")
+        with replacing(folder / "manifest.json") as target:
+            target.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+        return folder
+
+    def __repr__(self) -> str:
+        units = sum(len(top) for top in self.tops.values())
+        return (
+            f"<Run: {units} units of {len(self)} layers, top {self.manifest['k']} of {self.manifest['images']} images>"
+        )
+
+
+def load(path: str | Path, images: object = None) -> Run:
+    """Read a run folder. `images`: the images that were scanned, where the manifest's own path no longer holds."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    try:
+        with open(folder / "top.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            tops = {
+                name: LayerTop(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
+                for name, info in manifest["layers"].items()
+            }
+        lines = (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()
+        records = {record["id"]: record for record in map(json.loads, lines)}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UnitvisError(f"{folder} is not a whole run ({error}); scan again with --overwrite") from error
+    source = None
+    if images is not None:
+        from unitvis.sources import open_source
+        from unitvis.transform import Transform
+
+        transform = manifest["transform"]
+        source = open_source(images, Transform.from_json(transform) if transform else None)
+    return Run(tops, manifest, records, source)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder, its format checked."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnitvisError(f"{folder} is not a run: there is no {path.name} in it") from None
+    except ValueError as error:
+        raise UnitvisError(f"{path} is damaged: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise UnitvisError(f"{path} has format {manifest.get('format')}; this version of unitvis reads format {FORMAT}")
+    return manifest
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The folder, made if need be, that a run can be written into; it is asked before a scan, not after.
+
+    A run that is there stays there until the new one is saved; a folder that holds anything else is never touched.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise UnitvisError(f"{folder} is a file; a run is a folder: give another path")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "manifest.json").exists():
+            raise UnitvisError(f"{folder} is not empty and holds no run, so it is not overwritten; give another path")
+        if not overwrite:
+            raise UnitvisError(f"{folder} holds a run already; give another path, or overwrite it (--overwrite)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UnitvisError(f"cannot write into {folder}: {error.strerror}; give another path") from error
+    return folder
+
+
+def file_name(layer: str) -> str:
+    """The layer's name as the name of a file: whatever a file system might mind is percent-encoded."""
+    return urllib.parse.quote(layer, safe=" ")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` only when all of it is written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

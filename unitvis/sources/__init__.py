@@ -1,0 +1,104 @@
+"""Where images come from: one way in for everything a user may hand over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from unitvis.errors import UnitvisError
+from unitvis.sources.arrays import ArraySource
+from unitvis.sources.base import Batch, Failure, Source
+from unitvis.sources.files import FileSource, folder_source, is_image_name, list_source, paths_source
+from unitvis.sources.streams import DatasetSource, LoaderSource, StreamSource, first_of, loader_source
+from unitvis.transform import Transform
+
+__all__ = [
+    "ArraySource",
+    "Batch",
+    "DatasetSource",
+    "Failure",
+    "FileSource",
+    "LoaderSource",
+    "Source",
+    "StreamSource",
+    "open_source",
+    "reopen_source",
+]
+
+_WANTED = (
+    "a folder, a .txt list of paths, a .npy array, a tensor or array (uint8 [N, H, W, 3] or normalised float "
+    "[N, C, H, W]), a Dataset, a DataLoader or an iterable of batches"
+)
+
+
+def open_source(
+    images: Any, transform: Transform | None = None, *, on_error: str = "skip", allow_truncated: bool = False
+) -> Source:
+    """The images as a Source; nothing is read yet but the names.
+
+    images: a folder (searched through, sorted), a .txt list (one path a line, relative to the list), a .npy file, a
+        list of paths, a tensor or array (uint8 [N, H, W, 3] or float [N, C, H, W], taken as already normalised), a
+        map-style dataset or sequence of images, a DataLoader that keeps the order, or an iterable of batches. An item
+        or batch may be a tuple or dict, of which the first entry counts.
+    transform: what turns pixels into the model's input; image files, PIL images and uint8 need one.
+    on_error: "skip" lists an image that cannot be used in `failures`, "raise" stops at it.
+    allow_truncated: take what is there of files that end early.
+    Raises UnitvisError for what cannot be opened.
+    """
+    if isinstance(images, Source):
+        return images
+    if isinstance(images, str | os.PathLike):
+        path = os.fsdecode(images)
+        return _open_path(path, transform, on_error=on_error, allow_truncated=allow_truncated)
+    if isinstance(images, np.ndarray | Tensor):
+        return ArraySource(images, transform, on_error=on_error)
+    if isinstance(images, DataLoader):
+        return loader_source(images, transform, on_error=on_error)
+    if isinstance(images, list | tuple) and images:
+        if all(isinstance(one, str | os.PathLike) for one in images):
+            return paths_source(images, transform, on_error=on_error, allow_truncated=allow_truncated)
+        if getattr(first_of(images[0]), "ndim", 3) == 4:
+            return StreamSource(images, transform, on_error=on_error)
+    indexed = hasattr(images, "__getitem__") and hasattr(images, "__len__")
+    if indexed and not isinstance(images, IterableDataset | Mapping | bytes | bytearray):
+        return DatasetSource(images, transform, on_error=on_error)
+    if isinstance(images, Iterable) and not isinstance(images, Mapping | bytes | bytearray | Image.Image):
+        return StreamSource(images, transform, on_error=on_error)
+    hint = "; a map-style dataset needs __len__" if hasattr(images, "__getitem__") else ""
+    raise UnitvisError(f"no images can be read from {type(images).__name__}{hint}; give {_WANTED}")
+
+
+def reopen_source(description: Mapping[str, Any], transform: Mapping[str, Any] | None) -> Source:
+    """The source that `describe` and `Transform.to_json` tell of, where it has a path to find it by."""
+    if description.get("path") is None:
+        raise UnitvisError(f"the images came from a {description['kind']}, which has no path; give them as images=")
+    values = None if transform is None else Transform.from_json(transform)
+    try:
+        return open_source(description["path"], values, allow_truncated=description.get("allow_truncated", False))
+    except UnitvisError as error:
+        raise UnitvisError(f"the images of the run are not where they were: {error}; give them as images=") from error
+
+
+def _open_path(path: str, transform: Transform | None, *, on_error: str, allow_truncated: bool) -> Source:
+    ending = os.path.splitext(path)[1].lower()
+    if os.path.isdir(path):
+        return folder_source(path, transform, on_error=on_error, allow_truncated=allow_truncated)
+    if not os.path.exists(path):
+        raise UnitvisError(f"there is no file or folder {path!r}")
+    try:
+        if ending == ".txt":
+            return list_source(path, transform, on_error=on_error, allow_truncated=allow_truncated)
+        if ending == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return ArraySource(array, transform, on_error=on_error, path=os.path.abspath(path))
+    except (OSError, ValueError, EOFError) as error:
+        raise UnitvisError(f"cannot read {path!r}: {' '.join(str(error).split())}") from error
+    if is_image_name(path):
+        raise UnitvisError(f"{path!r} is one image; give the folder that holds it, or a .txt list with its path")
+    raise UnitvisError(f"{path!r} is neither a folder, a .txt list of paths nor a .npy array")
