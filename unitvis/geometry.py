@@ -161,7 +161,7 @@ def regrouped(reach: Reach, channels: int, groups: int, outputs: int) -> Reach:
     bounds = reach.bounds
     if bounds.shape[2] == 1:
         return reach
-    bounds = bounds.unflatten(2, (groups, channels // groups)).amax(3)
+    bounds = torch.unflatten(bounds, 2, (groups, channels // groups)).amax(3)
     bounds = bounds.repeat_interleave(outputs // groups, 2)
     return replace(reach, bounds=collapse(bounds, [1]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from unitvis.errors import UnitvisError
 from unitvis.geometry import Reach, source
 from unitvis.geometry_ops import Call, Operand, Unsupported, carry
 
+_map_nodes: Any = fx.node.map_arg  # its declared type knows of nodes mapped to nodes only
 Axes = tuple[Reach, Reach, Reach]  # images, rows, columns
 
 
@@ -107,7 +109,7 @@ class _Walk:
         values = [v for v in value if isinstance(v, Tensor)] if isinstance(value, list | tuple) else [value]
         results = []
         for axis in range(3):
-            operands = fx.node.map_arg(args, lambda origin, axis=axis: self._operand(origin, axis))
+            operands = _map_nodes(args, partial(self._operand, axis=axis))
             result = carry(Call(func, operands, tuple(values[0].shape), values[0].dtype))
             results.append([result] if isinstance(result, Reach) else list(result))
         first, last = results[0][0].bounds[:2]

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +104,9 @@ def _library(module: str, package: str) -> Any:
 
 def _made(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
-        return build()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about how weights are drawn that are replaced or random
+            return build()
     except Exception as error:
         raise UnitvisError(
             f"{spec} could not be made ({type(error).__name__}: {first_line(error)}); pretrained weights are "

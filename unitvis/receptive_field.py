@@ -129,12 +129,12 @@ def _input_shape(input_size: InputSize) -> tuple[int, int, int]:
 
 
 def _checked(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """The layers, each once."""
+    """The layers, each once, as plain strings: numpy's do not survive the code that a trace generates."""
     names = dict(model.named_modules())
     for layer in layers:
         if layer not in names:
             raise UnitvisError(f"the model has no layer {layer!r}; its layers are the names of named_modules()")
-    return list(dict.fromkeys(layers))
+    return list(dict.fromkeys(map(str, layers)))
 
 
 def _twin(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

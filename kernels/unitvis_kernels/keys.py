@@ -7,10 +7,14 @@ largest value at the lowest flattened position, in whatever order keys are compa
 words only: the low word is a position and says nothing about who comes first.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from unitvis_kernels._triton import jit, tl
 
 POSITION_MASK = 0x7FFFFFFF
 BLANK = -(2**63)  # no response; below the key of -inf
@@ -32,3 +36,12 @@ def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     positions = POSITION_MASK - (keys & POSITION_MASK)
     blank = keys == BLANK
     return values.masked_fill(blank | (keys == NAN_KEY), torch.nan), positions.masked_fill(blank, -1)
+
+
+@jit
+def pack_block(values, positions):
+    """`pack` inside a kernel: int64 keys of float32 values and int32 positions."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - positions).to(tl.int64)
+    return tl.where(values != values, 0x7FFFFFFF7FFFFFFF, keys)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unitvis_kernels.keys import BLANK, NAN_KEY, pack
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for a tensor that is that and nothing else; a new tensor of the same layout is made with it."""
+    only_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if only_channels_last else torch.contiguous_format
+
+
 def spatial_argmax(x: Tensor) -> Tensor:
     # `max` returns the first of equal values and lets NaN through, which is the order of the keys.
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    if memory_format(x) == torch.channels_last:
         values, positions = x.permute(0, 2, 3, 1).flatten(1, 2).max(dim=1)  # reads [N, H*W, C] without a copy
     else:
         values, positions = x.flatten(2).max(dim=2)
@@ -46,3 +53,30 @@ def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
     merged_ids.masked_fill_(merged_keys == BLANK, -1)
     state[changed, :k] = merged_keys[:, :k]
     state[changed, k : 2 * k] = merged_ids[:, :k]
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return x
+    x = x.masked_fill(x <= 0, 0.0)  # -0.0 becomes +0.0, NaN stays
+    return x.clamp_max(6) if activation == "relu6" else x
+
+
+def epilogue(
+    x: Tensor, bias: Tensor | None, activation: str | None, pool: list[int], key_after: bool
+) -> tuple[Tensor, Tensor]:
+    # What a convolution with a bias would have stored: the sum in float32, rounded once to the map's own dtype.
+    v = x if bias is None else (x.float() + bias.float()[:, None, None]).to(x.dtype)
+    y = activate(v, activation)
+    keys = spatial_argmax(y if key_after else v)
+    if pool:
+        window, stride, padding = pool
+        y = F.max_pool2d(y, window, stride, padding) + 0.0  # which zero a maximum is, depends on the implementation
+    return keys, torch.empty_like(y, memory_format=memory_format(x)).copy_(y)
+
+
+def normalize(x: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
+    # All three are tensors: a GPU divides by a plain number through its reciprocal, which rounds otherwise.
+    scale, shift, width = (torch.tensor(v, dtype=torch.float32, device=x.device) for v in ([255.0] * 3, mean, std))
+    y = ((x.float() / scale - shift) / width).to(dtype)  # [N, H, W, 3]
+    return y.contiguous().permute(0, 3, 1, 2)

@@ -1,12 +1,146 @@
 """spatial_argmax: the largest response of every channel to every image, and where it is."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
 from __future__ import annotations
+
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unitvis_kernels import reference
-from unitvis_kernels.keys import POSITION_MASK
+from unitvis_kernels._triton import HAS_TRITON, TARGET_PROGRAMS, Launch, jit, next_power_of_2, tl
+from unitvis_kernels.keys import BLANK, POSITION_MASK, pack_block
+
+# Both kernels keep, in every lane of a tile, the largest value and the number of the step that brought it; keys are
+# built once, after the loop. A lane sees its pixels in ascending order and takes a value only if it is larger, so it
+# holds its lowest position. A lane that never saw more than -inf says "-inf at position 0", which is right if the
+# whole map is -inf and loses otherwise: padding needs no other care.
+
+
+@jit
+def _keep(best, step, x, i):
+    step = tl.where(x > best, i, step)
+    return tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL), step
+
+
+@jit
+def _store(p_keys, keys, m, SPLITS: tl.constexpr):
+    if SPLITS == 1:
+        tl.store(p_keys, keys, mask=m)
+    else:
+        tl.atomic_max(p_keys, keys, mask=m, sem="relaxed")  # the largest key wins in whatever order
+
+
+@jit
+def _edge(p_x, o, head, L, stop, best, step, i):
+    # The mask changes only between vectors, so that loads stay whole; what is not of the row goes afterwards.
+    x = tl.load(p_x, mask=o < stop, other=-float("inf")).to(tl.float32)
+    x = tl.where((o >= head) & (o < head + L), x, -float("inf"))
+    return _keep(best, step, x, i)
+
+
+@jit
+def _rows_kernel(
+    x,  # [R, L], float32 | float16 | bfloat16, contiguous; aligned to VECTOR elements
+    keys,  # [R], int64; holds BLANK where SPLITS > 1
+    R,
+    L,
+    VECTOR: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BR: tl.constexpr,
+    BL: tl.constexpr,
+):
+    i_r, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    o_r = i_r.to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
+    start = tl.minimum(o_r, R - 1) * L
+    aligned = start // VECTOR * VECTOR
+    head = (start - aligned).to(tl.int32)[:, None]  # elements of the row before, in this row's first vector
+    stop = (head + L + VECTOR - 1) // VECTOR * VECTOR
+    o_l = tl.arange(0, BL)[None, :]  # [1, BL]
+    p_x = x + aligned[:, None] + o_l  # [BR, BL]
+
+    steps = tl.cdiv(L + VECTOR - 1, BL)
+    whole = L // BL  # steps 1 to whole - 1 lie inside every row
+    share = tl.cdiv(steps, SPLITS)
+    first, last = i_s * share, tl.minimum(i_s * share + share, steps)
+
+    best = tl.full([BR, BL], -float("inf"), tl.float32)
+    step = tl.full([BR, BL], -1, tl.int32)
+    if first == 0:
+        best, step = _edge(p_x, o_l, head, L, stop, best, step, 0)
+    for i in range(tl.maximum(first, 1), tl.minimum(last, whole)):
+        best, step = _keep(best, step, tl.load(p_x + i * BL).to(tl.float32), i)
+    for i in range(tl.maximum(first, tl.maximum(whole, 1)), last):
+        best, step = _edge(p_x + i * BL, o_l + i * BL, head, L, stop, best, step, i)
+
+    position = tl.where(step < 0, 0, step * BL + o_l - head)
+    _store(keys + o_r, tl.max(pack_block(best, position), axis=1), o_r < R, SPLITS)
+
+
+@jit
+def _pixels_kernel(
+    x,  # [N, P, C], float32 | float16 | bfloat16, contiguous
+    keys,  # [N, C], int64; holds BLANK where SPLITS > 1
+    P,
+    groups,  # C // ALIGN: so the compiler knows that ALIGN divides C
+    ALIGN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    C = groups * ALIGN
+    blocks = tl.cdiv(C, BC)
+    i_s, i_c = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS % blocks
+    i_n = (tl.program_id(0) // SPLITS // blocks).to(tl.int64)
+    o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+    m_c = o_c < C
+    o_p = tl.arange(0, BP)[:, None]  # [BP, 1]
+
+    steps = tl.cdiv(P, BP)
+    share = tl.cdiv(steps, SPLITS)
+    first, last = i_s * share, tl.minimum(i_s * share + share, steps)
+    p_x = x + (i_n * P + first.to(tl.int64) * BP) * C + (o_p.to(tl.int64) * C + o_c[None, :])  # [BP, BC]
+
+    best = tl.full([BP, BC], -float("inf"), tl.float32)
+    step = tl.full([BP, BC], -1, tl.int32)
+    for i in range(first, last):
+        v = tl.load(p_x, mask=m_c[None, :] & (o_p + i * BP < P), other=-float("inf")).to(tl.float32)
+        best, step = _keep(best, step, v, i)
+        p_x += BP * C.to(tl.int64)
+
+    position = tl.where(step < 0, 0, step * BP + o_p)
+    _store(keys + i_n * C + o_c, tl.max(pack_block(best, position), axis=0), m_c, SPLITS)
+
+
+def splits_for(programs: int, steps: int) -> int:
+    """How many programs share a reduction of so many steps: none has fewer than 8 steps for it."""
+    return max(1, min(-(-TARGET_PROGRAMS // programs), steps // 8))
+
+
+def plan(x: Tensor, keys: Tensor) -> Launch | None:
+    """The launch that fills `keys`; None for what has no kernel."""
+    N, C, H, W = x.shape
+    P = H * W
+    vector = 16 // x.element_size() if x.data_ptr() % 16 == 0 else 1
+    options: dict[str, Any] = {"num_warps": 4, "num_stages": 2}
+    if not x.numel() or P > 2**30:  # in-row offsets are int32
+        return None
+    if reference.memory_format(x) == torch.channels_last:
+        align, BC = gcd(C, vector), min(64, next_power_of_2(C))
+        BP = 2048 // BC
+        programs = N * -(-C // BC)
+        options |= {"ALIGN": align, "SPLITS": splits_for(programs, -(-P // BP)), "BP": BP, "BC": BC}
+        return Launch(_pixels_kernel, (programs * options["SPLITS"],), (x, keys, P, C // align), options)
+    if x.is_contiguous():
+        BL = 256 if P > 1024 else min(64, next_power_of_2(P + vector - 1))
+        BR = 2048 // BL
+        programs = -(-N * C // BR)
+        options |= {"VECTOR": vector, "SPLITS": splits_for(programs, -(-P // BL)), "BR": BR, "BL": BL}
+        return Launch(_rows_kernel, (programs * options["SPLITS"],), (x, keys, N * C, P), options)
+    return None
 
 
 @torch.library.custom_op("unitvis::spatial_argmax", mutates_args=())
@@ -19,11 +153,27 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
+def launch(x: Tensor, keys: Tensor | None = None) -> Tensor:
+    keys = x.new_empty(x.shape[:2], dtype=torch.int64) if keys is None else keys
+    planned = plan(x, keys)
+    if planned is None:
+        return reference.spatial_argmax(x)
+    if planned.options["SPLITS"] > 1:
+        keys.fill_(BLANK)
+    planned.run()
+    return keys
+
+
+if HAS_TRITON:
+    _spatial_argmax.register_kernel("cuda")(launch)
+
+
 def spatial_argmax(x: Tensor) -> Tensor:
     """Keys, int64 [N, C], of maps [N, C, H, W] in float32, float16 or bfloat16, any strides; see `unpack`.
 
     Of equal values the lowest flattened position (row * W + column) wins; -0.0 equals +0.0. A map with a NaN gets the
-    key `NAN_KEY`. Reads the map once. Raises ValueError for another dtype, rank or an empty map.
+    key `NAN_KEY`. Reads the map once; on a GPU the Triton kernels take contiguous and channels_last maps, other
+    strides go through the plain PyTorch operator. Raises ValueError for another dtype, rank or an empty map.
     """
     if x.ndim != 4:
         raise ValueError(f"spatial_argmax takes maps [N, C, H, W], not a tensor of shape {tuple(x.shape)}")

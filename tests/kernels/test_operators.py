@@ -8,8 +8,9 @@ import struct
 
 import pytest
 import torch
-import unitvis_kernels as uk
 from torch import Tensor
+
+import unitvis_kernels as uk
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

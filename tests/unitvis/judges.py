@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unitvis.errors import UnitvisError
-from unitvis.receptive_field import ReceptiveField
+from unitvis.receptive_field import ReceptiveField, receptive_fields
 from unitvis.taps import as_map
 
 
@@ -85,10 +86,53 @@ def some_neurons(field: ReceptiveField, random: np.random.Generator) -> list[Neu
 
 def leaky(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """With leaky ReLUs in place of ReLUs: a thin network has channels that are off whatever the image."""
-    monkeypatch.setattr(F, "relu", lambda x: F.leaky_relu(x, 0.5))
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.leaky_relu(x, 0.5, inplace))
     monkeypatch.setattr(F, "relu_", lambda x: F.leaky_relu_(x, 0.5))
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
                 setattr(module, name, nn.LeakyReLU(0.5, inplace=child.inplace))
     return model
+
+
+def check_by_perturbation(
+    model: nn.Module,
+    names: Iterable[str],
+    size: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    neurons: dict[str, list[Neuron]] | None = None,
+    tries: int = 6,
+) -> None:
+    """In float64: changing every pixel outside a neuron's box leaves it bit for bit what it was, and each border line
+    of the box, as far as it lies in the image, can change it. neurons: by layer; None: corners and some others.
+    """
+    model = leaky(model.eval().double(), monkeypatch)
+    random = np.random.default_rng(0)
+    torch.manual_seed(1)
+    fields = receptive_fields(model, list(names), size)
+    scales = torch.logspace(-1, 2, tries, dtype=torch.float64).view(-1, 1, 1, 1)
+    for name, field in fields.items():
+        assert field.method == "traced", field.note
+        for neuron in neurons[name] if neurons else some_neurons(field, random):
+            left, top, right, bottom = inside(field.boxes(*neuron), size)[0]
+            changed = torch.zeros(5, 1, 1, *size, dtype=torch.bool)  # outside, then the four border lines
+            changed[0] = True
+            changed[0, ..., top:bottom, left:right] = False
+            for line, (start, end) in enumerate(((top, top + 1), (bottom - 1, bottom)), 1):
+                changed[line, ..., start:end, left:right] = True
+            for line, (start, end) in enumerate(((left, left + 1), (right - 1, right)), 3):
+                changed[line, ..., top:bottom, start:end] = True
+            can = torch.zeros(4, dtype=torch.bool)
+            for _ in range(20):  # a maximum elsewhere may hide a line
+                image = torch.randn(1, tries, 3, *size, dtype=torch.float64).expand(5, -1, -1, -1, -1)
+                noise = torch.randn(1, tries, 3, *size, dtype=torch.float64) * scales
+                # Batches of the same size, compared slot by slot: there float64 keeps its bits.
+                before = responses(model, image.flatten(0, 1))[name][:, *neuron]
+                after = responses(model, torch.where(changed, noise, image).flatten(0, 1))[name][:, *neuron]
+                differs = (before != after).view(5, tries).any(1)
+                assert not differs[0], f"{name} {neuron} changed by a pixel outside"
+                can |= differs[1:]
+                if right == left or can.all():
+                    break
+            else:
+                pytest.fail(f"{name} {neuron}: top, bottom, left, right can change it: {can.tolist()}")

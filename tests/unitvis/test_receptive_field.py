@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from judges import all_boxes, inside, leaky, nan_boxes, places, responses, some_neurons
+from judges import all_boxes, check_by_perturbation, inside, nan_boxes, places, responses
 from unitvis.errors import UnitvisError
 from unitvis.receptive_field import probe_receptive_fields, receptive_field, receptive_fields
 from zoo import LOCAL, WHOLE, Case, alexnet, densenet, mobilenet_v1, resnet, vgg
@@ -27,38 +27,9 @@ def test_boxes_of_every_neuron_are_those_of_the_nan_oracle(case: Case) -> None:
 def test_pixels_outside_never_change_a_neuron_and_every_border_line_can(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = leaky(case.model().double(), monkeypatch)
-    random = np.random.default_rng(0)
-    torch.manual_seed(1)
+    model = case.model()
     names = places(model, case.size)
-    fields = receptive_fields(model, names, case.size)
-    tries = 6
-    scales = torch.logspace(-1, 2, tries, dtype=torch.float64).view(-1, 1, 1, 1)
-    for name in dict.fromkeys([names[-1], *random.choice(names, 2)]):
-        assert fields[name].method == "traced", fields[name].note
-        for neuron in some_neurons(fields[name], random):
-            left, top, right, bottom = inside(fields[name].boxes(*neuron), case.size)[0]
-            changed = torch.zeros(5, 1, 1, *case.size, dtype=torch.bool)  # outside, then the four border lines
-            changed[0] = True
-            changed[0, ..., top:bottom, left:right] = False
-            for line, (rows, columns) in enumerate(((top, top + 1), (bottom - 1, bottom)), 1):
-                changed[line, ..., rows:columns, left:right] = True
-            for line, (start, end) in enumerate(((left, left + 1), (right - 1, right)), 3):
-                changed[line, ..., top:bottom, start:end] = True
-            can = torch.zeros(4, dtype=torch.bool)
-            for _ in range(20):  # a maximum elsewhere may hide a line
-                image = torch.randn(1, tries, 3, *case.size, dtype=torch.float64).expand(5, -1, -1, -1, -1)
-                noise = torch.randn(1, tries, 3, *case.size, dtype=torch.float64) * scales
-                # Batches of the same size, compared slot by slot: there float64 keeps its bits.
-                before = responses(model, image.flatten(0, 1))[name][:, *neuron]
-                after = responses(model, torch.where(changed, noise, image).flatten(0, 1))[name][:, *neuron]
-                differs = (before != after).view(5, tries).any(1)
-                assert not differs[0], f"{name} {neuron} changed by a pixel outside"
-                can |= differs[1:]
-                if right == left or can.all():
-                    break
-            else:
-                pytest.fail(f"{name} {neuron}: top, bottom, left, right can change it: {can.tolist()}")
+    check_by_perturbation(model, {names[-1], *np.random.default_rng(0).choice(names, 2)}, case.size, monkeypatch)
 
 
 def test_boxes_of_winners_hold_all_that_excites_them() -> None:

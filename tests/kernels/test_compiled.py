@@ -1,0 +1,182 @@
+"""The kernels compiled ahead of time, as the operators launch them, for chips that need not be here.
+
+A driver that only names its target stands in for the real one, so Triton specialises the very arguments of `plan`.
+The gates hold for the pinned Triton; another version may lower the same kernel to other instructions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unitvis_kernels as uk
+from unitvis_kernels._triton import Launch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("an interpreted kernel does not compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+argmax, topk, epilogue, normalize = (
+    sys.modules[f"unitvis_kernels.{name}"] for name in ("spatial_argmax", "topk_merge", "epilogue", "normalize")
+)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+def maps(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def rows(dtype: torch.dtype, *shape: int) -> Launch:
+    x = maps(shape, dtype, torch.contiguous_format)
+    return argmax.plan(x, x.new_empty(shape[:2], dtype=torch.int64))
+
+
+def pixels(dtype: torch.dtype, *shape: int) -> Launch:
+    x = maps(shape, dtype, torch.channels_last)
+    return argmax.plan(x, x.new_empty(shape[:2], dtype=torch.int64))
+
+
+def merge(k: int, images: int, kind: str = "") -> Launch:
+    state = uk.topk_state(1152, k, device="meta")
+    if kind == "state":
+        return topk.plan(state, state[:, :k].T, state[:, k : 2 * k].T)
+    ids = state.new_empty((images, 1152) if kind == "ids [N, C]" else (images,))
+    return topk.plan(state, state.new_empty(images, 1152), ids)
+
+
+def after(dtype: torch.dtype, *pool: int, bias: bool = True, key_after: bool = False) -> Launch:
+    x = maps((256, 64, 56, 56), dtype, torch.channels_last)
+    b = x.new_empty(64) if bias else None
+    return epilogue.plan(x, b, "relu", pool, key_after, *epilogue.outputs(x, pool))
+
+
+def pixels_in(dtype: torch.dtype) -> Launch:
+    x = torch.empty(256, 224, 224, 3, dtype=torch.uint8, device="meta")
+    return normalize.plan(x, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), x.new_empty(x.shape, dtype=dtype))
+
+
+# name: (launch, whether its loads must be 128 bits wide)
+KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
+    "argmax nchw fp16 55x55": (lambda: rows(HALF, 256, 64, 55, 55), True),
+    "argmax channels_last fp16": (lambda: pixels(HALF, 256, 64, 55, 55), True),
+    "argmax channels_last bf16 7x7": (lambda: pixels(BF16, 256, 512, 7, 7), True),
+    "argmax channels_last fp32, 24 channels, split": (lambda: pixels(FLOAT, 8, 24, 112, 112), True),
+    "topk k=9": (lambda: merge(9, 256), True),
+    "topk k=32": (lambda: merge(32, 256), True),
+    "topk k=9, a state": (lambda: merge(9, 9, "state"), False),
+    "epilogue fp16": (lambda: after(HALF), True),
+    "epilogue fp16 pool 2 2": (lambda: after(HALF, 2, 2, 0), True),
+    "epilogue fp16 pool 3 2": (lambda: after(HALF, 3, 2, 0), True),
+    "normalize fp16": (lambda: pixels_in(HALF), True),
+}
+MORE: dict[str, tuple[Callable[[], Launch], bool]] = {
+    **{f"argmax nchw {d} {s}": (lambda d=d, s=s: rows(d, *s), True) for d in (HALF, BF16, FLOAT)
+       for s in ((256, 64, 55, 55), (64, 512, 7, 7), (1, 64, 224, 224), (256, 64, 1, 1))},
+    **{f"argmax channels_last {d} {s}": (lambda d=d, s=s: pixels(d, *s), True) for d in (HALF, BF16, FLOAT)
+       for s in ((256, 64, 55, 55), (64, 512, 7, 7), (1, 64, 224, 224), (8, 24, 30, 30))},
+    **{f"topk k={k}": (lambda k=k: merge(k, 256), k <= 64) for k in (1, 10, 16, 40, 64, 300, 1024)},
+    "topk k=9, N=16": (lambda: merge(9, 16), True),
+    "topk k=9, ids [N, C]": (lambda: merge(9, 64, "ids [N, C]"), False),
+    **{f"epilogue {d} {p}": (lambda d=d, p=p: after(d, *p), True) for d in (HALF, BF16, FLOAT)
+       for p in ((), (2, 2, 0), (3, 2, 0), (3, 2, 1))},
+    **{f"epilogue {p}, key after": (lambda p=p: after(HALF, *p, key_after=True), True) for p in ((), (3, 2, 1))},
+    **{f"normalize {d}": (lambda d=d: pixels_in(d), True) for d in (BF16, FLOAT)},
+}  # fmt: skip
+# Instructions an element in the main loop, on sm_90; what memory allows is about 13.8 for a 2-byte element.
+LIMITS = {"argmax nchw fp16 55x55": 5.5, "argmax channels_last fp16": 6.0}
+
+
+class Stub:
+    def __init__(self, target: GPUTarget, device: int) -> None:
+        self.target, self.device = target, device
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(launch: Launch, name: str, patch: pytest.MonkeyPatch) -> Any:
+    target = TARGETS[name][0]
+    options = {k: v for k, v in launch.options.items() if k != "maxnreg" or target.backend == "cuda"}
+    patch.setattr(triton.runtime.driver, "_active", Stub(target, 1000 + list(TARGETS).index(name)))
+    return launch.kernel.warmup(*launch.args, grid=launch.grid, **options)
+
+
+def tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def loop_bodies(sass: str) -> list[list[str]]:
+    """The instructions between each label and a later branch back to it."""
+    at: dict[str, int] = {}
+    code: list[str] = []
+    bodies = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            at[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+            back = re.search(r"BRA\S* .*?`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in at:
+                bodies.append([i for i in code[at[back[1]] :] if not i.startswith("NOP")])
+    return bodies
+
+
+def check(name: str, launch: Launch, wide: bool, target: str, tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    kernel = compiled(launch, target, patch)
+    assert kernel.metadata.shared <= TARGETS[target][1]
+    if target == "gfx942":
+        assembly = kernel.asm["amdgcn"]
+        assert set(re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)) == {"0"}  # scalars spill into vector lanes
+        assert not wide or "load_dwordx4" in assembly
+        return
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin))))
+    sass = tool("nvdisasm", "-c", str(cubin))
+    bodies = [body for body in loop_bodies(sass) if any("LDG" in i for i in body)]
+    print(f"{name} | {target} | {usage['REG']} registers | {kernel.metadata.shared} B shared", end="")
+    print(f" | loops of {sorted(len(body) for body in bodies)} instructions")
+    assert usage["STACK"] == usage["LOCAL"] == "0"
+    assert not wide or re.search(r"LDG\.E\.(\w+\.)*128", sass)
+    if target == "sm_90" and name in LIMITS:
+        shortest = min(bodies, key=len)
+        elements = 8 * sum("LDG" in i and "128" in i for i in shortest)
+        assert 0 < len(shortest) / elements <= LIMITS[name]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_without_spills(name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, wide = KERNELS[name]
+    check(name, launch(), wide, target, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", MORE)
+def test_every_variant_compiles(name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, wide = MORE[name]
+    check(name, launch(), wide, target, tmp_path, monkeypatch)

@@ -1,0 +1,150 @@
+"""epilogue and normalize against brute force, and every operator's registration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import unitvis_kernels as uk
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def conv_output(dtype: torch.dtype = torch.float32, layout: str = "nchw") -> Tensor:
+    x = torch.randn(2, 4, 7, 6, generator=torch.Generator().manual_seed(0)) * 4
+    x[0, 1] = -x[0, 1].abs()
+    x[1, 0] = 0.0
+    x[1, 2, 3, 4] = math.nan
+    return x.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_epilogue_is_the_chain_of_layers(dtype: torch.dtype, layout: str) -> None:
+    x = conv_output(dtype, layout)
+    layers = {None: lambda t: t, "relu": F.relu, "relu6": F.relu6}
+    biases = (None, torch.tensor([0.3, -2.0, 1e-3, 0.0]).to(dtype))
+    pools = (None, (2, 2), (3, 2), (3, 2, 1), (1, 2), (2, 3))
+    for activation, bias, pool, key_after in itertools.product(layers, biases, pools, (False, True)):
+        keys, y = uk.epilogue(x, bias, activation, pool, key_after=key_after)
+        v = x if bias is None else x + bias[:, None, None]
+        a = layers[activation](v)
+        want = a if pool is None else F.max_pool2d(a, *pool)
+        assert torch.equal(y.nan_to_num(99), want.nan_to_num(99))
+        assert torch.equal(keys, uk.spatial_argmax((a if key_after else v) + 0.0))
+        assert y.is_contiguous(memory_format=LAYOUTS[layout])
+        assert y.data_ptr() != x.data_ptr()
+        assert activation is None or not (y == 0).logical_and(y.signbit()).any()
+
+
+def test_the_key_is_of_the_stored_value() -> None:
+    x = torch.tensor([[[[2048.0, 2050.0]]]], dtype=torch.float16)  # with 1.5 both round to 2052 or 2050
+    keys, y = uk.epilogue(x, torch.tensor([-1.0]))  # 2047 and 2049 -> 2047, 2048
+    values, positions = uk.unpack(keys)
+    assert values.item() == y.max().item() == 2048
+    assert positions.item() == 1
+    tie, _ = uk.epilogue(torch.tensor([[[[4096.0, 4100.0]]]], dtype=torch.float16), torch.tensor([2.0**15]))
+    assert uk.unpack(tie)[1].item() == 0  # 36864 and 36868 are one number in float16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "gelu"}, "'gelu'"),
+        ({"bias": torch.zeros(3)}, "one float a channel"),
+        ({"bias": torch.zeros(4, dtype=torch.int64)}, "int64"),
+        ({"pool": (9, 2)}, "does not fit"),
+        ({"pool": (2, 2, 2)}, "does not fit"),
+        ({"pool": (2, 0)}, "does not fit"),
+    ],
+)
+def test_epilogue_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        uk.epilogue(conv_output(), **options)
+    with pytest.raises(ValueError, match="float64"):
+        uk.epilogue(conv_output().double())
+
+
+def ieee(value: float) -> float:
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def test_normalize_rounds_as_float32_does() -> None:
+    x = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 3).reshape(4, 8, 8, 3)
+    y = uk.normalize(x, MEAN, STD)
+    assert y.shape == (4, 3, 8, 8)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for c, value in itertools.product(range(3), range(256)):  # doubles, rounded after each step: exactly float32's own
+        want = ieee(ieee(ieee(value / 255) - ieee(MEAN[c])) / ieee(STD[c]))
+        assert y.permute(0, 2, 3, 1).reshape(256, 3)[value, c].item() == want
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(uk.normalize(x, MEAN, STD, dtype), y.to(dtype))
+        assert torch.equal(uk.normalize(x.flip(2)[:, 1:], MEAN, STD, dtype), y.to(dtype).flip(3)[:, :, 1:])
+
+
+def test_normalize_refuses() -> None:
+    x = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    for bad, message in (
+        ((x.float(), MEAN, STD), "float32"),
+        ((x[..., :2], MEAN, STD), "uint8"),
+        ((x, MEAN[:2], STD), "3 means"),
+        ((x, MEAN, (1, 0, 1)), "other than 0"),
+        ((x, MEAN, STD, torch.float64), "float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            uk.normalize(*bad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operators_are_registered_right(layout: str) -> None:
+    x, bias = conv_output(torch.float32, layout).nan_to_num(1.0), torch.ones(4)
+    for pool in ((), (3, 2, 1)):
+        for b, activation in ((None, None), (bias, "relu")):
+            torch.library.opcheck(torch.ops.unitvis.epilogue.default, (x, b, activation, pool, False))
+    pixels = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.unitvis.normalize.default, (pixels, MEAN, STD, torch.float16))
+
+
+def step(pixels: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
+    x = F.conv2d(uk.normalize(pixels, MEAN, STD), weight)
+    keys, y = uk.epilogue(x, bias, "relu", (2, 2))
+    uk.topk_merge_(state, keys, torch.arange(2))
+    return y
+
+
+def test_a_step_compiles_whole_and_keeps_to_fake_tensors() -> None:
+    g = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (2, 9, 8, 3), dtype=torch.uint8, generator=g)
+    weight, bias = torch.randn(4, 3, 3, 3, generator=g), torch.randn(4, generator=g)
+    eager, compiled = uk.topk_state(4, 2), uk.topk_state(4, 2)
+    want = step(pixels, weight, bias, eager)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(pixels, weight, bias, compiled)
+    assert torch.equal(want, got)
+    assert want.stride() == got.stride()
+    assert torch.equal(eager, compiled)
+    meta = [t.to("meta") for t in (pixels, weight, bias, eager)]
+    assert step(*meta).shape == want.shape
+    assert uk.normalize(meta[0], MEAN, STD).stride() == uk.normalize(pixels, MEAN, STD).stride()
+
+
+def test_operators_under_autocast_and_inference_mode() -> None:
+    x = conv_output(torch.float32, "channels_last")
+    want = uk.epilogue(x, torch.ones(4), "relu", (2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = uk.epilogue(x, torch.ones(4), "relu", (2, 2))
+    with torch.inference_mode():
+        frozen = uk.epilogue(x, torch.ones(4), "relu", (2, 2))
+        state = uk.topk_state(4, 2)
+        uk.topk_merge_(state, uk.spatial_argmax(x), torch.arange(2))
+    assert inside[1].dtype == torch.float32
+    for keys, y in (inside, frozen):
+        assert torch.equal(keys, want[0])
+        assert torch.equal(y.nan_to_num(9), want[1].nan_to_num(9))
+    assert (uk.topk_read(state)[1][0] >= 0).all()

@@ -1,0 +1,22 @@
+"""Runs `interpreted.py`, a group a process: Triton's interpreter must be chosen before the kernels are imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("group", ["argmax", "topk", "epilogue", "normalize"])
+def test_interpreted_kernels_equal_the_reference(group: str) -> None:
+    file = Path(__file__).with_name("interpreted.py")
+    command = [sys.executable, "-m", "pytest", str(file), "-k", f"test_{group}", "-p", "no:cacheprovider", "--tb=short"]
+    done = subprocess.run(
+        command, cwd=file.parents[2], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"

@@ -1,0 +1,1 @@
+"""What `unitvis demo` scans, offline: generated pictures and a small trained network."""
