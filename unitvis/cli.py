@@ -92,7 +92,8 @@ def _tell(run: Run) -> None:
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
     print(
         f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
-        f"({images / seconds['scan']:.0f} images/s), second pass {seconds['second_pass']:.1f} s: {told}"
+        f"({images / seconds['scan']:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
+        f"{seconds['second_pass']:.1f} s: {told}"
     )
     for name, top in run.tops.items():
         if nan := top.info["nan"]:

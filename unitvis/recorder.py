@@ -67,7 +67,7 @@ class Recorder:
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than a compute batch: (float images, ids)
         self._stack = ExitStack()
-        self._started = time.time()
+        self.preparation = 0.0  # seconds, once a model
 
     def __enter__(self) -> Self:
         self._stack.enter_context(evaluating(self.model))
@@ -131,17 +131,23 @@ class Recorder:
         self._take(keys[: len(ids)], ids)
         self.images += len(ids)
 
+    def _floor(self) -> Tensor | None:
+        """float32 [units]: what a response must reach to enter the top-k; NaN where there is room. None: all count."""
+        return uk.unpack(self.state[:, self.k])[0]
+
     def _take(self, keys: Tensor, ids: Tensor) -> None:
         uk.topk_merge_(self.state, keys, ids)
 
     def _keys(self, batch: Tensor) -> Tensor:
         """Keys [BATCH, units of all layers] of a compute batch."""
         keys = torch.empty(len(batch), self._starts[-1], dtype=torch.int64, device=self.device)
+        floor = self._floor()
 
         def read(index: int, maps: Tensor) -> None:
             if self.unit == "neuron":
                 maps = maps.flatten(1)[:, :, None, None]
-            keys[:, self._starts[index] : self._starts[index + 1]] = uk.spatial_argmax(maps)
+            units = slice(self._starts[index], self._starts[index + 1])
+            keys[:, units] = uk.spatial_argmax(maps, None if floor is None else floor[units])
 
         with torch.inference_mode(), canonical_settings(self.device):
             self._taps.run(batch, read)
@@ -149,6 +155,7 @@ class Recorder:
 
     def prepare(self, shape: tuple[int, int, int]) -> None:
         """For inputs [C, H, W]: which layers, how large, what their neurons see; and an empty state for them."""
+        start = time.perf_counter()
         self._shape = list(shape)
         with canonical_settings(self.device):
             examination = Examination(self.model, torch.zeros(1, *shape, device=self.device))
@@ -160,6 +167,7 @@ class Recorder:
         self.fields = receptive_fields(self.model, names, shape)
         self.state = uk.topk_state(self._starts[-1], self.k + 1, self.device)  # one more than k: is the k-th tied?
         self._taps = self._stack.enter_context(Taps(self.model, names))
+        self.preparation = time.perf_counter() - start
 
     def _refuse_what_does_not_fit(self) -> None:
         units = self._starts[-1]
@@ -241,7 +249,7 @@ class Recorder:
             "source": {"kind": "recorder"},
             "transform": self.transform.to_json() if self.transform else None,
             "fingerprint": fingerprint(self.device),
-            "seconds": {"scan": round(time.time() - self._started, 3)},
+            "seconds": {"preparation": self.preparation},
             "warnings": [w for top in tops.values() if (w := _saturation(top))],
         }
 

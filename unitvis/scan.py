@@ -79,7 +79,8 @@ def scan(
     run.manifest["failures"] = [asdict(failure) for failure in source.failures]
     if source.rereadable:
         _second_pass(run, model, device)
-    run.manifest["seconds"] = {"scan": scanned - start, "second_pass": time.perf_counter() - scanned}
+    run.manifest["seconds"]["scan"] = scanned - start - recorder.preparation
+    run.manifest["seconds"]["second_pass"] = time.perf_counter() - scanned
     for message in run.manifest["warnings"]:
         warnings.warn(message)
     if folder is not None:

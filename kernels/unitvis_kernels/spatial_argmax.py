@@ -144,12 +144,12 @@ def plan(x: Tensor, keys: Tensor) -> Launch | None:
 
 
 @torch.library.custom_op("unitvis::spatial_argmax", mutates_args=())
-def _spatial_argmax(x: Tensor) -> Tensor:
-    return reference.spatial_argmax(x)
+def _spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
+    return reference.spatial_argmax(x, floor)
 
 
 @_spatial_argmax.register_fake
-def _(x: Tensor) -> Tensor:
+def _(x: Tensor, floor: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
@@ -165,15 +165,16 @@ def launch(x: Tensor, keys: Tensor | None = None) -> Tensor:
 
 
 if HAS_TRITON:
-    _spatial_argmax.register_kernel("cuda")(launch)
+    _spatial_argmax.register_kernel("cuda")(lambda x, floor=None: launch(x))  # a position costs nothing there
 
 
-def spatial_argmax(x: Tensor) -> Tensor:
+def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
     """Keys, int64 [N, C], of maps [N, C, H, W] in float32, float16 or bfloat16, any strides; see `unpack`.
 
     Of equal values the lowest flattened position (row * W + column) wins; -0.0 equals +0.0. A map with a NaN gets the
     key `NAN_KEY`. Reads the map once; on a GPU the Triton kernels take contiguous and channels_last maps, other
-    strides go through the plain PyTorch operator. Raises ValueError for another dtype, rank or an empty map.
+    strides go through the plain PyTorch operator. floor, float32 [C]: a map whose largest value lies below its
+    channel's may get the key `BLANK` instead; NaN is no floor. Raises ValueError for another dtype, rank or empty map.
     """
     if x.ndim != 4:
         raise ValueError(f"spatial_argmax takes maps [N, C, H, W], not a tensor of shape {tuple(x.shape)}")
@@ -181,4 +182,6 @@ def spatial_argmax(x: Tensor) -> Tensor:
         raise ValueError(f"spatial_argmax takes float32, float16 or bfloat16, not {x.dtype}")
     if not 0 < x.shape[2] * x.shape[3] <= POSITION_MASK:
         raise ValueError(f"spatial_argmax needs 1 to 2^31 - 1 positions, not {x.shape[2]} x {x.shape[3]}")
-    return _spatial_argmax(x)
+    if floor is not None and (floor.shape != x.shape[1:2] or floor.dtype != torch.float32):
+        raise ValueError(f"floor must be float32 [{x.shape[1]}], not {floor.dtype} {list(floor.shape)}")
+    return _spatial_argmax(x, floor)

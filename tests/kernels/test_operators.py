@@ -85,6 +85,22 @@ def test_spatial_argmax_equals_brute_force(case: str, layout: str, dtype: torch.
             assert math.isnan(found) if math.isnan(value) else bits(found) == bits(value + 0.0)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", maps())
+def test_a_floor_blanks_only_what_lies_below_it(case: str, layout: str) -> None:
+    x = LAYOUTS[layout](maps()[case])
+    keys = uk.spatial_argmax(x)
+    values = uk.unpack(keys)[0]
+    for floor in (values[0], values.nan_to_num(nan=-INF).amax(0), values.nan_to_num(nan=INF).amin(0), values[0] * NAN):
+        got = uk.spatial_argmax(x, floor)
+        kept = ~(values < floor)
+        assert torch.equal(got[kept], keys[kept])
+        assert ((got == keys) | (got == uk.BLANK))[~kept].all()
+    few = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+    highest = few.amax((0, 2, 3))
+    assert (uk.spatial_argmax(few, highest) != uk.BLANK).sum() == 6
+
+
 def test_keys_order_as_values_then_lower_positions() -> None:
     values = torch.tensor([-INF, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-45, 1.0, INF])
     keys = uk.pack(values, torch.zeros(9, dtype=torch.int64))

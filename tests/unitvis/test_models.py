@@ -39,7 +39,7 @@ def test_known_networks_scan_with_their_default_layers(spec: str, monkeypatch: p
     count, size = NETWORKS[spec]
     loaded = models.load(spec, pretrained=False)
     for module in loaded.model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():  # fresh residual branches may be switched off
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():  # a branch that is off
             nn.init.ones_(module.weight)
     pixels = torch.randn(20, 3, *size)
     run = unitvis.scan(loaded, pixels, progress=False)

@@ -23,12 +23,12 @@ def majority(top: LayerTop, labels: NDArray[np.int64]) -> tuple[NDArray[np.int64
 
 
 def most_different(top: LayerTop, cells: dict[tuple[int, int], Image.Image], size: int) -> list[int]:
-    """Nine units of those that fire for all their pictures and whose boxes lie (most of them) inside: first the one
+    """Nine units of those that fire for all their pictures and most of whose boxes lie inside: first the one
     whose mean patch has the most contrast, then each time the one whose mean patch is farthest from all chosen.
     """
     inside = (top.boxes[..., :2] >= 0).all(axis=2) & (top.boxes[..., 2:] <= size).all(axis=2)
     within = np.where(top.fired.all(axis=1), inside.sum(axis=1), -1)
-    least = max(0, np.sort(within)[::-1][: min(UNITS, len(within))][-1])
+    least = max(0, min(6, np.sort(within)[::-1][: min(UNITS, len(within))][-1]))
     units: list[int] = np.flatnonzero(within >= least).tolist()
     ranks = range(top.values.shape[1])
     small = [[np.asarray(cells[unit, rank].resize((12, 12))) for rank in ranks] for unit in units]
@@ -87,7 +87,7 @@ def overview(run: Run, labels: NDArray[np.int64], names: tuple[str, ...]) -> Ima
                 draw.text((left, upper + tile + 3), f"{names[winner[unit]]} {count[unit]}/9", INK, text)
     draw.text(
         (MARGIN, page.height - MARGIN + 4),
-        "Units chosen by rule: of those whose patches lie inside the pictures the nine whose mean patches differ most; "
+        "Units chosen by rule: of those with most patches inside the pictures the nine whose mean patches differ most; "
         "in the last layer, for each kind of picture the unit with most of its nine from it.",
         FAINT,
         text,
