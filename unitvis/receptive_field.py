@@ -43,6 +43,12 @@ class ReceptiveField:
     _rows: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] top and bottom
     _columns: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] left and right
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether what counts as channels and rows here are really the image's rows and columns: a map [N, H, W, C]."""
+        (_, c, h, _), (_, c2, h2, w2) = self._rows.shape, self._columns.shape
+        return c > 1 and h == 1 and c2 == 1 and h2 > 1 and w2 == 1
+
     def boxes(self, channels: ArrayLike, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int32]:
         """The boxes of these neurons: int32 [n, 4] left, top, right, bottom (half-open); they may leave the image.
 

@@ -67,28 +67,36 @@ class Recorder:
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than a compute batch: (float images, ids)
         self._stack = ExitStack()
+        self._open = False
         self.preparation = 0.0  # seconds, once a model
 
     def __enter__(self) -> Self:
         self._stack.enter_context(evaluating(self.model))
+        self._open = True
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         with self._stack:
             if error is None:
                 self.flush()
+            self._open = False
 
     def __call__(self, batch: Tensor, ids: Tensor | Sequence[int] | None = None) -> None:
         """Take a batch: float [N, C, H, W], already normalised, or uint8 [N, H, W, 3] where a transform was given.
 
         ids: whole numbers from 0, one an image, each used once; None counts up.
         """
+        if not self._open:
+            raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
         images = self.as_images(batch)
         if ids is None:
             ids = torch.arange(self._next_id, self._next_id + len(images))
-        ids = torch.as_tensor(ids, dtype=torch.int64).to(self.device)
+        ids = torch.as_tensor(ids, dtype=torch.int64)
         if ids.shape != images.shape[:1]:
             raise UnitvisError(f"{len(images)} images came with ids of shape {list(ids.shape)}")
+        if ids.device.type == "cpu" and len(ids) and int(ids.min()) < 0:  # on a GPU a look would wait for it
+            raise UnitvisError(f"an image came with the id {int(ids.min())}; ids are whole numbers from 0")
+        ids = ids.to(self.device)
         self._shape = self._shape or list(images.shape[1:])
         if list(images.shape[1:]) != self._shape:
             raise UnitvisError(
@@ -165,6 +173,12 @@ class Recorder:
         self._refuse_what_does_not_fit()
         names = [layer.name for layer in self.layers]
         self.fields = receptive_fields(self.model, names, shape)
+        for layer in self.layers:
+            if self.fields[layer.name].channels_last:
+                raise UnitvisError(
+                    f"layer {layer.name!r} puts its channels last, [N, H, W, C] = [N, {layer.channels}, "
+                    f"{layer.height}, {layer.width}]; name a Linear, LayerNorm or convolution beside it"
+                )
         self.state = uk.topk_state(self._starts[-1], self.k + 1, self.device)  # one more than k: is the k-th tied?
         self._taps = self._stack.enter_context(Taps(self.model, names))
         self.preparation = time.perf_counter() - start

@@ -21,7 +21,7 @@ from unitvis.run import LayerTop, Run
 from unitvis.sources import Source
 from unitvis.taps import Taps
 
-SAMPLE = 8  # winners a layer whose gradients give its effective box
+SAMPLE = 8  # winners a layer whose gradients give its effective box; their activations are all held at once
 SHARE = 0.9  # of the squared gradient that the effective box holds
 
 
@@ -105,12 +105,11 @@ def effective_boxes(model: nn.Module, run: Run, device: torch.device | str | Non
     sides: dict[str, int | None] = {}
     with recorder:
         for name, winners in chosen.items():
-            squares = []
-            for part in (winners[:4], winners[4:]):  # few at a time: a whole graph of activations is kept for each
-                if part:
-                    pixels = recorder.as_images(torch.stack([images[image] for image, _, _ in part]))
-                    squares.append(_squared_gradients(recorder, name, pixels, [unit for _, unit, _ in part]))
-            sides[name] = _side(np.concatenate(squares), np.array([c for *_, c in winners])) if winners else None
+            sides[name] = None
+            if winners:
+                pixels = recorder.as_images(torch.stack([images[image] for image, _, _ in winners]))
+                squares = _squared_gradients(recorder, name, pixels, [neuron for _, neuron, _ in winners])
+                sides[name] = _side(squares, np.array([centre for *_, centre in winners]))
     return sides
 
 

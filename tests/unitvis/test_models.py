@@ -131,3 +131,16 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(UnitvisError, match=r"timm is not installed; pip install 'unitvis\[timm\]'"):
         models.load("timm:resnet18")
+
+
+def test_the_lectures_slide_from_a_torchvision_dataset(tmp_path: Path) -> None:
+    """The README's ten lines, with random weights and made-up pictures in place of the downloads."""
+    import torchvision
+
+    pictures = torchvision.datasets.FakeData(size=20, image_size=(3, 260, 300))
+    run = unitvis.scan(models.load("torchvision:alexnet", pretrained=False), pictures, progress=False)
+    assert run.layers == [f"features.{number}" for number in (0, 3, 6, 8, 10)]
+    assert [run[name].info["receptive_field"]["size"][0] for name in run] == [11, 51, 99, 131, 163]
+    page = run.sheet("features.3", range(9))
+    page.save(tmp_path / "features.3.png")
+    assert page.width > 300

@@ -300,8 +300,12 @@ def test_recorder_refuses_what_is_no_batch() -> None:
         recorder(images(2))
         with pytest.raises(UnitvisError, match="2 images came with ids of shape"):
             recorder(images(2), [1, 2, 3])
+        with pytest.raises(UnitvisError, match="came with the id -1; ids are whole numbers from 0"):
+            recorder(images(2), [3, -1])
         with pytest.raises(UnitvisError, match="ndarray"):
             recorder(np.zeros((2, 3, 28, 28)))
+    with pytest.raises(UnitvisError, match="inside its block"):
+        Recorder(small_net())(images(2))
     with pytest.raises(UnitvisError, match="no image was recorded"), Recorder(small_net()) as recorder:
         recorder.result()
 
@@ -374,3 +378,19 @@ def test_tokens_and_channels_last_layers_are_taken_as_such() -> None:
     out = brute.outputs(model, ["mix"], next(iter(brute.canonical_batches(pixels)))[1])["mix"][:10].numpy()
     assert (run["mix"].images[:, 0] == out.max(axis=1).argmax(axis=0)).all()
     assert (run["mix"].positions[:, 0, 1] == out[run["mix"].images[:, 0], :, np.arange(9)].argmax(axis=1)).all()
+
+
+def test_a_layer_with_its_channels_last_is_refused_where_its_kind_does_not_tell() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.grow, self.act = nn.Conv2d(3, 6, 3), nn.Linear(6, 24), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.grow(self.conv(x).permute(0, 2, 3, 1)))
+
+    model, pixels = Block().eval(), images(5, 12)
+    with pytest.raises(UnitvisError, match=r"layer 'act' puts its channels last, .*\[N, 10, 10, 24\]"):
+        scan(model, pixels, "act")
+    run = scan(model, pixels, "grow")
+    assert (run["grow"].info["channels"], run["grow"].info["height"]) == (24, 10)
