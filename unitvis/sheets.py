@@ -78,7 +78,7 @@ def _cut(run: Run, wanted: dict[str, tuple[list[int], str, int]]) -> dict[str, d
 
 def _patch_size(units: int) -> int:
     """Pixels of one patch on a sheet: smaller where there are many, so that a page stays a picture one can open."""
-    return 64 if units <= 64 else 48 if units <= 256 else 32
+    return 64 if units <= 64 else 48 if units <= 256 else 40
 
 
 def _not_there(top: LayerTop, unit: int, rank: int, size: int) -> Image.Image:

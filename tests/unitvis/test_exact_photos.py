@@ -59,14 +59,13 @@ def test_a_plain_forward_ranks_the_same_but_for_near_ties(network: str) -> None:
 
 @pytest.mark.parametrize("how", ["batch size 7", "one thread", "one worker", "shuffled"])
 def test_how_it_was_scanned_does_not_show(how: str) -> None:
-    count, model = 60, photos.model("small")
-    layers = photos.run("small").layers
+    count, model, layers = 60, photos.model("small"), ["conv1.2", "dw6.2", "pw9.1", "preds"]
     pixels = photos.images()[:count]
-    want = unitvis.scan(model, pixels, progress=False)
+    want = unitvis.scan(model, pixels, layers, progress=False)
     threads = torch.get_num_threads()
     try:
         if how == "shuffled":
-            with unitvis.Recorder(model) as recorder:
+            with unitvis.Recorder(model, layers) as recorder:
                 for part in np.random.default_rng(1).permutation(count).reshape(12, 5):
                     recorder(pixels[part], part)
             got = recorder.result()
@@ -74,7 +73,9 @@ def test_how_it_was_scanned_does_not_show(how: str) -> None:
             if how == "one thread":
                 torch.set_num_threads(1)
             options = {"batch size 7": {"batch_size": 7}, "one worker": {"workers": 1}}.get(how, {})
-            got = unitvis.scan(model, [*photos.files(count)], transform=photos.TRANSFORM, progress=False, **options)
+            got = unitvis.scan(
+                model, photos.files(count), layers, transform=photos.TRANSFORM, progress=False, **options
+            )
     finally:
         torch.set_num_threads(threads)
     for name in layers:

@@ -41,13 +41,13 @@ def test_known_networks_scan_with_their_default_layers(spec: str, monkeypatch: p
     for module in loaded.model.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():  # a branch that is off
             nn.init.ones_(module.weight)
-    pixels = torch.randn(20, 3, *size)
+    pixels = torch.randn(12, 3, *size)
     run = unitvis.scan(loaded, pixels, progress=False)
     assert len(run.layers) == count
     assert run.manifest["model"]["spec"] == spec
     assert all(run[name].info["receptive_field"]["method"] == "traced" for name in run)
     assert all((run[name].images >= 0).all() for name in run)
-    chosen = [run.layers[index] for index in np.random.default_rng(0).choice(count, 3, replace=False)]
+    chosen = [run.layers[index] for index in np.random.default_rng(0).choice(count, 2, replace=False)]
     winners = {name: [Neuron(unit, *run[name].positions[unit, 0]) for unit in (0, 7)] for name in chosen}
     check_by_perturbation(loaded.model, chosen, size, monkeypatch, winners, tries=2)
 
