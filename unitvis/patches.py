@@ -18,11 +18,11 @@ FILL = (204, 204, 204)  # what lies outside the image: the network saw its paddi
 
 
 def default_crop(info: Mapping[str, Any], input_size: tuple[int, int]) -> str:
-    """The crop a layer is drawn with unless one is asked for: the receptive field where it covers at most half of the
-    image, else the effective box, which shows what the neuron really looked at; the image where there is neither.
+    """The crop a layer is drawn with unless one is asked for: the receptive field while it is at most half as wide and
+    high as the image, else the effective box, which shows what a neuron really looked at; the image without either.
     """
     height, width = info["receptive_field"]["size"]
-    if height * width * 2 <= input_size[0] * input_size[1]:
+    if 2 * height <= input_size[0] and 2 * width <= input_size[1]:
         return "rf"
     return "effective" if info["effective_box"] else "image"
 

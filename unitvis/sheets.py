@@ -109,7 +109,7 @@ def _sheet(
     text, margin = max(10, size // 5), max(12, size // 3)
     font, heading = ImageFont.load_default(text), ImageFont.load_default(round(1.5 * max(text, 13)))
     small = ImageFont.load_default(max(text, 12))
-    columns = max(1, min(len(units), round(math.sqrt(len(units) * 1.6))))
+    columns = math.ceil(math.sqrt(len(units) * (1 if len(units) <= 9 else 1.6)))  # nine stand as three by three
     rows = math.ceil(len(units) / columns)
     lines = _caption(run, top, crop)
     caption = small.getbbox("Ag")[3] * 1.35

@@ -100,4 +100,5 @@ def _seen(run: Run, layer: str, crop: str) -> str:
     size = info["receptive_field"]["size"][0]
     if crop == "rf":
         return f"{len(run[layer])} units, each sees {size} x {size} pixels"
-    return f"{len(run[layer])} units, each sees {size} x {size}, drawn: {info['effective_box'] or 'all'}"
+    drawn = f"its middle {info['effective_box']} drawn" if crop == "effective" else "the whole picture drawn"
+    return f"{len(run[layer])} units, each sees {size} x {size}; {drawn}"
