@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unitvis.errors import UnitvisError, first_line
+from unitvis.errors import UnitvisError, named
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -54,7 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     except Exception as error:
         raise UnitvisError(
-            f"the weights in {path} cannot be read ({type(error).__name__}: {first_line(error)}); give safetensors, "
+            f"the weights in {path} cannot be read ({named(error)}); give safetensors, "
             f"or a state dict saved with torch.save(model.state_dict(), ...)"
         ) from error
     for key in ("state_dict", "model"):

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"unitvis: {error}", file=sys.stderr)
             return USAGE
         except KeyboardInterrupt:
-            print("unitvis: interrupted; nothing was written", file=sys.stderr)
+            print("unitvis: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our output has gone, as in `unitvis layers MODEL | head`
             sys.stderr.close()

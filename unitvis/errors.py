@@ -17,6 +17,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").split("\n")[0]
 
 
+def named(error: BaseException) -> str:
+    """An exception in one line, with its type."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """The end of a sentence about a name that is not there: the names most like it, or some of what there is."""
     known = list(names)

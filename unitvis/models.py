@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from unitvis.checkpoints import load_weights
-from unitvis.errors import UnitvisError, closest, first_line
+from unitvis.errors import UnitvisError, closest, named
 from unitvis.transform import Transform
 
 FORMS = "torchvision:NAME, timm:NAME, file.py:function or package.module:function"
@@ -97,7 +97,7 @@ def _library(module: str, package: str) -> Any:
         raise UnitvisError(f"{package} is not installed; pip install 'unitvis[{package}]'") from None
     except Exception as error:
         raise UnitvisError(
-            f"{package} is installed but cannot be imported ({type(error).__name__}: {first_line(error)}); "
+            f"{package} is installed but cannot be imported ({named(error)}); "
             f"install the release of it that belongs to this torch"
         ) from error
 
@@ -109,7 +109,7 @@ def _made(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
             return build()
     except Exception as error:
         raise UnitvisError(
-            f"{spec} could not be made ({type(error).__name__}: {first_line(error)}); pretrained weights are "
+            f"{spec} could not be made ({named(error)}); pretrained weights are "
             f"downloaded: give --weights FILE for a checkpoint, or --no-pretrained for random ones"
         ) from error
 
@@ -129,7 +129,7 @@ def _found(spec: str, place: str, name: str) -> nn.Module:
         except UnitvisError:
             raise
         except Exception as error:
-            raise UnitvisError(f"{spec} raised {type(error).__name__}: {first_line(error)}") from error
+            raise UnitvisError(f"{spec} raised {named(error)}") from error
     if not isinstance(found, nn.Module):
         raise UnitvisError(f"{spec} returned a {type(found).__name__}, not an nn.Module")
     return found
@@ -144,7 +144,7 @@ def _import(place: str) -> ModuleType:
                 f"there is no module {error.name!r} for the model {place}; models are {FORMS}"
             ) from error
         except Exception as error:
-            raise UnitvisError(f"importing {place} raised {type(error).__name__}: {first_line(error)}") from error
+            raise UnitvisError(f"importing {place} raised {named(error)}") from error
     path = Path(place)
     if not path.is_file():
         raise UnitvisError(f"there is no file {place} for the model")
@@ -157,7 +157,7 @@ def _import(place: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UnitvisError(f"importing {place} raised {type(error).__name__}: {first_line(error)}") from error
+        raise UnitvisError(f"importing {place} raised {named(error)}") from error
     finally:
         sys.path.pop(0)
     return module

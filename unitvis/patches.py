@@ -63,7 +63,7 @@ def cut(picture: Any, to_picture: Any, box: Box, input_size: tuple[int, int], si
     What lies outside the model's input is `FILL`, also where the photograph goes on: the network never saw it.
     """
     left, upper, right, lower = box
-    scale = size / max(right - left, lower - upper)
+    scale = size / max(right - left, lower - upper, 1)  # a neuron that sees only padding has an empty box
     width, height = max(1, round((right - left) * scale)), max(1, round((lower - upper) * scale))
     canvas = Image.new("RGB", (size, size), FILL)
     seen = max(left, 0), max(upper, 0), min(right, input_size[1]), min(lower, input_size[0])

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, named
 from unitvis.geometry import NOTHING, Reach, collapse
 from unitvis.geometry_ops import Unsupported
 from unitvis.geometry_trace import MixedError, reaches, trace
@@ -104,7 +104,7 @@ def receptive_fields(model: nn.Module, layers: Sequence[str], input_size: InputS
     except Unsupported as error:
         return _probe(model, layers, shape, str(error))
     except Exception as error:  # whatever stops the tracer; what stops the model itself stops the probe as well
-        return _probe(model, layers, shape, f"cannot be traced: {_one_line(error)}")
+        return _probe(model, layers, shape, f"cannot be traced: {named(error)}")
     fields = {}
     for layer in layers:
         map_shape, axes = outputs[layer]
@@ -160,7 +160,7 @@ def _twin(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     try:
         return copy.deepcopy(model, memo).eval()
     except Exception as error:
-        raise UnitvisError(f"the model cannot be copied to be traced ({_one_line(error)})") from error
+        raise UnitvisError(f"the model cannot be copied to be traced ({named(error)})") from error
 
 
 def _maps(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
@@ -203,10 +203,6 @@ def _culprit(module: nn.Module) -> bool:
 def _culprits(model: nn.Module) -> str:
     names = [name for name, module in model.named_modules() if _culprit(module)]
     return f" (in training mode or without running statistics: {', '.join(names[:5])})" if names else ""
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 # --- the closed form -------------------------------------------------------------------------------------------------
@@ -310,7 +306,7 @@ def _probe(
     except Exception as error:
         size = "x".join(map(str, shape))
         hint = "give (channels, height, width) if it takes other images"
-        raise UnitvisError(f"the model cannot run on an input of {size} ({_one_line(error)}); {hint}") from error
+        raise UnitvisError(f"the model cannot run on an input of {size} ({named(error)}); {hint}") from error
     return {layer: _probed(layer, hulls[layer], shape, note) for layer in layers}
 
 

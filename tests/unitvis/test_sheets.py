@@ -166,3 +166,12 @@ def test_neuron_names() -> None:
         "1/0/0",
         "1/2/4",
     ]
+
+
+def test_a_winner_that_sees_only_padding_is_drawn_as_padding() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 1, 1, padding=2)).eval()
+    nn.init.constant_(model[0].weight, -1.0)  # the padding, 0, beats every pixel
+    run = unitvis.scan(model, torch.rand(3, 3, 8, 8) + 1, k=2, progress=False)
+    left, upper, right, lower = run["0"].boxes[0, 0].tolist()
+    assert (left, upper) == (right, lower)
+    assert (np.asarray(run.patch("0", 0, 0, crop="rf", size=16)) == FILL).all()
