@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import platform
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -19,10 +15,13 @@ from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings, compute_batch, evaluating
+from unitvis.device import copied, fingerprint, free_memory, on_device
 from unitvis.errors import UnitvisError
+from unitvis.manifest import describe_model, field_info, nan_info, saturation
 from unitvis.receptive_field import ReceptiveField, receptive_fields
 from unitvis.run import FORMAT, SEPARATED, TIED, LayerTop, Run
 from unitvis.sources import open_source
+from unitvis.step import HALF, Step
 from unitvis.taps import Examination, Layer, Taps
 from unitvis.transform import Transform
 
@@ -37,8 +36,9 @@ class Recorder:
 
     layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. unit:
     "channel" ranks the largest response over positions, "neuron" every element of the map. device: None is the
-    model's own. Responses are canonical (float32, compute batches of 16). State on the device is O(units x k); nothing
-    is copied to the host before `result`. The model is left as it was found.
+    model's own. precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what a copy of the model
+    gives in half precision, in batches of batch_size. State on the device is O(units x k); nothing is copied to the
+    host before `result`. The model is left as it was found.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Recorder:
         unit: str = "channel",
         device: torch.device | str | None = None,
         transform: Transform | None = None,
+        precision: str = "fp32",
+        batch_size: int = 4 * BATCH,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UnitvisError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
@@ -57,17 +59,23 @@ class Recorder:
             raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
         if unit not in ("channel", "neuron"):
             raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
-        self.model, self.device = _on_device(model, device)
+        if precision != "fp32" and precision not in HALF:
+            raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
+        self.model, self.device = on_device(model, device)
+        self.precision, self._size = precision, BATCH if precision == "fp32" else batch_size
         self.k, self.unit, self.transform = k, unit, transform
         self.images = 0
         self.layers: list[Layer] = []
         self.fields: dict[str, ReceptiveField] = {}
         self._patterns = layers
-        self._shape: list[int] = []  # [C, H, W] of the first image
+        self._shape: list[int] = []  # [C, H, W] of the model's input
+        self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
-        self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than a compute batch: (float images, ids)
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than are computed at once: (images, ids)
+        self._step: Step | None = None  # in half precision
         self._stack = ExitStack()
         self._open = False
+        self._untapped: nn.Module | None = None
         self.preparation = 0.0  # seconds, once a model
 
     def __enter__(self) -> Self:
@@ -88,7 +96,7 @@ class Recorder:
         """
         if not self._open:
             raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
-        images = self.as_images(batch)
+        images = self.as_images(batch) if self.precision == "fp32" else self._as_given(batch)
         if ids is None:
             ids = torch.arange(self._next_id, self._next_id + len(images))
         ids = torch.as_tensor(ids, dtype=torch.int64)
@@ -96,19 +104,19 @@ class Recorder:
             raise UnitvisError(f"{len(images)} images came with ids of shape {list(ids.shape)}")
         if ids.device.type == "cpu" and len(ids) and int(ids.min()) < 0:  # on a GPU a look would wait for it
             raise UnitvisError(f"an image came with the id {int(ids.min())}; ids are whole numbers from 0")
-        ids = ids.to(self.device)
-        self._shape = self._shape or list(images.shape[1:])
-        if list(images.shape[1:]) != self._shape:
+        if self._first_shape is None:
+            self._first_shape = images.shape[1:]
+        if images.shape[1:] != self._first_shape:
             raise UnitvisError(
-                f"images of {list(images.shape[1:])} came after images of {self._shape}; give them one size"
+                f"images of {list(images.shape[1:])} came after images of {list(self._first_shape)}; give them one size"
             )
         self._next_id += len(images)
         if self._waiting:
             waiting = self._waiting.pop()
             images, ids = torch.cat([waiting[0], images]), torch.cat([waiting[1], ids])
-        whole = len(images) - len(images) % BATCH
-        for start in range(0, whole, BATCH):
-            self._compute(images[start : start + BATCH], ids[start : start + BATCH])
+        whole = len(images) - len(images) % self._size
+        for start in range(0, whole, self._size):
+            self._compute(images[start : start + self._size], ids[start : start + self._size])
         if whole < len(images):
             self._waiting.append((images[whole:].clone(), ids[whole:]))
 
@@ -118,26 +126,53 @@ class Recorder:
             self._compute(*self._waiting.pop())
 
     def as_images(self, batch: Tensor) -> Tensor:
+        batch = self._as_given(batch)
+        if batch.dtype == torch.uint8 and self.transform is not None:
+            return self.transform.normalize(batch.to(self.device))
+        return batch.to(self.device, torch.float32)
+
+    def _as_given(self, batch: Tensor) -> Tensor:
+        """A batch that can be computed, where and in what type it came."""
         if not isinstance(batch, Tensor):
             raise UnitvisError(f"a batch must be a tensor, not {type(batch).__name__}")
         if batch.dtype == torch.uint8 and self.transform is not None:
-            return self.transform.normalize(batch.to(self.device))
+            return batch
         if batch.ndim != 4 or not batch.is_floating_point():
             raise UnitvisError(
                 f"a batch must be float images [N, C, H, W], already normalised, not {batch.dtype} {list(batch.shape)}"
             )
-        return batch.to(self.device, torch.float32)
+        return batch
 
     def _compute(self, images: Tensor, ids: Tensor) -> None:
-        batch = compute_batch(images)
-        if not self.layers:
-            channels, height, width = batch.shape[1:]
-            self.prepare((channels, height, width))
-        keys = self._keys(batch)
-        if self.images == 0:
-            self._check_independence(batch, keys)
-        self._take(keys[: len(ids)], ids)
+        if self._step is None:
+            batch = compute_batch(self.as_images(images[:BATCH]))
+            if not self.layers:
+                channels, height, width = batch.shape[1:]
+                self.prepare((channels, height, width))
+            keys = self._keys(batch)
+            if self.images == 0:
+                self._check_independence(batch, keys)
+            if self.precision == "fp32":
+                self._take(keys[: len(ids)], ids.to(self.device))
+            elif self._untapped is not None:
+                self._step = self._fast(self._untapped, batch, uk.unpack(keys)[0])
+                self._untapped = None
+        if self._step is not None:
+            self._step(images, ids)
         self.images += len(ids)
+
+    def _fast(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Step:
+        return Step(
+            model,
+            {layer.name: units for layer, units in zip(self.layers, self._units, strict=True)},
+            self.state,
+            dtype=HALF[self.precision],
+            size=self._size,
+            transform=self.transform,
+            neurons=self.unit == "neuron",
+            sample=sample,
+            responses=responses,
+        )
 
     def _floor(self) -> Tensor | None:
         """float32 [units]: what a response must reach to enter the top-k; NaN where there is room. None: all count."""
@@ -148,18 +183,8 @@ class Recorder:
 
     def _keys(self, batch: Tensor) -> Tensor:
         """Keys [BATCH, units of all layers] of a compute batch."""
-        keys = torch.empty(len(batch), self._starts[-1], dtype=torch.int64, device=self.device)
-        floor = self._floor()
-
-        def read(index: int, maps: Tensor) -> None:
-            if self.unit == "neuron":
-                maps = maps.flatten(1)[:, :, None, None]
-            units = slice(self._starts[index], self._starts[index + 1])
-            keys[:, units] = uk.spatial_argmax(maps, None if floor is None else floor[units])
-
         with torch.inference_mode(), canonical_settings(self.device):
-            self._taps.run(batch, read)
-        return keys
+            return self._taps.keys(batch, self._units, self._floor(), neurons=self.unit == "neuron")
 
     def prepare(self, shape: tuple[int, int, int]) -> None:
         """For inputs [C, H, W]: which layers, how large, what their neurons see; and an empty state for them."""
@@ -169,7 +194,8 @@ class Recorder:
             examination = Examination(self.model, torch.zeros(1, *shape, device=self.device))
         self.layers = [examination.layer(name) for name in examination.select(self._patterns)]
         units = [_units(layer, self.unit) for layer in self.layers]
-        self._starts = np.concatenate([[0], np.cumsum(units)]).tolist()
+        ends = np.cumsum(units).tolist()
+        self._units = [slice(end - own, end) for end, own in zip(ends, units, strict=True)]  # columns of each layer
         self._refuse_what_does_not_fit()
         names = [layer.name for layer in self.layers]
         self.fields = receptive_fields(self.model, names, shape)
@@ -179,14 +205,16 @@ class Recorder:
                     f"layer {layer.name!r} puts its channels last, [N, H, W, C] = [N, {layer.channels}, "
                     f"{layer.height}, {layer.width}]; name a Linear, LayerNorm or convolution beside it"
                 )
-        self.state = uk.topk_state(self._starts[-1], self.k + 1, self.device)  # one more than k: is the k-th tied?
+        self.state = uk.topk_state(ends[-1], self.k + 1, self.device)  # one more than k: is the k-th tied?
+        if self.precision != "fp32":
+            self._untapped = copied(self.model)  # before the hooks
         self._taps = self._stack.enter_context(Taps(self.model, names))
         self.preparation = time.perf_counter() - start
 
     def _refuse_what_does_not_fit(self) -> None:
-        units = self._starts[-1]
+        units = self._units[-1].stop
         need = units * 8 * 6 * (self.k + 1 + BATCH)  # the first merge sorts that many keys and ids a unit, thrice
-        free = _free_memory(self.device)
+        free = free_memory(self.device)
         if need > free:
             raise UnitvisError(
                 f"the state of {units:,} units needs {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
@@ -199,8 +227,8 @@ class Recorder:
         if torch.equal(keys, again):
             return
         first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
-        for layer, start, stop in zip(self.layers, self._starts, self._starts[1:], strict=False):
-            a, b = first[:, start:stop], second[:, start:stop]
+        for layer, units in zip(self.layers, self._units, strict=True):
+            a, b = first[:, units], second[:, units]
             if not torch.allclose(
                 a, b, rtol=1e-4, atol=1e-4 * float(a.nan_to_num(0, 0, 0).abs().max()), equal_nan=True
             ):
@@ -222,11 +250,10 @@ class Recorder:
         values, ids, positions = (part.cpu().numpy() for part in uk.topk_read(self.state))
         nan = self.state[:, -2:].cpu().numpy()
         tops = {}
-        for layer, start, stop in zip(self.layers, self._starts, self._starts[1:], strict=False):
-            part = slice(start, stop)
-            info = asdict(layer) | {"unit": self.unit, "units": stop - start}
-            info |= {"receptive_field": _field_info(self.fields[layer.name]), "effective_box": None}
-            info["nan"] = _nan_info(nan[part])
+        for layer, part in zip(self.layers, self._units, strict=True):
+            info = asdict(layer) | {"unit": self.unit, "units": part.stop - part.start}
+            info |= {"receptive_field": field_info(self.fields[layer.name]), "effective_box": None}
+            info["nan"] = nan_info(nan[part])
             tops[layer.name] = self._top(layer, values[part], ids[part], positions[part], info)
         run = Run(tops, self._manifest(tops), {})
         if images is not None:
@@ -257,92 +284,17 @@ class Recorder:
             "layers": {name: top.info for name, top in tops.items()},
             "k": self.k,
             "unit": self.unit,
-            "precision": "fp32",
+            "precision": self.precision,
             "images": self.images,
             "failures": [],
             "source": {"kind": "recorder"},
             "transform": self.transform.to_json() if self.transform else None,
             "fingerprint": fingerprint(self.device),
+            "scan": self._step.how if self._step else {"batch_size": BATCH},
             "seconds": {"preparation": self.preparation},
-            "warnings": [w for top in tops.values() if (w := _saturation(top))],
+            "warnings": [w for top in tops.values() if (w := saturation(top))],
         }
-
-
-def _on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
-    """The model where it is to run, in float32: itself where it is so already, else a copy."""
-    tensors = [*model.parameters(), *model.buffers()]
-    own = tensors[0].device if tensors else torch.device("cpu")
-    try:
-        wanted = own if device is None else torch.device(device)
-    except RuntimeError:
-        raise UnitvisError(f"device {device!r} is unknown; give cpu, cuda or cuda:1") from None
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise UnitvisError(f"device {str(device)!r} is not there ({torch.cuda.device_count()} GPUs); give cpu, or none")
-    if wanted.type == "cuda" and wanted.index is None:
-        wanted = torch.device("cuda", torch.cuda.current_device())
-    foreign = any(t.device != wanted or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors)
-    return (copy.deepcopy(model).to(wanted, torch.float32) if foreign else model), wanted
-
-
-def _free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except OSError:  # only Linux tells; elsewhere the allocation itself has to
-        return float("inf")
 
 
 def _units(layer: Layer, unit: str) -> int:
     return layer.channels * (layer.height * layer.width if unit == "neuron" else 1)
-
-
-def _field_info(field: ReceptiveField) -> dict[str, Any]:
-    return {
-        "size": list(field.size),
-        "stride": list(field.stride) if field.stride else None,
-        "whole_image": field.whole_image,
-        "method": field.method,
-        "note": field.note,
-    }
-
-
-def _nan_info(nan: Any) -> dict[str, int] | None:
-    """How many responses were NaN, of how many units, and the first image with one; nan: [units, 2]."""
-    if not nan[:, 0].any():
-        return None
-    return {"responses": int(nan[:, 0].sum()), "units": int((nan[:, 0] > 0).sum()), "first_image": int(nan[:, 1].min())}
-
-
-def _saturation(top: LayerTop) -> str | None:
-    """A warning where a layer that takes a convolution's output reaches one same largest value again and again."""
-    full = top.fired.all(axis=1)
-    if top.info["fed_by"] is None or top.values.shape[1] < 2 or not full.any():
-        return None
-    flat = top.values[full, 0] == top.values[full, -1]
-    if flat.mean() < 0.1:
-        return None
-    return (
-        f"layer {top.name!r} saturates: in {flat.mean():.0%} of its units all {top.values.shape[1]} winners have the "
-        f"same value (up to {top.values[full, 0][flat].max():g}); rank what goes into it: layer {top.info['fed_by']!r}"
-    )
-
-
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """What the manifest says of a model: its class, its number of parameters, and a hash of all its tensors."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"class": type(model).__name__, "parameters": parameters, "weights": digest.hexdigest()}
-
-
-def fingerprint(device: torch.device) -> dict[str, str]:
-    """What the last bits of a response depend on besides model and image."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": device.type, "hardware": hardware, "torch": torch.__version__, "layout": "channels_last"}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings
-from unitvis.recorder import Recorder, fingerprint
+from unitvis.device import fingerprint
+from unitvis.recorder import Recorder
 from unitvis.run import LayerTop, Run
 from unitvis.sources import Source
 from unitvis.taps import Taps

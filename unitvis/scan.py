@@ -19,9 +19,10 @@ from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
 from unitvis.run import Run, check_output
 from unitvis.sources import open_source
+from unitvis.step import HALF
 from unitvis.transform import Transform
 
-PRECISIONS = ("exact", "fp32")
+PRECISIONS = ("exact", "fp32", *HALF)
 
 
 def scan(
@@ -47,9 +48,10 @@ def scan(
     transform: how pictures become the model's input; None is the spec's own.
     images: a folder, a text list, a uint8 .npy or array [N, H, W, 3], a float tensor [N, C, H, W] already normalised,
     a Dataset, a DataLoader or an iterable of batches. layers, k, unit, device: as for `Recorder`. out: a folder for
-    the run. precision: "exact" decides by canonical float32 responses, "fp32" computes nothing else. batch_size:
-    images read at once, which does not change the result. on_error: "skip" lists an unreadable image in the manifest,
-    "raise" stops. workers: threads that decode. Raises UnitvisError for whatever the caller can mend.
+    the run. precision: "exact" decides by canonical float32 responses, "fp32" computes nothing else, "fp16" and "bf16"
+    rank what half precision gives. batch_size: images read and scanned at once, which does not change a float32
+    result. on_error: "skip" lists an unreadable image in the manifest, "raise" stops. workers: threads that decode.
+    Raises UnitvisError for whatever the caller can mend.
     """
     if precision not in PRECISIONS:
         raise UnitvisError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
@@ -66,7 +68,16 @@ def scan(
     source = open_source(images, transform, on_error=on_error)
 
     start = time.perf_counter()
-    with Recorder(model, layers, k, unit=unit, device=device, transform=source.transform) as recorder:
+    with Recorder(
+        model,
+        layers,
+        k,
+        unit=unit,
+        device=device,
+        transform=source.transform,
+        precision="fp32" if precision == "exact" else precision,
+        batch_size=batch_size,
+    ) as recorder:
         silent = None if progress else True  # None: a bar on a terminal, nothing in a log
         with tqdm(total=source.length, desc="scan", unit=" images", disable=silent, leave=False) as bar:
             for batch in source.batches(batch_size, workers=workers):
@@ -90,7 +101,7 @@ def scan(
 
 def _second_pass(run: Run, model: nn.Module, device: torch.device | str | None) -> None:
     """Effective boxes; and where the winners are few beside the images, every one of them computed again."""
-    if 2 * len(run.winners) <= run.manifest["images"]:
+    if run.manifest["precision"] == "fp32" and 2 * len(run.winners) <= run.manifest["images"]:
         found = verify(run, model, device)
         if found["wrong"]:
             raise UnitvisError(

@@ -85,5 +85,6 @@ def epilogue(
 def normalize(x: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
     # All three are tensors: a GPU divides by a plain number through its reciprocal, which rounds otherwise.
     scale, shift, width = (torch.tensor(v, dtype=torch.float32, device=x.device) for v in ([255.0] * 3, mean, std))
-    y = ((x.float() / scale - shift) / width).to(dtype)  # [N, H, W, 3]
-    return y.contiguous().permute(0, 3, 1, 2)
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)  # [N, H, W, 3]
+    y.div_(scale).sub_(shift).div_(width)
+    return y.to(dtype).permute(0, 3, 1, 2)
