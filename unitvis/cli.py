@@ -95,6 +95,11 @@ def _tell(run: Run) -> None:
         f"({images / seconds['scan']:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
         f"{seconds['second_pass']:.1f} s: {told}"
     )
+    if run.manifest["precision"] == "exact":
+        print(f"scanned in {run.manifest['plan']}")
+    if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
+        layers = ", ".join(f"{count} of {name}" for name, count in unseparated.items())
+        print(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
     for name, top in run.tops.items():
         if nan := top.info["nan"]:
             print(f"layer {name}: {nan['responses']} NaN responses hold no place; first: image {nan['first_image']}")

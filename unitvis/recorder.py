@@ -19,11 +19,14 @@ from unitvis.device import copied, fingerprint, free_memory, on_device
 from unitvis.errors import UnitvisError
 from unitvis.manifest import describe_model, field_info, nan_info, saturation
 from unitvis.receptive_field import ReceptiveField, receptive_fields
-from unitvis.run import FORMAT, SEPARATED, TIED, LayerTop, Run
+from unitvis.run import FORMAT, SEPARATED, TIED, UNSEPARATED, LayerTop, Run
+from unitvis.sample import Sample
 from unitvis.sources import open_source
 from unitvis.step import HALF, Step
 from unitvis.taps import Examination, Layer, Taps
 from unitvis.transform import Transform
+
+SPARE = 23  # candidates beyond k that a scan in half precision keeps of every unit
 
 
 class Recorder:
@@ -59,23 +62,24 @@ class Recorder:
             raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
         if unit not in ("channel", "neuron"):
             raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
-        if precision != "fp32" and precision not in HALF:
-            raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
         self.model, self.device = on_device(model, device)
-        self.precision, self._size = precision, BATCH if precision == "fp32" else batch_size
+        self.scan_in(precision, batch_size)
         self.k, self.unit, self.transform = k, unit, transform
         self.images = 0
         self.layers: list[Layer] = []
+        self.state: Tensor
+        self._units: list[slice]  # columns of each layer in the state
         self.fields: dict[str, ReceptiveField] = {}
         self._patterns = layers
         self._shape: list[int] = []  # [C, H, W] of the model's input
         self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than are computed at once: (images, ids)
+        self.sample = Sample()  # of the images that half precision scanned
         self._step: Step | None = None  # in half precision
+        self._started = False
         self._stack = ExitStack()
         self._open = False
-        self._untapped: nn.Module | None = None
         self.preparation = 0.0  # seconds, once a model
 
     def __enter__(self) -> Self:
@@ -88,6 +92,12 @@ class Recorder:
             if error is None:
                 self.flush()
             self._open = False
+
+    def scan_in(self, precision: str, batch_size: int) -> None:
+        """Choose how the images are computed, before the first one is."""
+        if precision != "fp32" and precision not in HALF:
+            raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
+        self.precision, self._size = precision, BATCH if precision == "fp32" else batch_size
 
     def __call__(self, batch: Tensor, ids: Tensor | Sequence[int] | None = None) -> None:
         """Take a batch: float [N, C, H, W], already normalised, or uint8 [N, H, W, 3] where a transform was given.
@@ -131,6 +141,16 @@ class Recorder:
             return self.transform.normalize(batch.to(self.device))
         return batch.to(self.device, torch.float32)
 
+    def input_shape(self, batch: Tensor) -> tuple[int, int, int]:
+        """[C, H, W] of what the model gets of a batch."""
+        shape = batch.shape[1:]
+        return (shape[2], shape[0], shape[1]) if batch.dtype == torch.uint8 else (shape[0], shape[1], shape[2])
+
+    @property
+    def units(self) -> int:
+        """Of all layers."""
+        return self._units[-1].stop
+
     def _as_given(self, batch: Tensor) -> Tensor:
         """A batch that can be computed, where and in what type it came."""
         if not isinstance(batch, Tensor):
@@ -144,22 +164,45 @@ class Recorder:
         return batch
 
     def _compute(self, images: Tensor, ids: Tensor) -> None:
+        if not self._started:
+            self._start(images)
         if self._step is None:
-            batch = compute_batch(self.as_images(images[:BATCH]))
-            if not self.layers:
-                channels, height, width = batch.shape[1:]
-                self.prepare((channels, height, width))
-            keys = self._keys(batch)
-            if self.images == 0:
-                self._check_independence(batch, keys)
-            if self.precision == "fp32":
-                self._take(keys[: len(ids)], ids.to(self.device))
-            elif self._untapped is not None:
-                self._step = self._fast(self._untapped, batch, uk.unpack(keys)[0])
-                self._untapped = None
-        if self._step is not None:
+            self._take(self._keys(compute_batch(self.as_images(images)))[: len(ids)], ids.to(self.device))
+        else:
             self._step(images, ids)
+            if self.images == 0 and self._overflows():
+                self._start(images)
+                self._step(images, ids)
+            self.sample.see(ids)
         self.images += len(ids)
+
+    def _start(self, images: Tensor) -> None:
+        """What the first images decide: the layers, and whether their responses can be ranked."""
+        batch = compute_batch(self.as_images(images[:BATCH]))
+        if not self.layers:
+            self.prepare(self.input_shape(images))
+        self.state = self._empty()
+        taps = Taps(self.model, [layer.name for layer in self.layers])
+        if self.precision == "fp32":
+            self._taps = self._stack.enter_context(taps)
+            self._check_independence(batch)
+        else:
+            untapped = copied(self.model)
+            with taps as self._taps:
+                keys = self._check_independence(batch)
+            self._step = self._fast(untapped, batch, uk.unpack(keys)[0])
+        self._started = True
+
+    def _overflows(self) -> bool:
+        """After the first batch: where a unit's candidates are all infinite, another scan in bfloat16 begins."""
+        last = uk.unpack(self.state[:, self.k + SPARE - 1])[0]
+        both = zip(self.layers, self._units, strict=True)
+        layers = [layer.name for layer, units in both if last[units].isinf().any()]
+        if not layers or self.precision == "bf16":
+            return False
+        warnings.warn(f"layer {layers[0]!r} overflows in float16; the images are scanned in bfloat16")
+        self.precision = "bf16"
+        return True
 
     def _fast(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Step:
         return Step(
@@ -176,7 +219,7 @@ class Recorder:
 
     def _floor(self) -> Tensor | None:
         """float32 [units]: what a response must reach to enter the top-k; NaN where there is room. None: all count."""
-        return uk.unpack(self.state[:, self.k])[0]
+        return uk.unpack(self.state[:, (self.state.shape[1] - 2) // 2 - 1])[0]
 
     def _take(self, keys: Tensor, ids: Tensor) -> None:
         uk.topk_merge_(self.state, keys, ids)
@@ -184,7 +227,33 @@ class Recorder:
     def _keys(self, batch: Tensor) -> Tensor:
         """Keys [BATCH, units of all layers] of a compute batch."""
         with torch.inference_mode(), canonical_settings(self.device):
-            return self._taps.keys(batch, self._units, self._floor(), neurons=self.unit == "neuron")
+            return self._read(batch)
+
+    def _read(self, batch: Tensor) -> Tensor:
+        return self._taps.keys(batch, self._units, self._floor(), neurons=self.unit == "neuron")
+
+    def adopt(self, other: Recorder) -> None:
+        """Rank the units of another Recorder, from an empty state, without examining the model again."""
+        self.layers, self.fields, self._units = other.layers, other.fields, other._units
+        self._shape, self.preparation, self.state = other._shape, other.preparation, self._empty()
+        self._started = True
+
+    def half_responses(self, images: Tensor) -> Any:
+        """float64 [N, units]: what half precision says of some images."""
+        assert self._step is not None  # noqa: S101
+        return uk.unpack(self._step.keys(images))[0].cpu().double().numpy()
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the images were computed, for the manifest."""
+        if self._step is None:
+            return {"precision": "fp32", "batch_size": BATCH}
+        return {"precision": self.precision, "candidates": self.k + SPARE} | self._step.how
+
+    @property
+    def resolution(self) -> float:
+        """The distance from 1 to the next number in the precision of the scan."""
+        return torch.finfo(HALF[self.precision]).eps
 
     def prepare(self, shape: tuple[int, int, int]) -> None:
         """For inputs [C, H, W]: which layers, how large, what their neurons see; and an empty state for them."""
@@ -195,7 +264,7 @@ class Recorder:
         self.layers = [examination.layer(name) for name in examination.select(self._patterns)]
         units = [_units(layer, self.unit) for layer in self.layers]
         ends = np.cumsum(units).tolist()
-        self._units = [slice(end - own, end) for end, own in zip(ends, units, strict=True)]  # columns of each layer
+        self._units = [slice(end - own, end) for end, own in zip(ends, units, strict=True)]
         self._refuse_what_does_not_fit()
         names = [layer.name for layer in self.layers]
         self.fields = receptive_fields(self.model, names, shape)
@@ -205,11 +274,11 @@ class Recorder:
                     f"layer {layer.name!r} puts its channels last, [N, H, W, C] = [N, {layer.channels}, "
                     f"{layer.height}, {layer.width}]; name a Linear, LayerNorm or convolution beside it"
                 )
-        self.state = uk.topk_state(ends[-1], self.k + 1, self.device)  # one more than k: is the k-th tied?
-        if self.precision != "fp32":
-            self._untapped = copied(self.model)  # before the hooks
-        self._taps = self._stack.enter_context(Taps(self.model, names))
         self.preparation = time.perf_counter() - start
+
+    def _empty(self) -> Tensor:
+        # One more than k in float32: is the k-th tied? In half precision the candidates.
+        return uk.topk_state(self._units[-1].stop, self.k + (1 if self.precision == "fp32" else SPARE), self.device)
 
     def _refuse_what_does_not_fit(self) -> None:
         units = self._units[-1].stop
@@ -221,11 +290,12 @@ class Recorder:
                 f"name fewer layers, or rank channels instead of neurons"
             )
 
-    def _check_independence(self, batch: Tensor, keys: Tensor) -> None:
-        """The first compute batch again, reversed: what does not come out the same is no response to an image."""
+    def _check_independence(self, batch: Tensor) -> Tensor:
+        """Keys of a compute batch, and of it reversed: what does not come out the same is no response to an image."""
+        keys = self._keys(batch)
         again = self._keys(batch.flip(0).contiguous(memory_format=torch.channels_last)).flip(0)
         if torch.equal(keys, again):
-            return
+            return keys
         first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
         for layer, units in zip(self.layers, self._units, strict=True):
             a, b = first[:, units], second[:, units]
@@ -238,15 +308,21 @@ class Recorder:
                     f"statistics, active dropout); such responses cannot be ranked"
                 )
         warnings.warn("on this device the last bits of responses depend on an image's place in its batch")
+        return keys
 
     def result(self, images: object = None) -> Run:
         """The run so far: float32 values, images, positions and boxes of the k winners of every unit.
 
-        images: whatever `scan` takes and can be read again by id, to cut patches from.
+        images: whatever `scan` takes and can be read again by id, to cut patches from; after half precision also to
+        compute again what can win. Without them such a run ranks what half precision said, and nothing is separated.
         """
         self.flush()
         if self.images == 0:
             raise UnitvisError("no image was recorded, so there is nothing to rank")
+        if self._step is not None and images is not None:
+            from unitvis.exact import rescored
+
+            return rescored(self, open_source(images, self.transform))
         values, ids, positions = (part.cpu().numpy() for part in uk.topk_read(self.state))
         nan = self.state[:, -2:].cpu().numpy()
         tops = {}
@@ -254,16 +330,21 @@ class Recorder:
             info = asdict(layer) | {"unit": self.unit, "units": part.stop - part.start}
             info |= {"receptive_field": field_info(self.fields[layer.name]), "effective_box": None}
             info["nan"] = nan_info(nan[part])
-            tops[layer.name] = self._top(layer, values[part], ids[part], positions[part], info)
+            tied = (ids[part, self.k] >= 0) & (values[part, self.k] == values[part, self.k - 1])
+            shown = (values[part, : self.k], ids[part, : self.k], positions[part, : self.k])
+            status = self._status(tied, part)
+            info["unseparated"] = int((status == UNSEPARATED).sum())
+            tops[layer.name] = self._top(layer, *shown, status, info)
         run = Run(tops, self._manifest(tops), {})
         if images is not None:
             run.attach(open_source(images, self.transform))
         return run
 
-    def _top(self, layer: Layer, values: Any, ids: Any, flat: Any, info: dict[str, Any]) -> LayerTop:
-        k = self.k
-        tied = (ids[:, k] >= 0) & (values[:, k] == values[:, k - 1])
-        values, ids, flat = values[:, :k], ids[:, :k], flat[:, :k]
+    def _status(self, tied: Any, units: slice) -> Any:
+        """Of a layer's units; tied [units]: the k-th shares its value with the next."""
+        return np.where(tied, TIED, SEPARATED) if self._step is None else np.full(len(tied), UNSEPARATED)
+
+    def _top(self, layer: Layer, values: Any, ids: Any, flat: Any, status: Any, info: dict[str, Any]) -> LayerTop:
         channels = np.arange(len(ids))[:, None]
         if self.unit == "neuron":  # the unit is the position
             channels, flat = channels // (layer.height * layer.width), channels % (layer.height * layer.width)
@@ -273,7 +354,6 @@ class Recorder:
         boxes = np.zeros((*ids.shape, 4), np.int32)
         live = ~blank
         boxes[live] = self.fields[layer.name].boxes(channels[live], positions[live][:, 0], positions[live][:, 1])
-        status = np.where(tied, TIED, SEPARATED)
         return LayerTop(layer.name, values, ids, positions, boxes, status, info)
 
     def _manifest(self, tops: dict[str, LayerTop]) -> dict[str, Any]:
@@ -290,7 +370,7 @@ class Recorder:
             "source": {"kind": "recorder"},
             "transform": self.transform.to_json() if self.transform else None,
             "fingerprint": fingerprint(self.device),
-            "scan": self._step.how if self._step else {"batch_size": BATCH},
+            "scan": self.how,
             "seconds": {"preparation": self.preparation},
             "warnings": [w for top in tops.values() if (w := saturation(top))],
         }

@@ -107,9 +107,7 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def rewritten(
-    model: nn.Module, layers: Mapping[str, slice], floor: Floor, *, one_pass: bool
-) -> fx.GraphModule:
+def rewritten(model: nn.Module, layers: Mapping[str, slice], floor: Floor, *, one_pass: bool) -> fx.GraphModule:
     """A copy of a model in eval mode that maps a batch to the layers' keys, one int64 [N, C] a layer.
 
     layers: names, in the order of the forward pass, and each one's units. Raises NotRewrittenError, with the reason,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from unitvis import models
 from unitvis.canonical import BATCH
 from unitvis.errors import UnitvisError
+from unitvis.plan import Plan, plan
 from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
 from unitvis.run import Run, check_output
@@ -22,6 +25,7 @@ from unitvis.sources import open_source
 from unitvis.step import HALF
 from unitvis.transform import Transform
 
+logger = logging.getLogger("unitvis")
 PRECISIONS = ("exact", "fp32", *HALF)
 
 
@@ -68,24 +72,29 @@ def scan(
     source = open_source(images, transform, on_error=on_error)
 
     start = time.perf_counter()
-    with Recorder(
-        model,
-        layers,
-        k,
-        unit=unit,
-        device=device,
-        transform=source.transform,
-        precision="fp32" if precision == "exact" else precision,
-        batch_size=batch_size,
-    ) as recorder:
+    chosen = Plan("fp32" if precision == "exact" else precision, "as asked")
+    with Recorder(model, layers, k, unit=unit, device=device, transform=source.transform) as recorder:
+        batches = source.batches(batch_size, workers=workers)
+        first = next(batches)
+        if precision == "exact":
+            recorder.prepare(recorder.input_shape(first.pixels))
+            chosen = plan(
+                source.length, recorder.units, k, recorder.device, rereadable=source.rereadable and unit == "channel"
+            )
+            logger.info("%s", chosen.line)
+        recorder.scan_in(chosen.precision, batch_size)
         silent = None if progress else True  # None: a bar on a terminal, nothing in a log
         with tqdm(total=source.length, desc="scan", unit=" images", disable=silent, leave=False) as bar:
-            for batch in source.batches(batch_size, workers=workers):
+            for batch in chain([first], batches):
                 recorder(batch.pixels, batch.ids)
                 bar.update(len(batch.ids))
-        run = recorder.result(source)
-    scanned = time.perf_counter()
+        recorder.flush()
+        scanned = time.perf_counter()
+        run = recorder.result(source if precision == "exact" else None)
+        if precision != "exact":
+            run.attach(source)
 
+    run.manifest["plan"] = chosen.line
     run.manifest["model"]["spec"] = spec
     run.manifest["failures"] = [asdict(failure) for failure in source.failures]
     if source.rereadable:
@@ -101,7 +110,7 @@ def scan(
 
 def _second_pass(run: Run, model: nn.Module, device: torch.device | str | None) -> None:
     """Effective boxes; and where the winners are few beside the images, every one of them computed again."""
-    if run.manifest["precision"] == "fp32" and 2 * len(run.winners) <= run.manifest["images"]:
+    if run.manifest["scan"]["precision"] == "fp32" and 2 * len(run.winners) <= run.manifest["images"]:
         found = verify(run, model, device)
         if found["wrong"]:
             raise UnitvisError(

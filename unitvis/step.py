@@ -16,6 +16,8 @@ from unitvis.taps import Taps
 from unitvis.transform import Transform
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+INFINITY = int(uk.pack(torch.tensor(torch.inf), torch.tensor(0)))
+MINUS_INFINITY = int(uk.pack(torch.tensor(-torch.inf), torch.tensor(0))) >> 32
 CLOSE = 1e-4  # of a layer's largest response: what rewriting may change in float32
 
 
@@ -24,7 +26,7 @@ class Step:
 
     model: in eval mode, and the step's to keep. layers: names, in the order of the forward pass, and the units of
     each in `state`. sample: float32 images [N, C, H, W], and `responses`, float32 [N, units], the canonical ones of
-    them: what the copy is checked against, in float32, before it is trusted. `how` says what became of the model.
+    them: what the copy is checked against, in float32, before it is trusted. `how` says what became of it.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Step:
         self._layers, self._neurons = layers, neurons
         self._dtype, self._transform, self._device = dtype, transform, sample.device
         self._floor = Floor()
+        self.model = model  # until it is rewritten
         self._keys = self._copy(model, sample, responses)
         self._replay: Replay | None = None
 
@@ -62,7 +65,17 @@ class Step:
             last = (self.state.shape[1] - 2) // 2 - 1
             self._floor.values = uk.unpack(self.state[:, last])[0]
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
-            uk.topk_merge_(self.state, self._keys(self._input(images)), ids)
+            keys = self._keys(self._input(images))
+            # What half precision cannot hold is a candidate ahead of all others: float32 must see it.
+            keys.masked_fill_((keys == uk.NAN_KEY) | ((keys >> 32) == MINUS_INFINITY), INFINITY)
+            uk.topk_merge_(self.state, keys, ids)
+
+    def keys(self, images: Tensor) -> Tensor:
+        """Keys int64 [N, units] of images as they are given to the step, N at most its size."""
+        images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)))
+        self._floor.values = None
+        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
+            return self._keys(self._input(images))[:count]
 
     def _input(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8 and self._transform is not None:
@@ -91,7 +104,7 @@ class Step:
             return self._hooked(model)
         chains = sum(isinstance(module, Chain) for module in copied.modules())
         self.how["rewritten"] = f"{chains} chains of a convolution and what follows it"
-        copied = copied.to(self._dtype)
+        self.model = copied.to(self._dtype)
         return lambda batch: torch.cat(copied(batch), dim=1)
 
     def _differs(self, copied: nn.Module, sample: Tensor, responses: Tensor) -> str | None:
@@ -108,8 +121,8 @@ class Step:
 
     def _hooked(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The model as it is, in the scan's precision, read by hooks."""
-        model = _channels_last(model).to(self._dtype)
-        taps = Taps(model, list(self._layers)).__enter__()  # for good: the model is nobody else's
+        self.model = _channels_last(model).to(self._dtype)
+        taps = Taps(self.model, list(self._layers)).__enter__()  # for good: the model is nobody else's
         units = list(self._layers.values())
         return lambda batch: taps.keys(batch, units, self._floor.values, neurons=self._neurons)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unitvis_kernels.keys import BLANK, NAN_KEY, pack
+from unitvis_kernels.keys import BLANK, NAN_KEY, POSITION_MASK, pack
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -19,8 +19,9 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
     # `max` returns the first of equal values and lets NaN through, which is the order of the keys.
     if floor is not None:
         # Values alone take a sixth of the time; positions are looked for where a value matters, which is rare.
-        keys = x.new_full(x.shape[:2], BLANK, dtype=torch.int64)
-        images, channels = (~(x.amax((2, 3)) < floor)).nonzero().T  # not below: NaN stays in
+        values = x.amax((2, 3))
+        keys = pack(values, torch.full_like(values, POSITION_MASK, dtype=torch.int64))
+        images, channels = (~(values < floor)).nonzero().T  # not below: NaN stays in
         if len(images) * 4 < keys.numel():
             keys[images, channels] = pack(*x[images, channels].flatten(1).max(dim=1))
             return keys
