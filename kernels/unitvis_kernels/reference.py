@@ -82,6 +82,24 @@ def epilogue(
     return keys, torch.empty_like(y, memory_format=memory_format(x)).copy_(y)
 
 
+def conv_argmax(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: list[int],
+    activation: str | None,
+    store: bool,
+    key_after: bool,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        stride, padding, dilation, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
+        v = F.conv2d(x.float(), weight.float(), None, stride, padding, dilation, groups)
+    v = (v if bias is None else v + bias.float()[:, None, None]).to(x.dtype)
+    y = activate(v, activation)
+    keys = spatial_argmax(y if key_after else v)
+    return keys, torch.empty_like(y, memory_format=torch.channels_last).copy_(y) if store else x.new_empty(0)
+
+
 def normalize(x: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
     # All three are tensors: a GPU divides by a plain number through its reciprocal, which rounds otherwise.
     scale, shift, width = (torch.tensor(v, dtype=torch.float32, device=x.device) for v in ([255.0] * 3, mean, std))
