@@ -13,8 +13,8 @@ import torch
 # other chips of the time.
 BYTES_PER_SECOND = 4.3e12
 FLOPS_PER_SECOND = 790e12
-# Of cuDNN's speed, what a convolution in Triton reaches: PyTorch's own templates reach 0.58 to 0.86 of it where the
-# kernel is spatial, and come close as plain matrix products.
+# Of cuDNN's speed, what a convolution in Triton is assumed to reach: PyTorch's own templates are reported at 0.58 to
+# 0.86 of it where the kernel is spatial (its pull requests 174752 and 174989), ahead where it is 1x1 (107004).
 SPATIAL, POINTWISE = 0.5, 0.8
 
 
@@ -48,12 +48,17 @@ def prefer(
     map_size: tuple[int, int],
     dtype: torch.dtype,
     architecture: str,
+    *,
+    pooled: bool = False,
 ) -> tuple[bool, Literal["measured", "estimated"]]:
     """Whether `conv_argmax` beats cuDNN's convolution followed by `epilogue`, and how that is known.
 
     `map_size` is (OH, OW) of the output, `architecture` such as "sm_90". The estimate: fusing saves writing and reading
-    the raw map, 4 bytes an output element, at the cost of 2 K FLOP (K products an element) at a lower speed.
+    the raw map, 4 bytes an output element, at the cost of 2 K FLOP (K products an element) at a lower speed. Of a map
+    that is `pooled` at once nothing is saved: `epilogue` pools in its own pass, after `conv_argmax` it takes another.
     """
+    if pooled:
+        return False, "estimated"
     layer = layer_key(in_channels, out_channels, kernel, stride, groups, map_size, dtype)
     if found := measured().get(architecture, {}).get(layer):
         return found["fused_us"] < found["separate_us"], "measured"

@@ -152,8 +152,8 @@ def whole_vectors(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tenso
     """As the kernel reads them: the weight channels_last, input channels in whole vectors of at least 8 bytes."""
     missing = -x.shape[1] % 4 if groups == 1 else 0
     if missing:
-        x, weight = F.pad(x, (0, 0, 0, 0, 0, missing)), F.pad(weight, (0, 0, 0, 0, 0, missing))
-    return x, weight.contiguous(memory_format=torch.channels_last)
+        x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (x, weight))
+    return x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
 
 
 def out_size(x: Tensor, weight: Tensor, geometry: Sequence[int]) -> tuple[int, int]:
