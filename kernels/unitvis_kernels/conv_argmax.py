@@ -205,7 +205,7 @@ def _conv_argmax(
     key_after: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `conv_argmax`; without `store` an empty tensor stands for y, because an operator returns no optional one."""
-    return reference.conv_argmax(x, weight, bias, list(geometry), activation, store, key_after)
+    return reference.conv_argmax(x, weight, bias, geometry, activation, store, key_after)
 
 
 @_conv_argmax.register_fake
@@ -226,20 +226,11 @@ def outputs(
     return keys, torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Sequence[int],
-    activation: str | None,
-    store: bool,
-    key_after: bool,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    keys, y = outputs(x, weight, bias, geometry, activation, store, key_after) if out is None else out
-    planned = plan(x, weight, bias, geometry, activation, store, key_after, keys, y)
+def launch(*arguments: Any, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    keys, y = outputs(*arguments) if out is None else out
+    planned = plan(*arguments, keys=keys, y=y)
     if planned is None:
-        return reference.conv_argmax(x, weight, bias, list(geometry), activation, store, key_after)
+        return reference.conv_argmax(*arguments)
     if planned.options["SPLIT"]:
         keys.fill_(BLANK)
     planned.run()

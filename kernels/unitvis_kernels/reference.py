@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,14 +88,14 @@ def conv_argmax(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    geometry: list[int],
+    geometry: Sequence[int],
     activation: str | None,
     store: bool,
     key_after: bool,
 ) -> tuple[Tensor, Tensor]:
+    SH, SW, PH, PW, DH, DW, groups = geometry
     with torch.autocast(x.device.type, enabled=False):
-        stride, padding, dilation, groups = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
-        v = F.conv2d(x.float(), weight.float(), None, stride, padding, dilation, groups)
+        v = F.conv2d(x.float(), weight.float(), None, (SH, SW), (PH, PW), (DH, DW), groups)
     v = (v if bias is None else v + bias.float()[:, None, None]).to(x.dtype)
     y = activate(v, activation)
     keys = spatial_argmax(y if key_after else v)
