@@ -227,14 +227,14 @@ def outputs(
 
 
 def launch(*arguments: Any, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    keys, y = outputs(*arguments) if out is None else out
-    planned = plan(*arguments, keys=keys, y=y)
+    out = outputs(*arguments) if out is None else out
+    planned = plan(*(*arguments, *out))
     if planned is None:
         return reference.conv_argmax(*arguments)
     if planned.options["SPLIT"]:
-        keys.fill_(BLANK)
+        out[0].fill_(BLANK)
     planned.run()
-    return keys, y
+    return out
 
 
 if HAS_TRITON:
