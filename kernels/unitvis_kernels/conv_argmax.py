@@ -18,7 +18,8 @@ from unitvis_kernels.keys import BLANK, POSITION_MASK
 
 # The product is [pixels of one image, C * KH * KW] x [C * KH * KW, channels of one group]; both operands are read along
 # the input channels, where channels_last keeps them together. A lane beyond the last pixel or channel reads the last
-# one again instead of being masked, so only a padded border or a ragged end of the depth masks a load.
+# one again instead of being masked, so only a padded border or a ragged end of the depth masks a load; such a pixel has
+# the last one's value at a later place and never wins.
 # A rounded value leaves at least 13 of its float32's low bits zero. Its magnitude, bits inverted where it is negative,
 # plus twice the pixel's place in the tile is an int32 whose maximum is the argmax. Inverted is negated less 1; places
 # being even, the 1 changes no order, and -0.0 ties with +0.0. (PTX rounds every NaN to one positive NaN.)
@@ -116,10 +117,9 @@ def _conv_argmax_kernel(
     if KEY_AFTER:
         v = z
     bits = v.to(tl.int32, bitcast=True)
-    place = tl.where(m_p, 2 * (LOW - lane), -0x80000000)[:, None]
-    rank = ((bits & 0x7FFFE000) ^ (bits >> 31)) * m_p.to(tl.int32)[:, None] + place
+    rank = ((bits & 0x7FFFE000) ^ (bits >> 31)) + 2 * (LOW - lane)[:, None]
     if SIGNED_NAN:
-        rank = tl.where((v != v) & m_p[:, None], 0x7FFFFFFF, rank)
+        rank = tl.where(v != v, 0x7FFFE000, rank)
     best = tl.max(rank, axis=0).to(tl.int64)  # [BN]; a lane has a few of them once they are 64 bits wide
     best += best & 1
     high = (best & (-2 * BM)) + (best >> 63)  # as `ordered32` of keys.py

@@ -43,6 +43,26 @@ def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
+@pytest.fixture(autouse=True)
+def _reads_inside_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, load = conv.plan, InterpreterBuilder.create_masked_load
+    spans: list[tuple[int, int]] = []
+
+    def planned(*arguments: Any) -> Any:
+        launch = plan(*arguments)
+        tensors = [a for a in launch.args if isinstance(a, Tensor)] if launch else []
+        spans[:] = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        return launch
+
+    def checked(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        read = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        assert np.logical_or.reduce([(first <= read) & (read < end) for first, end in spans]).all()
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(conv, "plan", planned)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked)
+
+
 def run(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """What the kernel writes between guard bands, over poison."""
     like_keys, like_y = conv.outputs(x, weight, bias, case.geometry, *rest)
