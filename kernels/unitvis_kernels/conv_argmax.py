@@ -256,12 +256,12 @@ def conv_argmax(
 ) -> tuple[Tensor, Tensor | None]:
     """(keys int64 [N, D], y [N, D, OH, OW]) of `F.conv2d(x, weight, bias, stride, padding, dilation, groups)`.
 
-    x [N, C, H, W] and weight [D, C / groups, KH, KW] in one of float16, bfloat16, float32; products are summed in
-    float32. v = sum + bias[d], rounded once to x's dtype; keys are those of v, or with `key_after` those of y =
-    activation(v), channels_last in x's dtype; see `epilogue`. With store=False y is None and is never written, not even
-    to device memory. On a GPU half precision in channels_last takes one pass; else the plain PyTorch operator runs. A
-    weight that is not channels_last is copied at each call, and so are x and the weight if C is no multiple of 4 and
-    groups is 1: hand both over with channels of zeros to save that. Raises ValueError for anything else.
+    x [N, C, H, W] and weight [D, C / groups, KH, KW] are both float16, bfloat16 or float32. v = products + bias[d],
+    summed in float32 and rounded once to x's dtype; y = activation(v), in x's dtype and channels_last, or None with
+    store=False; keys are those of v, or with `key_after` those of y; see `epilogue`. On a GPU half precision in
+    channels_last takes one pass, and a map that is not stored is not written at all; else the plain PyTorch operator
+    runs. In one pass each call copies a weight that is not channels_last, and x and the weight if C is no multiple of 4
+    (groups 1): hand both over with channels of zeros to save it. Raises ValueError for anything else.
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"conv_argmax takes float32, float16 or bfloat16 [N, C, H, W], not {x.dtype} {tuple(x.shape)}")

@@ -267,7 +267,14 @@ def test_a_convolution_compiles_to_the_tensor_cores(
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_convolution_compiles(name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for dtype, *rest in ((HALF, "relu", True, False), (BF16, None, True, False), (HALF, "relu6", False, True)):
+    check_convolution(name, convolution(name, HALF, "relu", True, False), target, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["AlexNet 1", "ResNet-50 2 expand", "ResNet-50 3 3x3", "ResNet-50 5 3x3"])
+def test_every_form_of_a_convolution(name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype, *rest in ((BF16, None, True, False), (HALF, "relu6", True, True), (BF16, "relu", False, False)):
         launch = convolution(name, dtype, *rest)
         check_convolution(name, launch, target, tmp_path, monkeypatch, store=rest[1])
 

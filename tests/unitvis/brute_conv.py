@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unitvis_kernels import NAN_KEY, pack
+from unitvis_kernels import pack
 
 
 class Case(NamedTuple):
@@ -59,26 +59,22 @@ def convolution(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     C, D = x.shape[1] // case.groups, case.out // case.groups
     out = np.zeros((x.shape[0], case.out, OH, OW))
     with np.errstate(invalid="ignore"):
-        for d in range(case.out):
-            for c in range(C):
-                for i, j in np.ndindex(KH, KW):
-                    rows, columns = slice(i * DH, i * DH + SH * OH, SH), slice(j * DW, j * DW + SW * OW, SW)
-                    out[:, d] += padded[:, d // D * C + c, rows, columns][:, :OH, :OW] * w[d, c, i, j]
+        for g, c, i, j in np.ndindex(case.groups, C, KH, KW):
+            rows, columns = slice(i * DH, i * DH + SH * OH, SH), slice(j * DW, j * DW + SW * OW, SW)
+            pixels = padded[:, None, g * C + c, rows, columns][..., :OH, :OW]
+            channels = slice(g * D, g * D + D)
+            out[:, channels] += pixels * w[channels, c, i, j][:, None, None]
     return torch.from_numpy(out) + (0 if bias is None else bias.double()[:, None, None])
 
 
 def keys_of(v: Tensor) -> Tensor:
     """int64 [N, D] of maps [N, D, OH, OW], by a loop."""
-    rows = []
-    for image in v.double().tolist():
-        row = []
-        for channel in image:
-            flat = [value + 0.0 for line in channel for value in line]
-            best = max(flat, key=lambda value: (math.isnan(value), value))
-            at = 0 if math.isnan(best) else flat.index(best)
-            row.append(NAN_KEY if math.isnan(best) else int(pack(torch.tensor(best), torch.tensor(at))))
-        rows.append(row)
-    return torch.tensor(rows)
+    values, positions = [], []
+    for channel in v.double().flatten(0, 1).flatten(1).tolist():
+        best = max(channel, key=lambda value: (math.isnan(value), value))
+        values.append(best)
+        positions.append(0 if math.isnan(best) else channel.index(best))  # -0.0 is 0.0 here
+    return pack(torch.tensor(values), torch.tensor(positions)).view(v.shape[:2])
 
 
 def operands(case: Case, dtype: torch.dtype, whole: bool = False) -> tuple[Tensor, Tensor, Tensor]:
