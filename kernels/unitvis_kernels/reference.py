@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +83,24 @@ def epilogue(
         window, stride, padding = pool
         y = F.max_pool2d(y, window, stride, padding) + 0.0  # which zero a maximum is, depends on the implementation
     return keys, torch.empty_like(y, memory_format=memory_format(x)).copy_(y)
+
+
+def conv_argmax(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+    activation: str | None,
+    store: bool,
+    key_after: bool,
+) -> tuple[Tensor, Tensor]:
+    SH, SW, PH, PW, DH, DW, groups = geometry
+    with torch.autocast(x.device.type, enabled=False):
+        v = F.conv2d(x.float(), weight.float(), None, (SH, SW), (PH, PW), (DH, DW), groups)
+    v = (v if bias is None else v + bias.float()[:, None, None]).to(x.dtype)
+    y = activate(v, activation)
+    keys = spatial_argmax(y if key_after else v)
+    return keys, torch.empty_like(y, memory_format=torch.channels_last).copy_(y) if store else x.new_empty(0)
 
 
 def normalize(x: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
