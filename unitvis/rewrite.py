@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import unitvis_kernels as uk
 from unitvis.errors import first_line
 from unitvis.taps import as_map
+from unitvis_kernels.choice import prefer
 
 _RELUS = {nn.ReLU: "relu", nn.ReLU6: "relu6", F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
 _RELUS |= {"relu": "relu", "relu_": "relu", torch.relu_: "relu", F.relu_: "relu"}
@@ -48,8 +49,9 @@ class Floor:
 class Chain(nn.Module):
     """Convolution -> [activation] -> [max-pool] with the keys of the convolution's output, or of the activated one.
 
-    `conv` has a BatchNorm folded in. `one_pass`: `uk.epilogue` does all that follows the product; otherwise, on a CPU,
-    whose convolutions add their bias themselves, the plain operators do.
+    `conv` has a BatchNorm folded in. `one_pass`: `uk.epilogue` does all that follows the product, or `uk.conv_argmax`
+    everything, whichever is preferred; otherwise, on a CPU, whose convolutions add their bias themselves, the plain
+    operators do.
     """
 
     def __init__(
@@ -65,10 +67,49 @@ class Chain(nn.Module):
         super().__init__()
         self.conv, self.activation, self.pool = conv, activation, pool
         self.floor, self.key_after, self.one_pass = floor, key_after, one_pass
+        self.store = True  # somebody takes the map
+        self.fused: str | None = None  # how it is known that `conv_argmax` is the faster way; None where it is not
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(keys int64 [N, C], the map that goes on); no keys where nobody asked for them."""
+    def _fuses(self, x: Tensor) -> bool:
         conv = self.conv
+        if isinstance(conv.padding, str) or x.dtype == torch.float32:
+            return False
+        around = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+        height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in around)
+        architecture = "cpu"
+        if x.is_cuda:
+            architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
+        fuses, known = prefer(
+            conv.in_channels,
+            conv.out_channels,
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            (conv.stride[0], conv.stride[1]),
+            conv.groups,
+            (height, width),
+            x.dtype,
+            architecture,
+            pooled=self.pool is not None,
+        )
+        self.fused = known if fuses else None
+        return fuses
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(keys int64 [N, C], the map that goes on); None for what nobody asked for."""
+        conv = self.conv
+        if self.one_pass and self._fuses(x):
+            both = uk.conv_argmax(
+                x,
+                conv.weight,
+                conv.bias,
+                conv.stride,  # type: ignore[arg-type]  # two numbers, which nn.Conv2d does not say
+                conv.padding,  # type: ignore[arg-type]
+                conv.dilation,  # type: ignore[arg-type]
+                conv.groups,
+                activation=self.activation,
+                store=self.store,
+                key_after=self.key_after,
+            )
+            return both if self.pool is None or both[1] is None else (both[0], F.max_pool2d(both[1], *self.pool))
         if self.one_pass and (conv.bias is not None or self.activation is not None or self.pool is not None):
             raw = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
             return uk.epilogue(raw, conv.bias, self.activation, self.pool, key_after=self.key_after)
@@ -152,7 +193,12 @@ def rewritten(model: nn.Module, layers: Mapping[str, slice], floor: Floor, *, on
             with graph.inserting_after(node):  # before anything can overwrite it
                 keys[name] = graph.call_module(f"key{index}", (node,))
     _end(graph, [keys[name] for name in layers])
-    return fx.GraphModule(model, graph)
+    copied = fx.GraphModule(model, graph)
+    for node in graph.nodes:
+        called = copied.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, Chain):
+            called.store = any(user.args[1] == 1 and user.users for user in node.users)
+    return copied
 
 
 class _Link(NamedTuple):

@@ -58,6 +58,8 @@ class Step:
         if self._replay is None:
             self._replay = Replay(self._fold, self.size, images, self._device)
             self.how["captured"] = self._replay.eager_because or True
+            fused = [chain.fused for chain in self.model.modules() if isinstance(chain, Chain) and chain.fused]
+            self.how["conv_argmax"] = {known: fused.count(known) for known in set(fused)}
         return self._replay(images, ids)
 
     def _fold(self, images: Tensor, ids: Tensor) -> None:
