@@ -20,6 +20,7 @@ import unitvis_kernels as uk
 import zoos
 from test_exact import by_half, net, pictures
 from unitvis import rewrite, step
+from unitvis.canonical import canonical_settings
 from unitvis.step import Step
 
 
@@ -27,7 +28,8 @@ def stepping(model: nn.Module, images: Tensor, device: str = "cpu", size: int = 
     """A step over the default layers."""
     layers = unitvis.scan(model, images[:2], k=1, progress=False).layers
     sample = images[:16].to(device).contiguous(memory_format=torch.channels_last)
-    maps = brute.outputs(model, layers, sample)
+    with canonical_settings(sample.device):
+        maps = brute.outputs(model, layers, sample)
     ends = list(itertools.accumulate(maps[name].shape[1] for name in layers))
     units = [slice(end - maps[name].shape[1], end) for name, end in zip(layers, ends, strict=True)]
     responses = torch.cat([maps[name].flatten(2).amax(2) for name in layers], dim=1)
