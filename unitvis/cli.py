@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from unitvis import models, sheets
+from unitvis.decoding import DECODERS
 from unitvis.errors import UnitvisError
 from unitvis.recorder import Recorder
 from unitvis.rescore import verify
+from unitvis.responses import odd_responses
 from unitvis.run import Run, load, replacing
 from unitvis.scan import PRECISIONS, scan
 from unitvis.transform import Transform
@@ -67,7 +69,7 @@ def _scan(arguments: argparse.Namespace) -> int:
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     run = scan(
         loaded,
-        arguments.images,
+        arguments.images if len(arguments.images) > 1 else arguments.images[0],
         arguments.layer or None,
         arguments.k,
         out=arguments.output,
@@ -77,6 +79,10 @@ def _scan(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         unit=arguments.unit,
         on_error=arguments.on_error,
+        max_failures=arguments.max_failures,
+        decoder=arguments.decoder,
+        scaled=arguments.scaled,
+        allow_truncated=arguments.allow_truncated,
         overwrite=arguments.overwrite,
         workers=arguments.workers,
     )
@@ -95,9 +101,8 @@ def _tell(run: Run) -> None:
         f"({images / seconds['scan']:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
         f"{seconds['second_pass']:.1f} s: {told}"
     )
-    for name, top in run.tops.items():
-        if nan := top.info["nan"]:
-            print(f"layer {name}: {nan['responses']} NaN responses hold no place; first: image {nan['first_image']}")
+    for sentence in odd_responses(run):
+        print(sentence)
     failures = run.manifest["failures"]
     if failures:
         print(f"{len(failures)} images could not be read and were skipped (all are listed in the manifest):")
@@ -201,7 +206,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("scan", _scan, "Scan images for the patches that excite every unit most, and draw them.")
     model_argument(sub)
-    sub.add_argument("images", metavar="IMAGES", help="a folder, a text list of paths, or a uint8 .npy [N, H, W, 3]")
+    sub.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="a folder, a text list of paths, tar archives ('train-{000..146}.tar'), or a uint8 .npy [N, H, W, 3]",
+    )
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
     sub.add_argument(
         "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
@@ -217,6 +227,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
     sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
     sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
+    sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
+    sub.add_argument("--allow-truncated", action="store_true", help="take what is there of files that end early")
+    sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
+    sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
     sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 

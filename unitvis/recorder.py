@@ -21,6 +21,7 @@ import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings, compute_batch, evaluating
 from unitvis.errors import UnitvisError
 from unitvis.receptive_field import ReceptiveField, receptive_fields
+from unitvis.responses import infinite_info
 from unitvis.run import FORMAT, SEPARATED, TIED, LayerTop, Run
 from unitvis.sources import open_source
 from unitvis.taps import Examination, Layer, Taps
@@ -226,7 +227,7 @@ class Recorder:
             part = slice(start, stop)
             info = asdict(layer) | {"unit": self.unit, "units": stop - start}
             info |= {"receptive_field": _field_info(self.fields[layer.name]), "effective_box": None}
-            info["nan"] = _nan_info(nan[part])
+            info["nan"], info["infinite"] = _nan_info(nan[part]), infinite_info(values[part], ids[part])
             tops[layer.name] = self._top(layer, values[part], ids[part], positions[part], info)
         run = Run(tops, self._manifest(tops), {})
         if images is not None:

@@ -17,6 +17,7 @@ from unitvis.canonical import BATCH
 from unitvis.errors import UnitvisError
 from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
+from unitvis.responses import refuse_odd_responses
 from unitvis.run import Run, check_output
 from unitvis.sources import open_source
 from unitvis.transform import Transform
@@ -37,6 +38,10 @@ def scan(
     precision: str = "exact",
     unit: str = "channel",
     on_error: str = "skip",
+    max_failures: int | None = None,
+    decoder: str = "pillow",
+    scaled: bool = False,
+    allow_truncated: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     workers: int | None = None,
@@ -45,11 +50,13 @@ def scan(
 
     model: a module, a spec such as "torchvision:alexnet" or "file.py:function", or what `models.load` makes of one.
     transform: how pictures become the model's input; None is the spec's own.
-    images: a folder, a text list, a uint8 .npy or array [N, H, W, 3], a float tensor [N, C, H, W] already normalised,
-    a Dataset, a DataLoader or an iterable of batches. layers, k, unit, device: as for `Recorder`. out: a folder for
-    the run. precision: "exact" decides by canonical float32 responses, "fp32" computes nothing else. batch_size:
-    images read at once, which does not change the result. on_error: "skip" lists an unreadable image in the manifest,
-    "raise" stops. workers: threads that decode. Raises UnitvisError for whatever the caller can mend.
+    images: a folder, a text list, tar archives, a uint8 .npy or array [N, H, W, 3], a float tensor [N, C, H, W] already
+    normalised, a Dataset, a DataLoader or an iterable of batches; see `open_source`. layers, k, unit, device: as for
+    `Recorder`. out: a folder for the run. precision: "exact" decides by canonical float32 responses, "fp32" computes
+    nothing else. batch_size: images read at once, which does not change the result. on_error: "skip" lists an
+    unreadable image in the manifest and counts NaN and infinite responses there, "raise" stops; max_failures: more
+    unreadable images stop the scan. decoder, scaled, allow_truncated: how files are decoded, see `Decoding`. workers:
+    threads that decode. Raises UnitvisError for whatever the caller can mend.
     """
     if precision not in PRECISIONS:
         raise UnitvisError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
@@ -63,7 +70,15 @@ def scan(
     if isinstance(model, models.Loaded):
         spec, model, own = model
         transform = transform or own
-    source = open_source(images, transform, on_error=on_error)
+    source = open_source(
+        images,
+        transform,
+        on_error=on_error,
+        max_failures=max_failures,
+        decoder=decoder,
+        scaled=scaled,
+        allow_truncated=allow_truncated,
+    )
 
     start = time.perf_counter()
     with Recorder(model, layers, k, unit=unit, device=device, transform=source.transform) as recorder:
@@ -73,6 +88,8 @@ def scan(
                 recorder(batch.pixels, batch.ids)
                 bar.update(len(batch.ids))
         run = recorder.result(source)
+    if on_error == "raise":
+        refuse_odd_responses(run)
     scanned = time.perf_counter()
 
     run.manifest["model"]["spec"] = spec

@@ -69,6 +69,7 @@ class Source(ABC):
     rereadable = True  # False: a stream, which is read once and in one order
     length: int | None  # number of images, None where only the end will tell
     kind: str  # what messages and the manifest call it
+    max_failures: int | None = None  # one more stops the scan; None: any number
     _changed = "is no longer the image that was scanned"
 
     def __init__(self, transform: Transform | None, length: int | None, on_error: str) -> None:
@@ -210,6 +211,11 @@ class Source(ABC):
         if self.on_error == "raise":
             raise UnitvisError(f"{self.name(id)!r} cannot be used: {reason}")
         self._reasons.setdefault(id, sys.intern(reason))
+        if self.max_failures is not None and len(self._reasons) > self.max_failures:
+            raise UnitvisError(
+                f"{len(self._reasons)} images could not be used, more than max_failures={self.max_failures}; the last "
+                f"is {self.name(id)!r} ({reason})"
+            )
 
     @contextmanager
     def _named(self, id: int) -> Iterator[None]:
