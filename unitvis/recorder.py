@@ -7,7 +7,7 @@ import hashlib
 import platform
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings, compute_batch, evaluating
+from unitvis.coverage import Coverage
 from unitvis.errors import UnitvisError
+from unitvis.partial import Identity, Partial, identity
 from unitvis.receptive_field import ReceptiveField, receptive_fields
 from unitvis.responses import infinite_info
 from unitvis.run import FORMAT, SEPARATED, TIED, LayerTop, Run
@@ -42,6 +44,8 @@ class Recorder:
     is copied to the host before `result`. The model is left as it was found.
     """
 
+    precision = "fp32"
+
     def __init__(
         self,
         model: nn.Module,
@@ -61,6 +65,7 @@ class Recorder:
         self.model, self.device = _on_device(model, device)
         self.k, self.unit, self.transform = k, unit, transform
         self.images = 0
+        self.coverage = Coverage()  # the ids given; after `flush` all of them are in the state
         self.layers: list[Layer] = []
         self.fields: dict[str, ReceptiveField] = {}
         self._patterns = layers
@@ -97,6 +102,7 @@ class Recorder:
             raise UnitvisError(f"{len(images)} images came with ids of shape {list(ids.shape)}")
         if ids.device.type == "cpu" and len(ids) and int(ids.min()) < 0:  # on a GPU a look would wait for it
             raise UnitvisError(f"an image came with the id {int(ids.min())}; ids are whole numbers from 0")
+        known = ids.numpy().copy() if ids.device.type == "cpu" else ()  # ids that came on a GPU stay unknown
         ids = ids.to(self.device)
         self._shape = self._shape or list(images.shape[1:])
         if list(images.shape[1:]) != self._shape:
@@ -112,6 +118,7 @@ class Recorder:
             self._compute(images[start : start + BATCH], ids[start : start + BATCH])
         if whole < len(images):
             self._waiting.append((images[whole:].clone(), ids[whole:]))
+        self.coverage.add(np.asarray(known, np.int64))
 
     def flush(self) -> None:
         """Compute what waits for a whole compute batch, padded."""
@@ -250,23 +257,58 @@ class Recorder:
         status = np.where(tied, TIED, SEPARATED)
         return LayerTop(layer.name, values, ids, positions, boxes, status, info)
 
-    def _manifest(self, tops: dict[str, LayerTop]) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
+        """What is recorded and how, for a manifest."""
         return {
             "format": FORMAT,
             "model": describe_model(self.model),
             "input": self._shape,
-            "layers": {name: top.info for name, top in tops.items()},
+            "layers": {layer.name: asdict(layer) for layer in self.layers},
             "k": self.k,
             "unit": self.unit,
-            "precision": "fp32",
-            "images": self.images,
-            "failures": [],
+            "precision": self.precision,
             "source": {"kind": "recorder"},
             "transform": self.transform.to_json() if self.transform else None,
             "fingerprint": fingerprint(self.device),
+        }
+
+    def _manifest(self, tops: dict[str, LayerTop]) -> dict[str, Any]:
+        return {
+            **self.about(),
+            "layers": {name: top.info for name, top in tops.items()},
+            "images": self.images,
+            "coverage": self.coverage.ranges.tolist(),
+            "failures": [],
             "seconds": {"preparation": self.preparation},
             "warnings": [w for top in tops.values() if (w := _saturation(top))],
         }
+
+    def partial(self, seconds: float = 0.0, **entries: Any) -> Run:
+        """What was recorded so far as a run that holds what `merge` needs, and no winners yet; its ids must be known.
+
+        seconds: of scanning. entries: of the manifest, in place of a recorder's own.
+        """
+        manifest = self.about() | {"partial": True, "shard": None, "failures": []} | entries
+        failures = {failure["id"]: failure["reason"] for failure in manifest["failures"]}
+        part = self.part(identity(manifest), failures, seconds)
+        counted = {"images": self.images, "coverage": part.coverage.ranges.tolist()}
+        return Run({}, manifest | counted | {"seconds": {"preparation": self.preparation}}, {}, partial=part)
+
+    def part(self, identity: Identity, failures: Mapping[int, str], seconds: float) -> Partial:
+        """All that was recorded so far, taken at once: one copy from the device."""
+        self.flush()
+        if len(self.coverage) != self.images:
+            raise UnitvisError(
+                f"{self.images} images were recorded under {len(self.coverage)} known ids, so what is recorded cannot "
+                "be told; give each image one id, on the CPU, and drop a Recorder that raised"
+            )
+        return Partial(identity, self.state.to("cpu", copy=True), self.coverage.copy(), failures, seconds)
+
+    def go_on(self, part: Partial) -> None:
+        """Take over what `part` gave; only in place of nothing, after `prepare`."""
+        self.state.copy_(part.state)
+        self.coverage = part.coverage.copy()
+        self.images = len(self.coverage)
 
 
 def _on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:

@@ -171,6 +171,7 @@ def verify(run: Run, model: nn.Module, device: torch.device | str | None = None)
     Under the run's own fingerprint a value and its position must come out bit for bit, under another the value within
     1e-5 of the layer's largest. worst: the largest distance, as a share of that. first_wrong: a sentence, or None.
     """
+    run.need_winners()
     with Comparison(model, run, device) as comparison:
         comparison.read(run.source, run.winners.tolist())
     winners, now = comparison.winners, comparison.again.astype(np.float64)

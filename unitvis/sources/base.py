@@ -102,6 +102,15 @@ class Source(ABC):
         """What could not be used so far, by id; kept as one number and one shared string each."""
         return [Failure(id, self.name(id), self._reasons[id]) for id in sorted(self._reasons)]
 
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Why each image that could not be used so far could not, by id."""
+        return dict(self._reasons)
+
+    def take_failures(self, reasons: Mapping[int, str]) -> None:
+        """Count what an earlier part of the same scan could not use."""
+        self._reasons.update((id, sys.intern(reason)) for id, reason in reasons.items())
+
     def name(self, id: int) -> str:
         """What messages and the manifest call the image."""
         return f"image {id}"
@@ -186,7 +195,7 @@ class Source(ABC):
 
     def _ids(self, ids: Iterable[int] | None) -> Iterable[int]:
         if ids is None:
-            return range(self.length or 0)  # a shard of the source is a choice of ids here
+            return range(self.length or 0)
         return (self._valid(id) for id in ids)
 
     def _valid(self, id: int) -> int:
