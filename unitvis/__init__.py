@@ -1,6 +1,7 @@
 """For every unit of a ConvNet, the nine image patches that excite it most."""
 
-from unitvis.errors import ImageError, UnitvisError
+from unitvis.errors import ImageError, Interrupted, UnitvisError
+from unitvis.merge import merge
 from unitvis.receptive_field import ReceptiveField, receptive_field
 from unitvis.recorder import Recorder
 from unitvis.run import LayerTop, Run, load
@@ -9,6 +10,7 @@ from unitvis.transform import Transform
 
 __all__ = [
     "ImageError",
+    "Interrupted",
     "LayerTop",
     "ReceptiveField",
     "Recorder",
@@ -16,6 +18,7 @@ __all__ = [
     "Transform",
     "UnitvisError",
     "load",
+    "merge",
     "receptive_field",
     "scan",
 ]

@@ -12,9 +12,13 @@ from pathlib import Path
 import torch
 
 from unitvis import models, sheets
-from unitvis.errors import UnitvisError
+from unitvis.decoding import DECODERS
+from unitvis.errors import Interrupted, UnitvisError
+from unitvis.merge import merge
+from unitvis.progress import EVERY
 from unitvis.recorder import Recorder
 from unitvis.rescore import verify
+from unitvis.responses import odd_responses
 from unitvis.run import Run, load, replacing
 from unitvis.scan import PRECISIONS, scan
 from unitvis.transform import Transform
@@ -33,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UnitvisError as error:
             print(f"unitvis: {error}", file=sys.stderr)
             return USAGE
+        except Interrupted as error:
+            print(f"unitvis: {error}", file=sys.stderr)
+            return error.code
         except KeyboardInterrupt:
             print("unitvis: interrupted", file=sys.stderr)
             return 130
@@ -67,7 +74,7 @@ def _scan(arguments: argparse.Namespace) -> int:
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     run = scan(
         loaded,
-        arguments.images,
+        arguments.images if len(arguments.images) > 1 else arguments.images[0],
         arguments.layer or None,
         arguments.k,
         out=arguments.output,
@@ -77,37 +84,73 @@ def _scan(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         unit=arguments.unit,
         on_error=arguments.on_error,
+        max_failures=arguments.max_failures,
+        decoder=arguments.decoder,
+        scaled=arguments.scaled,
+        allow_truncated=arguments.allow_truncated,
+        shard=arguments.shard,
         overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        every=arguments.checkpoint_every,
         workers=arguments.workers,
     )
+    return _done(run, arguments.output)
+
+
+def _done(run: Run, folder: Path) -> int:
+    """Say what a run holds and draw it, unless it is one to be merged first."""
     _tell(run)
-    _render_into(run, arguments.output)
+    if run.tops:
+        _render_into(run, folder)
     return SKIPPED if run.manifest["failures"] else DONE
 
 
-def _tell(run: Run) -> None:
-    counts = sheets.summary(run)
-    seconds = run.manifest["seconds"]
-    images = run.manifest["images"]
-    told = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
-    print(
-        f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
-        f"({images / seconds['scan']:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
-        f"{seconds['second_pass']:.1f} s: {told}"
+def _merge(arguments: argparse.Namespace) -> int:
+    model = None
+    if arguments.model is not None:
+        model = models.load(arguments.model, arguments.weights, pretrained=arguments.pretrained)
+    run = merge(
+        arguments.runs,
+        model,
+        out=arguments.output,
+        images=arguments.images,
+        device=arguments.device,
+        partial=arguments.partial,
+        overwrite=arguments.overwrite,
     )
-    if run.manifest["precision"] == "exact":
-        print(f"scanned in {run.manifest['plan']}")
-    if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
-        layers = ", ".join(f"{count} of {name}" for name, count in unseparated.items())
-        print(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
-    for name, top in run.tops.items():
-        if nan := top.info["nan"]:
-            print(f"layer {name}: {nan['responses']} NaN responses hold no place; first: image {nan['first_image']}")
+    return _done(run, arguments.output)
+
+
+def _tell(run: Run) -> None:
+    if run.tops:
+        _tell_result(run)
+    else:
+        print(f"{run.manifest['images']:,} images; `unitvis merge` makes a run of all shards")
     failures = run.manifest["failures"]
     if failures:
         print(f"{len(failures)} images could not be read and were skipped (all are listed in the manifest):")
         for failure in failures[:10]:
             print(f"  {failure['name']!r}: {failure['reason']}")  # !r: a name may hold anything
+
+
+def _tell_result(run: Run) -> None:
+    counts = sheets.summary(run)
+    seconds = run.manifest["seconds"]
+    images = run.manifest["images"]
+    told = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
+    rate = images / max(seconds["scan"], 1e-9)  # a merge of recorders knows no time
+    print(
+        f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
+        f"({rate:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
+        f"{seconds['second_pass']:.1f} s: {told}"
+    )
+    if run.manifest["precision"] == "exact":
+        print(f"precision: {run.manifest['plan']}")
+    if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
+        layers = ", ".join(f"{count} of {name}" for name, count in unseparated.items())
+        print(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
+    for sentence in odd_responses(run):
+        print(sentence)
 
 
 def _render(arguments: argparse.Namespace) -> int:
@@ -182,6 +225,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def model_argument(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("model", metavar="MODEL", help=models.FORMS)
+        weights_options(sub)
+
+    def weights_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
         sub.add_argument(
             "--no-pretrained", dest="pretrained", action="store_false", help="random weights (by name only)"
@@ -206,7 +252,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("scan", _scan, "Scan images for the patches that excite every unit most, and draw them.")
     model_argument(sub)
-    sub.add_argument("images", metavar="IMAGES", help="a folder, a text list of paths, or a uint8 .npy [N, H, W, 3]")
+    sub.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="a folder, a text list of paths, tar archives ('train-{000..146}.tar'), or a uint8 .npy [N, H, W, 3]",
+    )
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
     sub.add_argument(
         "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
@@ -222,8 +273,27 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
     sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
     sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
+    sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
+    sub.add_argument("--allow-truncated", action="store_true", help="take what is there of files that end early")
+    sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
+    sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
     sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
+    sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
+    sub.add_argument("--resume", action="store_true", help="go on with the scan that was stopped in RUN")
+    sub.add_argument(
+        "--checkpoint-every", type=float, default=EVERY, metavar="SECONDS", help="a kill loses no more than that (60)"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
+
+    sub = command("merge", _merge, "Make one run of the runs of all shards, as if one scan had seen all images.")
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="made with scan --shard, or merged")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
+    sub.add_argument("--model", metavar="MODEL", help="the model, where it is not found as it was scanned")
+    weights_options(sub)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
+    sub.add_argument("--partial", action="store_true", help="merge what is there although images are missing")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
+    images_option(sub)
 
     sub = command("render", _render, "Draw the sheets of a finished scan again.")
     run_argument(sub)

@@ -12,6 +12,14 @@ class ImageError(UnitvisError):
     """One image cannot be used; the message is the reason that the manifest lists."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a scan; the message says how to go on with it, and `code` is the exit code of a shell."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     return (str(error).strip() or "no message").split("\n")[0]

@@ -89,7 +89,7 @@ class Rescorer(Recorder):
 
     def compute_sample(self, source: Source) -> None:
         """The sample, in all layers, and what half precision says of it."""
-        ids = self._scanned.sample.ids.numpy()
+        ids = self._scanned.sample
         half = [self._scanned.half_responses(batch.pixels) for batch in source.batches(BATCH, ids=ids.tolist())]
         self._sample = []
         self.compute(source, ids, np.full(len(ids), len(self.layers)))
@@ -165,6 +165,7 @@ class Rescorer(Recorder):
     def _manifest(self, tops: dict[str, Any]) -> dict[str, Any]:
         return super()._manifest(tops) | {
             "images": self._scanned.images,
+            "coverage": self._scanned.coverage.ranges.tolist(),
             "precision": "exact",
             "scan": self._scanned.how,
             "rescored": {"images": len(self.computed), "sample": len(self._half_sample), "doubt": DOUBT},

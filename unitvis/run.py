@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
+from unitvis.partial import Partial, read_partial
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SEPARATED, TIED, UNSEPARATED = "separated", "tied", "unseparated"
+PROGRESS, PREVIOUS = "progress.npz", "progress.previous.npz"  # checkpoints of a scan that is not finished
 ARRAYS = ("values", "images", "positions", "boxes", "status")
 
 
@@ -70,14 +72,22 @@ class Run:
         manifest: dict[str, Any],
         records: Mapping[int, dict[str, Any]],
         source: Source | None = None,
+        partial: Partial | None = None,
     ) -> None:
         self.tops, self.manifest, self.records = dict(tops), manifest, dict(records)
         self._source = source
+        self.partial = partial  # of a shard's run, which has nothing else, and of one that was merged
 
     def __getitem__(self, layer: str) -> LayerTop:
+        self.need_winners()
         if layer not in self.tops:
             raise UnitvisError(f"the run has no layer {layer!r}; it has {', '.join(self.tops)}")
         return self.tops[layer]
+
+    def need_winners(self) -> None:
+        """UnitvisError for the run of a shard."""
+        if not self.tops:
+            raise UnitvisError("this is the run of a shard, which has no winners yet; merge it with the others")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tops)
@@ -142,13 +152,18 @@ class Run:
 
     def write(self, folder: Path) -> Path:
         """Write manifest.json, top.npz and images.jsonl into a folder that `check_output` gave, the manifest last: a
-        run is there only once all three are.
+        run is there only once all three are. What merges goes into state.npz.
         """
-        (folder / "manifest.json").unlink(missing_ok=True)
+        for name in ("manifest.json", "top.npz", "state.npz"):
+            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "sheets", ignore_errors=True)
         arrays = {f"{name}/{key}": getattr(top, key) for name, top in self.tops.items() for key in ARRAYS}
-        with replacing(folder / "top.npz") as target, open(target, "wb") as file:
-            np.savez_compressed(file, **arrays)
+        if arrays:
+            with replacing(folder / "top.npz") as target, open(target, "wb") as file:
+                np.savez_compressed(file, **arrays)
+        if self.partial is not None:
+            with replacing(folder / "state.npz") as target:
+                self.partial.write(target)
         with replacing(folder / "images.jsonl") as target, open(target, "w", encoding="utf-8") as file:
             for _, record in sorted(self.records.items()):
                 file.write(json.dumps(record) + "\n")
@@ -157,6 +172,8 @@ class Run:
         return folder
 
     def __repr__(self) -> str:
+        if not self.tops:
+            return f"<Run: a shard, {self.manifest['images']} images, to be merged>"
         units = sum(len(top) for top in self.tops.values())
         return (
             f"<Run: {units} units of {len(self)} layers, top {self.manifest['k']} of {self.manifest['images']} images>"
@@ -167,6 +184,12 @@ def load(path: str | Path, images: object = None) -> Run:
     """Read a run folder. `images`: the images that were scanned, where the manifest's own path no longer holds."""
     folder = Path(path)
     manifest = read_manifest(folder)
+    state = folder / "state.npz"
+    partial = read_partial(state) if state.exists() else None
+    if manifest.get("partial"):
+        if partial is None:
+            raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
+        return Run({}, manifest, {}, partial=partial)
     try:
         with open(folder / "top.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
             tops = {
@@ -184,7 +207,7 @@ def load(path: str | Path, images: object = None) -> Run:
 
         transform = manifest["transform"]
         source = open_source(images, Transform.from_json(transform) if transform else None)
-    return Run(tops, manifest, records, source)
+    return Run(tops, manifest, records, source, partial)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -201,18 +224,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
     """The folder, made if need be, that a run can be written into; it is asked before a scan, not after.
 
     A run that is there stays there until the new one is saved; a folder that holds anything else is never touched.
     """
+    if overwrite and resume:
+        raise UnitvisError("overwrite and resume exclude each other: start again, or go on")
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UnitvisError(f"{folder} is a file; a run is a folder: give another path")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "manifest.json").exists():
+    if folder.is_dir() and (names := {entry.name for entry in folder.iterdir()}):
+        unfinished = {PROGRESS, PREVIOUS} & names or all(name.endswith(".part") for name in names)
+        if not unfinished and "manifest.json" not in names:
             raise UnitvisError(f"{folder} is not empty and holds no run, so it is not overwritten; give another path")
-        if not overwrite:
+        if not overwrite and not resume:
+            if unfinished:
+                raise UnitvisError(
+                    f"{folder} holds a scan that is not finished; go on with it (--resume) or start again (--overwrite)"
+                )
             raise UnitvisError(f"{folder} holds a run already; give another path, or overwrite it (--overwrite)")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ def sheet(run: Run, layer: str, units: Sequence[int] | None, *, crop: str | None
 
 def render(run: Run, folder: Path, *, crop: str | None = None) -> list[Path]:
     """Write sheets/LAYER.png for every layer; each picture is opened once for as many layers as fit in memory."""
+    run.need_winners()
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     written = []
     for group in _groups(run):
