@@ -90,7 +90,8 @@ def _conv_argmax_kernel(
             tap, o_c = tl.full([BK], i // (C // BK), tl.int32), i % (C // BK) * BK + tl.arange(0, BK)
         else:
             tap, o_c = k // C, k % C
-        row, column = tap // KW, tap % KW
+        row = tap // KW
+        column = tap - row * KW
         p_a = p_x + (o_x + ((row * DH * W + column * DW) * (G * C) + o_c)[None, :])  # [BM, BK]
         if PH + PW > 0:
             reach = (1 << row) | (1 << (KH + column))
