@@ -45,6 +45,7 @@ def _conv_argmax_kernel(
     W,
     OW,
     P,  # OH * OW
+    steps,  # cdiv(K, BK), at run time: a constant that is small is unrolled, and 9 steps then spill on sm_80
     G: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -83,13 +84,14 @@ def _conv_argmax_kernel(
     p_x = x + i_n * H * W * (G * C) + i_g * C
     p_weight = weight + i_g * D * K + (tl.minimum(o_d, D - 1) * K)[None, :]  # [1, BN]
     acc = tl.zeros([BM, BN], tl.float32)
-    for i in range(tl.cdiv(K, BK)):
+    for i in range(steps):
         k = i * BK + tl.arange(0, BK)  # [BK]
         if C % BK == 0:  # one tap a step
             tap, o_c = tl.full([BK], i // (C // BK), tl.int32), i % (C // BK) * BK + tl.arange(0, BK)
         else:
             tap, o_c = k // C, k % C
-        row, column = tap // KW, tap % KW
+        row = tap // KW
+        column = tap - row * KW
         p_a = p_x + (o_x + ((row * DH * W + column * DW) * (G * C) + o_c)[None, :])  # [BM, BK]
         if PH + PW > 0:
             reach = (1 << row) | (1 << (KH + column))
@@ -189,8 +191,9 @@ def plan(
         "STORE": store, "SIGNED_NAN": x.is_cpu or bool(torch.version.hip), **tile(P, D // G, KH * KW * C // G),
     }  # fmt: skip
     options["SPLIT"] = options["BM"] < P
+    steps = -(-(KH * KW * C // G) // options["BK"])
     programs = N * -(-P // options["BM"]) * G * -(-options["D"] // options["BN"])
-    args = (x, weight, x if bias is None else bias.contiguous(), keys, y if store else x, H, W, OW, P)
+    args = (x, weight, x if bias is None else bias.contiguous(), keys, y if store else x, H, W, OW, P, steps)
     return Launch(_conv_argmax_kernel, (programs,), args, options)
 
 
