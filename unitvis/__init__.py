@@ -1,5 +1,6 @@
 """For every unit of a ConvNet, the nine image patches that excite it most."""
 
+from unitvis.deconvnet import Projection, project
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.receptive_field import ReceptiveField, receptive_field
 from unitvis.recorder import Recorder
@@ -10,12 +11,14 @@ from unitvis.transform import Transform
 __all__ = [
     "ImageError",
     "LayerTop",
+    "Projection",
     "ReceptiveField",
     "Recorder",
     "Run",
     "Transform",
     "UnitvisError",
     "load",
+    "project",
     "receptive_field",
     "scan",
 ]

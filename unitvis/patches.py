@@ -57,15 +57,22 @@ def drawn_box(top: LayerTop, unit: int, rank: int, crop: str, size: tuple[int, i
     return left, upper, right, lower
 
 
-def cut(picture: Any, to_picture: Any, box: Box, input_size: tuple[int, int], size: int) -> Image.Image:
+def cut(
+    picture: Any,
+    to_picture: Any,
+    box: Box,
+    input_size: tuple[int, int],
+    size: int,
+    fill: tuple[int, int, int] = FILL,
+) -> Image.Image:
     """`size` x `size` pixels of a box in model-input pixels, cut from the original picture (bicubic).
 
-    What lies outside the model's input is `FILL`, also where the photograph goes on: the network never saw it.
+    What lies outside the model's input is `fill`, also where the photograph goes on: the network never saw it.
     """
     left, upper, right, lower = box
     scale = size / max(right - left, lower - upper, 1)  # a neuron that sees only padding has an empty box
     width, height = max(1, round((right - left) * scale)), max(1, round((lower - upper) * scale))
-    canvas = Image.new("RGB", (size, size), FILL)
+    canvas = Image.new("RGB", (size, size), fill)
     seen = max(left, 0), max(upper, 0), min(right, input_size[1]), min(lower, input_size[0])
     if seen[0] >= seen[2] or seen[1] >= seen[3]:
         return canvas
