@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -234,9 +233,9 @@ _LOWER = {
     "Threshold": "_saved_threshold",
 }
 # What bends the signal on the way up and is left with its ordinary gradient.
-_OTHER = set(
-    "Celu Clamp ClampMax ClampMin Elu Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu LogSigmoid Maximum Minimum Mish "
-    "PreluKernel RreluWithNoise Sigmoid Silu Softmax Softplus Softshrink Hardshrink Tanh Threshold Where".split()
+_OTHER = frozenset(
+    """Celu Clamp ClampMax ClampMin Elu Gelu Hardshrink Hardsigmoid Hardswish Hardtanh LeakyRelu LogSigmoid Maximum
+    Minimum Mish PreluKernel RreluWithNoise Sigmoid Silu Softmax Softplus Softshrink Tanh Threshold Where""".split()  # noqa: SIM905
 )
 
 
@@ -252,7 +251,7 @@ def _rectify_signals(top: Node, layer: str) -> str:
                 f"what lies below layer {layer!r} is compiled, so its ReLUs are out of reach; give the model that "
                 f"torch.compile was given"
             )
-        if name == "Relu" or (lower := getattr(node, _LOWER.get(name, ""), None)) is not None and _is_zero(lower):
+        if name == "Relu" or _clamps_at_zero(node, name):
             node.register_hook(_rectified)
             rectified += 1
         elif name in _OTHER or isinstance(node, BackwardCFunction):  # the latter written in Python by whoever
@@ -267,8 +266,9 @@ def _rectify_signals(top: Node, layer: str) -> str:
     return f"deconvnet, but {through}" if rectified else through
 
 
-def _is_zero(bound: Any) -> bool:
-    return not isinstance(bound, Tensor) and bound == 0
+def _clamps_at_zero(node: Node, name: str) -> bool:
+    lower = getattr(node, _LOWER.get(name, ""), None)
+    return isinstance(lower, int | float) and lower == 0
 
 
 def _rectified(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

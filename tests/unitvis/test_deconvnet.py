@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import brute
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import brute
 import unitvis
 from unitvis import UnitvisError, deconvnet
 
