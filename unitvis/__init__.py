@@ -4,6 +4,7 @@ from unitvis.deconvnet import Projection, project
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.receptive_field import ReceptiveField, receptive_field
 from unitvis.recorder import Recorder
+from unitvis.responses import ResponseMap, response_map
 from unitvis.run import LayerTop, Run, load
 from unitvis.scan import scan
 from unitvis.transform import Transform
@@ -14,11 +15,13 @@ __all__ = [
     "Projection",
     "ReceptiveField",
     "Recorder",
+    "ResponseMap",
     "Run",
     "Transform",
     "UnitvisError",
     "load",
     "project",
     "receptive_field",
+    "response_map",
     "scan",
 ]

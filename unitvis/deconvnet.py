@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings, compute_batch
+from unitvis.colours import GREY, signed
 from unitvis.errors import UnitvisError, first_line
 from unitvis.patches import Box, cut
 from unitvis.recorder import Recorder
@@ -30,7 +31,6 @@ from unitvis.sources import Source, open_source
 from unitvis.taps import Taps
 from unitvis.transform import Transform
 
-GREY = (128, 128, 128)  # no signal
 ROUNDS = 8  # ways back that share a forward pass
 Neuron = tuple[int, int, int]  # channel, row, column
 
@@ -54,11 +54,8 @@ class Projection:
         height, width = self.signal.shape[1:]
         left, upper, right, lower = box = box or (0, 0, width, height)
         seen = self.signal[:, max(upper, 0) : max(lower, 0), max(left, 0) : max(right, 0)]
-        scale = float(np.abs(seen).max(initial=0)) or 1.0
-        shown = self.signal[:3] if len(self.signal) >= 3 else self.signal[:1].repeat(3, axis=0)
-        levels = np.clip(np.rint(127.5 + 127.5 * (shown / scale)), 0, 255).astype(np.uint8).transpose(1, 2, 0)
-        levels[(shown == 0).all(axis=0)] = GREY
-        return cut(Image.fromarray(levels), lambda inner: inner, box, (height, width), size, fill=GREY)
+        picture = signed(self.signal, float(np.abs(seen).max(initial=0)))
+        return cut(picture, lambda inner: inner, box, (height, width), size, fill=GREY)
 
 
 def project(

@@ -85,6 +85,15 @@ def cut(
     return canvas
 
 
+def whole(picture: Any, to_picture: Any, input_size: tuple[int, int], size: int) -> Image.Image:
+    """All that the model sees of a picture, cut from the original, `size` pixels on its longer side."""
+    height, width = input_size
+    scale = size / max(height, width)
+    extent = max(1, round(width * scale)), max(1, round(height * scale))
+    region = _inside(to_picture((0, 0, width, height)), picture.size)
+    return picture.resize(extent, Image.Resampling.BICUBIC, box=region)
+
+
 def _inside(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The box without the rounding error by which it may leave the picture."""
     return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[0])), min(box[3], float(size[1]))

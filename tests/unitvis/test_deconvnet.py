@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import brute
 import unitvis
-from unitvis import UnitvisError, deconvnet
+from unitvis import UnitvisError, colours, deconvnet
 
 SIZE = 33
 
@@ -270,7 +270,7 @@ def test_pictures_have_grey_at_zero_and_one_scale_for_all_colours() -> None:
     picture = np.asarray(one.picture(size=6))
     assert picture[1, 1].tolist() == [255, 64, 128]
     assert picture[4, 4].tolist() == [128, 128, 96]
-    assert (picture[0] == deconvnet.GREY).all()
+    assert (picture[0] == colours.GREY).all()
     beside = np.asarray(one.picture((3, 3, 9, 9), size=6))  # of a box that leaves the image
     assert beside[1, 1].tolist() == [128, 128, 0]  # the largest in the box is black
-    assert (beside[3:] == deconvnet.GREY).all()
+    assert (beside[3:] == colours.GREY).all()
