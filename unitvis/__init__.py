@@ -2,6 +2,7 @@
 
 from unitvis.deconvnet import Projection, project
 from unitvis.errors import ImageError, UnitvisError
+from unitvis.gallery import gallery
 from unitvis.receptive_field import ReceptiveField, receptive_field
 from unitvis.recorder import Recorder
 from unitvis.responses import ResponseMap, response_map
@@ -19,6 +20,7 @@ __all__ = [
     "Run",
     "Transform",
     "UnitvisError",
+    "gallery",
     "load",
     "project",
     "receptive_field",

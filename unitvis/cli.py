@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from unitvis import models, sheets
 from unitvis.errors import UnitvisError
+from unitvis.gallery import MOST_UNITS, gallery
 from unitvis.recorder import Recorder
 from unitvis.rescore import verify
 from unitvis.run import Run, load, replacing
@@ -81,7 +83,7 @@ def _scan(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
     )
     _tell(run)
-    _render_into(run, arguments.output)
+    _render_into(run, arguments.output, model=loaded.model, project=arguments.project, device=arguments.device)
     return SKIPPED if run.manifest["failures"] else DONE
 
 
@@ -106,13 +108,30 @@ def _tell(run: Run) -> None:
 
 
 def _render(arguments: argparse.Namespace) -> int:
-    _render_into(load(arguments.run, arguments.images), arguments.run, arguments.crop)
+    if arguments.model is None and (arguments.project or arguments.weights):
+        raise UnitvisError("--project and --weights need --model, the network that was scanned")
+    run = load(arguments.run, arguments.images)
+    model = models.load(arguments.model, arguments.weights).model if arguments.model else None
+    _render_into(run, arguments.run, arguments.crop, model=model, project=arguments.project)
     return DONE
 
 
-def _render_into(run: Run, folder: Path, crop: str | None = None) -> None:
+def _render_into(
+    run: Run,
+    folder: Path,
+    crop: str | None = None,
+    *,
+    model: nn.Module | None = None,
+    project: bool = False,
+    device: str | None = None,
+) -> None:
     written = sheets.render(run, folder, crop=crop)
     print(f"{len(written)} sheets in {written[0].parent}")
+    units = sum(len(top) for top in run.tops.values())
+    if units > MOST_UNITS:
+        print(f"no gallery: {units:,} units are too many ({MOST_UNITS:,} at most)")
+        return
+    print(f"gallery: open {gallery(run, folder, model, project=project, crop=crop, device=device)} in a browser")
 
 
 def _sheet(arguments: argparse.Namespace) -> int:
@@ -218,11 +237,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
     sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
     sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
+    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (slow)")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
-    sub = command("render", _render, "Draw the sheets of a finished scan again.")
+    sub = command("render", _render, "Draw the sheets and the gallery of a finished scan again.")
     run_argument(sub)
     images_option(sub)
+    sub.add_argument("--model", help="the network, to draw again what only it can: response maps, filters, projections")
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
+    sub.add_argument("--project", action="store_true", help="with --model: draw deconvnet projections")
     sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
 
     sub = command("sheet", _sheet, "Draw one layer's units as a page of 3x3 tiles.")

@@ -111,22 +111,26 @@ def places(run: Run, layer: str, units: Iterable[int]) -> dict[int, list[tuple[i
 
 
 def patches(run: Run, wanted: dict[str, tuple[list[int], str, int]]) -> Iterator[tuple[str, int, int, Image.Image]]:
-    """Cut patches, each picture opened once: {layer: (units, crop, size)} -> (layer, unit, rank, patch), any order.
-
-    Raises UnitvisError where an image file is no longer the one that was scanned.
-    """
+    """Cut patches, each picture opened once: {layer: (units, crop, size)} -> (layer, unit, rank, patch), any order."""
     per_layer = {layer: places(run, layer, units) for layer, (units, _, _) in wanted.items()}
-    drawn = sorted(set().union(*per_layer.values()))
-    shown = _value_range(run) if drawn else (0.0, 1.0)
-    for image in drawn:
-        if image in run.records:
-            run.source.check(run.records[image])
-        picture, to_picture = run.source.picture(image, shown)
+    for image, picture, to_picture in pictures(run, sorted(set().union(*per_layer.values()))):
         for layer, by_image in per_layer.items():
             _, crop, size = wanted[layer]
             for unit, rank in by_image.get(image, []):
                 box = drawn_box(run[layer], unit, rank, crop, input_size(run))
                 yield layer, unit, rank, cut(picture, to_picture, box, input_size(run), size)
+
+
+def pictures(run: Run, images: list[int]) -> Iterator[tuple[int, Any, Any]]:
+    """(image, picture, where a box of model-input pixels lies in it) for each of these; see `Source.picture`.
+
+    Raises UnitvisError where an image file is no longer the one that was scanned.
+    """
+    shown = _value_range(run) if images else (0.0, 1.0)
+    for image in images:
+        if image in run.records:
+            run.source.check(run.records[image])
+        yield image, *run.source.picture(image, shown)
 
 
 def _value_range(run: Run) -> tuple[float, float]:

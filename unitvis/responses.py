@@ -105,7 +105,7 @@ def covered(
     stride: Sequence[float] | None,
     whole_image: bool,
     box: Sequence[int],
-    position: tuple[int, int],
+    position: tuple[float, float],
     map_size: tuple[int, int],
     input_size: tuple[int, int],
 ) -> Area:

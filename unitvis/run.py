@@ -1,4 +1,10 @@
-"""A run: what a scan found, in memory and as a folder."""
+"""A run: what a scan found, in memory and as a folder.
+
+manifest.json, top.npz and images.jsonl are the run; all else in the folder is drawn from them and can be drawn again:
+sheets/LAYER.png; index.html and gallery/ (its script, style and data; images/ID.jpg, what the model sees of an image;
+layers/LAYER/UNIT.jpg, the unit's patches as one picture, and beside it, where the model was there to make them,
+UNIT-projections.jpg, UNIT-responses.png and UNIT-filter.png; drawn.json, which of these there are).
+"""
 
 from __future__ import annotations
 
@@ -73,6 +79,7 @@ class Run:
     ) -> None:
         self.tops, self.manifest, self.records = dict(tops), manifest, dict(records)
         self._source = source
+        self.folder: Path | None = None  # where it was read from or written to last
 
     def __getitem__(self, layer: str) -> LayerTop:
         if layer not in self.tops:
@@ -145,7 +152,9 @@ class Run:
         run is there only once all three are.
         """
         (folder / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "sheets", ignore_errors=True)
+        for drawn in ("sheets", "gallery"):  # of the run that was there
+            shutil.rmtree(folder / drawn, ignore_errors=True)
+        (folder / "index.html").unlink(missing_ok=True)
         arrays = {f"{name}/{key}": getattr(top, key) for name, top in self.tops.items() for key in ARRAYS}
         with replacing(folder / "top.npz") as target, open(target, "wb") as file:
             np.savez_compressed(file, **arrays)
@@ -154,6 +163,7 @@ class Run:
                 file.write(json.dumps(record) + "\n")
         with replacing(folder / "manifest.json") as target:
             target.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+        self.folder = folder
         return folder
 
     def __repr__(self) -> str:
@@ -184,7 +194,9 @@ def load(path: str | Path, images: object = None) -> Run:
 
         transform = manifest["transform"]
         source = open_source(images, Transform.from_json(transform) if transform else None)
-    return Run(tops, manifest, records, source)
+    run = Run(tops, manifest, records, source)
+    run.folder = folder
+    return run
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

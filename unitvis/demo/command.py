@@ -14,6 +14,7 @@ from unitvis.canonical import canonical_settings, compute_batch
 from unitvis.demo import network
 from unitvis.demo.overview import overview
 from unitvis.demo.pictures import CLASSES, pictures
+from unitvis.gallery import gallery
 from unitvis.run import Run, check_output, replacing
 from unitvis.scan import scan
 from unitvis.sheets import render
@@ -44,6 +45,7 @@ def demo(out: Path, *, count: int = COUNT, overwrite: bool = False, workers: int
     equal = units_equal(run, responses)
 
     render(run, folder)
+    gallery(run, folder, model, project=True)
     picture = folder / "overview.png"
     overview(run, labels, CLASSES).save(picture)
     units = sum(len(top) for top in run.tops.values())
