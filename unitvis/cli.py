@@ -166,7 +166,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from unitvis.demo.command import demo  # what only the demo needs is loaded for it alone
 
-    print(demo(arguments.output, overwrite=arguments.overwrite))
+    print(demo(arguments.output, overwrite=arguments.overwrite, project=arguments.project))
     return DONE
 
 
@@ -209,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "Draw pictures, scan them with the embedded network, and show what its units like.")
     sub.add_argument("-o", "--output", type=Path, default=Path("unitvis-demo"), metavar="RUN", help="(unitvis-demo)")
+    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (a minute)")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
     sub = command("layers", _layers, "List layers that can be scanned, with what their neurons see.")

@@ -68,9 +68,7 @@ def gallery(
 def _check_model(run: Run, model: nn.Module, device: torch.device | str | None) -> None:
     found = describe_model(Recorder(model, device=device).model)["weights"]
     if found != (scanned := run.manifest["model"]["weights"]):
-        raise UnitvisError(
-            f"the model has other weights ({found}) than the one that was scanned ({scanned})"
-        )
+        raise UnitvisError(f"the model has other weights ({found}) than the one that was scanned ({scanned})")
 
 
 def _prepared(run: Run, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from unitvis.gallery.pictures import PATCH, across
+from unitvis.gallery.pictures import across
 from unitvis.patches import input_size
 from unitvis.responses import covered
 from unitvis.run import SEPARATED, LayerTop, Run, file_name
@@ -28,6 +28,7 @@ def index(run: Run) -> dict[str, Any]:
         "title": title(run),
         "run": f"The {manifest['k']} strongest of {manifest['images']:,} images{_data_set(manifest)}, for each unit of "
         f"{len(run)} layers; the model's input is {width} x {height} pixels.",
+        "across": across(manifest["k"]),
         "layers": [_layer_entry(run[layer]) for layer in run],
         "notes": NOTES,
     }
@@ -65,9 +66,10 @@ def layer(run: Run, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     images = np.unique(top.images[top.images >= 0]).tolist()
     return {
         "name": name,
+        "k": run.manifest["k"],
         "across": across(run.manifest["k"]),
-        "patch": PATCH,
         "input": [width, height],
+        "shows": {"rf": "receptive field", "effective": "effective box", "image": "whole image"}[drawn["crop"]],
         "effective": top.info["effective_box"] if not top.info["receptive_field"]["whole_image"] else None,
         "answers": answers(run, name, drawn),
         "projections": drawn.get("projections"),
@@ -148,7 +150,7 @@ def _data_set(manifest: Mapping[str, Any]) -> str:
 def answers(run: Run, name: str, drawn: Mapping[str, Any]) -> list[list[str]]:
     """[question, answer] in one line each, about what stands on a layer's page."""
     top, manifest = run[name], run.manifest
-    info, field, crop = top.info, top.info["receptive_field"], drawn["crop"]
+    info, field, crop, filters = top.info, top.info["receptive_field"], drawn["crop"], drawn.get("filters", False)
     height, width = input_size(run)
     shown = {
         "rf": (field["size"][1], "its receptive field"),
@@ -171,9 +173,10 @@ def answers(run: Run, name: str, drawn: Mapping[str, Any]) -> list[list[str]]:
     else:
         ranked = f"By {response}, as the layer returns it, before any activation that follows."
     effective = f"; the effective box is {info['effective_box']} pixels wide" if info["effective_box"] else ""
+    weights = "no activations; the small squares alone are weights" if filters else "no activations, and no weights"
     lines = [
         ["What is a unit?", f"Here {unit}."],
-        ["What do the pictures show?", "Pieces of the input images; no activations, and no weights."],
+        ["What do the pictures show?", f"Pieces of the input images, plain grey beyond their borders; {weights}."],
         ["How are images ranked?", ranked],
         ["How much does a unit see?", f"{_field(top)} of {width} x {height}{effective}; patches show {shown[1]}."],
         [
@@ -183,7 +186,7 @@ def answers(run: Run, name: str, drawn: Mapping[str, Any]) -> list[list[str]]:
         ["May an image come twice?", "Not in one unit: each image has one place, where its response is largest."],
         ["Which images?", f"The {manifest['k']} strongest of {manifest['images']:,}{_data_set(manifest)}."],
     ]
-    if drawn.get("filters"):
+    if filters:
         lines.append(["What is the small square?", "The unit's weights: grey is 0, one scale a filter; no photograph."])
     if method := drawn.get("projections"):
         lines.append(

@@ -23,16 +23,22 @@ const unitvis = (() => {
   const link = (name, unit) => "#" + encodeURIComponent(name) + (unit === undefined ? "" : "/" + unit);
   const file = (layer, name) => `gallery/layers/${layer.folder}/${name}`;
   const label = (data, unit) => (data.labels ? data.labels[unit] : String(unit));
-  const number = (value) => String(Number(value.toPrecision(4)));
+  const number = (value) => String(Number(Number(value).toPrecision(4)));  // "Infinity" is not in JSON
   const sight = (note) => (note ? el("em", { title: run.notes[note] }, note) : "");
 
   /** One place of a picture that holds all of a unit's. */
   function cell(source, data, rank, alt, extra) {
-    const rows = Math.ceil(run.k / data.across);
+    const rows = Math.ceil(data.k / data.across);
     const at = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0) + "%";
     const style = `background-image:url("${source}");background-size:${100 * data.across}% ${100 * rows}%;` +
       `background-position:${at(rank % data.across, data.across)} ${at(Math.floor(rank / data.across), rows)};`;
     return el("div", { class: "cell", role: "img", "aria-label": alt, title: alt, style: style + (extra || "") });
+  }
+
+  /** A unit's patches at once, with lines between them. */
+  function patches(layer, unit, across, alt) {
+    return el("span", { class: "patches", style: `--across:${across}` },
+      el("img", { src: file(layer, unit + ".jpg"), loading: "lazy", decoding: "async", alt }));
   }
 
   // --- the first page ---
@@ -42,8 +48,7 @@ const unitvis = (() => {
       el("h2", {}, el("a", { href: link(layer.name) }, layer.name)),
       el("p", {}, layer.facts),
       el("div", { class: "strip" }, ...layer.strip.map((unit) => el("a", { href: link(layer.name, unit) },
-        el("img", { src: file(layer, unit + ".jpg"), loading: "lazy", width: 96, height: 96,
-          alt: `Patches of unit ${unit} of ${layer.name}` }))))));
+        patches(layer, unit, run.across, `Patches of unit ${unit} of ${layer.name}`))))));
     return [el("h1", {}, run.title), el("p", {}, run.run),
       el("p", {}, "Each square below is one unit: the pieces of images that excite it most, strongest first. " +
         "Layers stand in the order in which an image passes through them."),
@@ -62,11 +67,10 @@ const unitvis = (() => {
     const data = layer.data, winner = data.winners[unit][0], note = data.notes[unit];
     const text = `Unit ${label(data, unit)}: ` + (data.fired[unit] ? `its ${data.fired[unit]} strongest patches` : note);
     return el("a", { class: "tile", href: link(layer.name, unit), id: "unit-" + unit },
-      el("span", { class: "patches", style: `--across:${data.across}` },
-        el("img", { src: file(layer, unit + ".jpg"), loading: "lazy", decoding: "async", alt: text })),
+      patches(layer, unit, data.across, text),
       data.filters ? filter(layer, unit) : "",
       el("b", {}, label(data, unit)), sight(note),
-      el("span", { class: "value" }, winner && note !== "dead" ? number(winner[0]) : ""));
+      el("span", { class: "value", title: "largest response" }, winner && note !== "dead" ? number(winner[0]) : ""));
   }
 
   function filter(layer, unit) {
@@ -80,8 +84,9 @@ const unitvis = (() => {
       checked: (value === "value") === byValue ? "" : null,
       onchange: () => { byValue = value === "value"; draw(); $("view").querySelector("input:checked").focus(); } }), text);
     return [el("h1", {}, layer.name), el("p", {}, layer.facts),
-      el("dl", { class: "answers" }, ...data.answers.map(([question, answer]) =>
-        el("div", {}, el("dt", {}, question), el("dd", {}, answer)))),
+      el("details", { open: matchMedia("(min-width: 40rem)").matches ? "" : null }, el("summary", {}, "What is this?"),
+        el("dl", { class: "answers" }, ...data.answers.map(([question, answer]) =>
+          el("div", {}, el("dt", {}, question), el("dd", {}, answer))))),
       el("fieldset", {}, el("legend", {}, "Units by"), sort("number", "number"), sort("value", "largest response")),
       el("div", { class: "grid" }, ...order(data).map((unit) => tile(layer, unit)))];
   }
@@ -103,23 +108,23 @@ const unitvis = (() => {
 
   function winner(layer, unit, rank) {
     const data = layer.data, [value, image, row, column, left, top, right, bottom] = data.winners[unit][rank];
-    const name = data.images[image], side = data.effective, ends = layer.folder;
+    const name = data.images[image], side = data.effective;
     const boxes = [frame("field", [left, top, right, bottom], data)];
     if (side) {
       const x = Math.floor((left + right - side) / 2), y = Math.floor((top + bottom - side) / 2);
       boxes.push(frame("effective", [x, y, x + side, y + side], data));
     }
-    const pictures = [named("patch", cell(file(layer, unit + ".jpg"), data, rank, `Patch of ${name}`))];
+    const pictures = [named("patch: " + data.shows, cell(file(layer, unit + ".jpg"), data, rank, `Patch of ${name}`))];
     if (data.projections) pictures.push(named("projection",
       cell(file(layer, unit + "-projections.jpg"), data, rank, `Projection of the response to ${name}`)));
-    pictures.push(named("where it is", scene(data, image, `Whole image ${name}`, ...boxes)));
+    pictures.push(named("whole image", scene(data, image, `Whole image ${name}`, ...boxes)));
     if (data.responses) {
       const [x, y, x2, y2] = data.responses.area;
       pictures.push(named("response map", scene(data, image, `Whole image ${name}`,
         cell(file(layer, unit + "-responses.png"), data, rank, `Response map for ${name}`,
           `left:${100 * x}%;top:${100 * y}%;width:${100 * (x2 - x)}%;height:${100 * (y2 - y)}%`))));
     }
-    return el("li", {}, el("div", { class: "pictures" }, ...pictures),
+    return el("li", {}, el("div", { class: "pictures", "data-count": pictures.length }, ...pictures),
       el("p", {}, el("b", {}, `${rank + 1}. ${number(value)}`), " ", el("span", { class: "name" }, name)),
       el("p", { class: "where" }, `row ${row}, column ${column} of the map; box ${left}, ${top} to ${right}, ${bottom}`));
   }
@@ -191,7 +196,7 @@ const unitvis = (() => {
     const content = problem ? [el("p", { role: "alert" }, problem)]
       : !layer ? overview() : unit === undefined ? layerPage(layer) : unitView(layer, unit);
     $("view").replaceChildren(...content.filter((part) => part !== ""));
-    const trail = [el("a", { href: "#" }, run.title)];
+    const trail = [el("a", { href: "#" }, "All layers")];
     if (layer) trail.push(" / ", el("a", { href: link(layer.name) }, layer.name));
     if (unit !== undefined) trail.push(" / ", el("a", { href: link(layer.name, unit) }, label(layer.data, unit)));
     $("trail").replaceChildren(...trail);
