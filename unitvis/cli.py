@@ -14,6 +14,7 @@ from torch import nn
 
 from unitvis import models, sheets
 from unitvis.errors import UnitvisError
+from unitvis.figures import DPI, FIGURES, figure
 from unitvis.gallery import MOST_UNITS, gallery
 from unitvis.recorder import Recorder
 from unitvis.rescore import verify
@@ -142,9 +143,16 @@ def _sheet(arguments: argparse.Namespace) -> int:
         raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
     run = load(arguments.run, arguments.images)
     units = sheets.parse_units(arguments.units) if arguments.units else None
-    page = run.sheet(arguments.layer, units, crop=arguments.crop, size=arguments.size)
+    if arguments.figure:
+        if arguments.size:
+            raise UnitvisError("a figure has patches of one size; leave out --size")
+        page = figure(run, arguments.layer, arguments.figure, units, crop=arguments.crop)
+    elif len(arguments.layer) > 1:
+        raise UnitvisError("several layers go on one page as a figure: --figure lecture or --figure paper")
+    else:
+        page = run.sheet(arguments.layer[0], units, crop=arguments.crop, size=arguments.size)
     with replacing(target) as part:
-        page.save(part, format={".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG"))
+        page.save(part, {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG"), dpi=(DPI, DPI))
     print(f"{target}: {page.width} x {page.height} pixels")
     return DONE
 
@@ -249,11 +257,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--project", action="store_true", help="with --model: draw deconvnet projections")
     sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
 
-    sub = command("sheet", _sheet, "Draw one layer's units as a page of 3x3 tiles.")
+    sub = command("sheet", _sheet, "Draw one layer's units as a page of 3x3 tiles, or a figure of some layers.")
     run_argument(sub)
-    sub.add_argument("layer", metavar="LAYER")
+    sub.add_argument("layer", metavar="LAYER", nargs="+", help="with --figure also several")
+    sub.add_argument("--figure", choices=FIGURES, help="nine units a layer; paper: projections beside patches")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
-    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all")
+    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all, of a figure nine")
     sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
     images_option(sub)

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings, compute_batch
 from unitvis.colours import GREY, signed
-from unitvis.errors import UnitvisError, first_line
+from unitvis.errors import UnitvisError, check_unit, first_line
 from unitvis.patches import Box, cut
 from unitvis.recorder import Recorder
 from unitvis.run import LayerTop, Run
@@ -138,7 +138,7 @@ def _jobs(top: LayerTop, units: list[int] | None) -> list[tuple[int, list[list[_
     """
     groups: dict[int, list[list[_Winner]]] = {}
     for unit in range(len(top)) if units is None else units:
-        _check_unit(top.name, unit, len(top))
+        check_unit(top.name, unit, len(top))
         for rank in np.flatnonzero(top.fired[unit]).tolist():
             left, upper, right, lower = top.boxes[unit, rank].tolist()
             winner = _Winner(unit, rank, neuron_of(top, unit, rank), (left, upper, right, lower))
@@ -167,7 +167,7 @@ def _of_images(
                 passed = _Pass(recorder, layer, recorder.as_images(batch.pixels))
                 channels, _, width = passed.shape[1:]
                 for unit in (every := range(channels) if units is None else units):
-                    _check_unit(layer, unit, channels)
+                    check_unit(layer, unit, channels)
                     flat = passed.strongest[: len(ids), unit].tolist()
                     neurons = [(unit, place // width, place % width) for place in flat]
                     signals = passed.signals(list(enumerate(neurons)), last=unit == every[-1])
@@ -180,11 +180,6 @@ def neuron_of(top: LayerTop, unit: int, rank: int) -> Neuron:
     row, column = top.positions[unit, rank].tolist()
     per_channel = top.info["height"] * top.info["width"] if top.info["unit"] == "neuron" else 1
     return unit // per_channel, row, column
-
-
-def _check_unit(layer: str, unit: int, units: int) -> None:
-    if not 0 <= unit < units:
-        raise UnitvisError(f"layer {layer!r} has no unit {unit}; it has {units}, from 0")
 
 
 class _Pass:

@@ -16,7 +16,7 @@ import unitvis_kernels as uk
 from unitvis import models
 from unitvis.canonical import canonical_settings, compute_batch
 from unitvis.colours import heat, heat_levels
-from unitvis.errors import UnitvisError
+from unitvis.errors import check_unit
 from unitvis.notebook import png
 from unitvis.patches import Box, whole
 from unitvis.receptive_field import receptive_field
@@ -87,8 +87,7 @@ def response_map(
         with torch.inference_mode(), canonical_settings(recorder.device), Taps(recorder.model, [layer]) as taps:
             taps.run(compute_batch(pixels), lambda _, found: maps.append(found[:1].clone()))
     channels, _, width = maps[0].shape[1:]
-    if not 0 <= unit < channels:
-        raise UnitvisError(f"layer {layer!r} has no unit {unit}; it has {channels}, from 0")
+    check_unit(layer, unit, channels)
     value, place = (part[0, unit].item() for part in uk.unpack(uk.spatial_argmax(maps[0])))
     row, column = divmod(int(place), width)
     left, upper, right, lower = field.boxes(unit, row, column)[0].tolist()

@@ -16,14 +16,15 @@ import urllib.parse
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, check_unit
+from unitvis.notebook import Unit, layer_html, run_html
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,6 +47,18 @@ class LayerTop:
     boxes: NDArray[np.int32]  # [units, k, 4]: left, top, right, bottom in model-input pixels; 0 where blank
     status: NDArray[np.str_]  # [units]: separated | tied | unseparated
     info: Mapping[str, Any]  # the layer's entry in the manifest
+    run: Run | None = field(default=None, repr=False, compare=False)  # that it belongs to
+
+    def __getitem__(self, unit: int) -> Unit:
+        """One unit, which shows itself in a notebook."""
+        check_unit(self.name, unit, len(self))
+        return Unit(self, int(unit))
+
+    def __iter__(self) -> Iterator[Unit]:
+        return (Unit(self, unit) for unit in range(len(self)))
+
+    def _repr_html_(self) -> str:
+        return layer_html(self)
 
     @property
     def separated(self) -> NDArray[np.bool_]:
@@ -77,7 +90,8 @@ class Run:
         records: Mapping[int, dict[str, Any]],
         source: Source | None = None,
     ) -> None:
-        self.tops, self.manifest, self.records = dict(tops), manifest, dict(records)
+        self.tops = {name: replace(top, run=self) for name, top in tops.items()}
+        self.manifest, self.records = manifest, dict(records)
         self._source = source
         self.folder: Path | None = None  # where it was read from or written to last
 
@@ -165,6 +179,9 @@ class Run:
             target.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
         self.folder = folder
         return folder
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
 
     def __repr__(self) -> str:
         units = sum(len(top) for top in self.tops.values())

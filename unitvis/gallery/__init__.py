@@ -80,7 +80,7 @@ def _prepared(run: Run, folder: Path) -> Path:
         raise UnitvisError(
             f"{folder} is not empty and holds no gallery, so nothing is written there; give another path"
         )
-    if _read(folder).get("run") != _digest(run):
+    if pictures.read_drawn(folder).get("run") != _digest(run):
         shutil.rmtree(folder / "gallery", ignore_errors=True)
     try:
         (folder / "gallery").mkdir(parents=True, exist_ok=True)
@@ -91,9 +91,9 @@ def _prepared(run: Run, folder: Path) -> Path:
 
 def _drawn_before(run: Run, folder: Path, crop: str | None) -> dict[str, dict[str, Any]]:
     """What was drawn with the model and still holds, by layer; fetched from the run's own folder if need be."""
-    before = _read(folder)
+    before = pictures.read_drawn(folder)
     if not before and run.folder is not None and run.folder != folder:
-        before = _read(run.folder)
+        before = pictures.read_drawn(run.folder)
         before = before if before.get("run") == _digest(run) else {}
         for layer in before.get("layers", {}):
             target = pictures.layer_folder(folder, layer)
@@ -107,13 +107,6 @@ def _drawn_before(run: Run, folder: Path, crop: str | None) -> dict[str, dict[st
             drawn[layer].pop("projections", None)  # each is cut as its patch is
         drawn[layer]["crop"] = now
     return drawn
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "gallery" / "drawn.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _digest(run: Run) -> str:

@@ -4,6 +4,7 @@ maps; and each winning image once. Places follow each other as in a tile: strong
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,34 @@ def draw_filters(model: nn.Module, run: Run, folder: Path) -> list[str]:
         for unit, weight in enumerate(weights):
             signed(weight).save(layer_folder(folder, layer) / f"{unit}-filter.png")
     return list(found)
+
+
+def projections_of(run: Run, layer: str, unit: int, crop: str) -> list[Image.Image] | None:
+    """A unit's projections, [k], `PATCH` pixels wide, as they were drawn in the run's own folder; None: not so cut."""
+    drawn = _drawn(run, layer)
+    if run.folder is None or not drawn.get("projections") or drawn["crop"] != crop:
+        return None
+    with Image.open(layer_folder(run.folder, layer) / f"{unit}-projections.jpg") as sprite:
+        columns = across(k := run.manifest["k"])
+        corners = [(rank % columns * PATCH, rank // columns * PATCH) for rank in range(k)]
+        return [sprite.crop((x, y, x + PATCH, y + PATCH)) for x, y in corners]
+
+
+def filter_of(run: Run, layer: str, unit: int) -> Image.Image | None:
+    """A first layer's filter as it was drawn in the run's own folder, one pixel a weight."""
+    if run.folder is None or not _drawn(run, layer).get("filters"):
+        return None
+    with Image.open(layer_folder(run.folder, layer) / f"{unit}-filter.png") as image:
+        return image.convert("RGB")
+
+
+def _drawn(run: Run, layer: str) -> dict[str, Any]:
+    return read_drawn(run.folder).get("layers", {}).get(layer, {}) if run.folder else {}
+
+
+def read_drawn(folder: Path) -> dict[str, Any]:
+    """What was drawn into a gallery's folder: {"run": of which run, "layers": {layer: what}}; empty: nothing."""
+    try:
+        return json.loads((folder / "gallery" / "drawn.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
