@@ -178,6 +178,10 @@ def test_a_units_view_shows_its_numbers_and_boxes(visit: Visit) -> None:
     value, _, row, column, *box = _winner(visit.folder, 3, 0)
     sync_api.expect(first).to_contain_text(f"row {row}, column {column} of the map")
     sync_api.expect(first.locator("b")).to_have_text(f"1. {float(f'{value:.4g}'):g}")
+    for rank, place in ((0, "0% 0%"), (5, "100% 50%")):
+        patch = page.locator(".winners li").nth(rank).locator(".cell").first
+        style = patch.evaluate("(e) => [getComputedStyle(e).backgroundSize, getComputedStyle(e).backgroundPosition]")
+        assert style == ["300% 300%", place]
     scene = first.locator(".scene").first.bounding_box()
     frame = first.locator(".frame.field").bounding_box()
     assert scene

@@ -70,7 +70,7 @@ def layer(run: Run, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         "across": across(run.manifest["k"]),
         "input": [width, height],
         "shows": {"rf": "receptive field", "effective": "effective box", "image": "whole image"}[drawn["crop"]],
-        "effective": top.info["effective_box"] if not top.info["receptive_field"]["whole_image"] else None,
+        "effective": _inner_box(top),
         "answers": answers(run, name, drawn),
         "projections": drawn.get("projections"),
         "responses": _area(run, name, drawn["responses"]) if drawn.get("responses") else None,
@@ -81,6 +81,12 @@ def layer(run: Run, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         "fired": top.fired.sum(axis=1).tolist(),
         "winners": [_winners(top, unit) for unit in range(len(top))],
     }
+
+
+def _inner_box(top: LayerTop) -> int | None:
+    """The side of the effective box where it is another one than the receptive field, about a known centre."""
+    side, field = top.info["effective_box"], top.info["receptive_field"]
+    return side if side and not field["whole_image"] and side < max(field["size"]) else None
 
 
 def note(top: LayerTop, unit: int) -> str:

@@ -74,7 +74,7 @@ const unitvis = (() => {
   }
 
   function filter(layer, unit) {
-    return el("img", { class: "filter", src: file(layer, unit + "-filter.png"), loading: "lazy", width: 40, height: 40,
+    return el("img", { class: "filter", src: file(layer, unit + "-filter.png"), loading: "lazy", width: 32, height: 32,
       alt: `Weights of unit ${unit}`, title: "the unit's weights; grey is 0" });
   }
 
