@@ -229,12 +229,14 @@ _OTHER = frozenset(
     """Celu Clamp ClampMax ClampMin Elu Gelu Hardshrink Hardsigmoid Hardswish Hardtanh LeakyRelu LogSigmoid Maximum
     Minimum Mish PreluKernel RreluWithNoise Sigmoid Silu Softmax Softplus Softshrink Tanh Threshold Where""".split()  # noqa: SIM905
 )
+# Besides max-pooling, through which what comes back depends on the image: products such as of squeeze-and-excitation.
+_CHOOSE = frozenset(("Mul", "Div", "Bmm", "Mm", "Amax", "Max"))
 
 
 def _rectify_signals(top: Node, layer: str) -> str:
     """Change every ReLU below a node so that it rectifies the signal that comes back; the method, in words."""
     waiting, known = [top], {top}
-    rectified, others = 0, set()
+    rectified, others, chooses = 0, set(), False
     while waiting:
         node = waiting.pop()
         name = re.sub(r"Backward\d*$", "", node.name())
@@ -248,12 +250,15 @@ def _rectify_signals(top: Node, layer: str) -> str:
             rectified += 1
         elif name in _OTHER or isinstance(node, BackwardCFunction):  # the latter written in Python by whoever
             others.add(name)
+        chooses |= "MaxPool" in name or name in _CHOOSE
         for below, _ in node.next_functions:
             if below is not None and below not in known:
                 known.add(below)
                 waiting.append(below)
     if not others:
-        return "deconvnet" if rectified else "deconvnet (no ReLU lies below)"
+        if not rectified:
+            return "deconvnet (no ReLU lies below)"
+        return "deconvnet" if chooses else "deconvnet (no max-pooling lies below, so the same for every image)"
     through = f"the ordinary gradient through {', '.join(sorted(others))}"
     return f"deconvnet, but {through}" if rectified else through
 

@@ -300,11 +300,11 @@ def test_commands_draw_the_gallery(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(["scan", spec, str(photos), "-o", str(run), "--project", *sizes]) == cli.DONE
     assert f"gallery: open {run / 'index.html'} in a browser" in capsys.readouterr().out
     layer = pictures.layer_folder(run, "2") / "layer.js"
-    assert data(layer)["projections"] == "deconvnet"
+    assert data(layer)["projections"].startswith("deconvnet (no max-pooling")
     assert cli.main(["render", str(run), "--crop", "image"]) == cli.DONE
     assert data(layer)["projections"] is None
     assert cli.main(["render", str(run), "--model", spec, "--project"]) == cli.DONE
-    assert data(layer)["projections"] == "deconvnet"
+    assert data(layer)["projections"].startswith("deconvnet (no max-pooling")
     for arguments, message in (
         (["--project"], "--project and --weights need --model"),
         (["--model", f"{tmp_path / 'net.py'}:other"], "other weights"),

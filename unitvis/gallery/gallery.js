@@ -144,7 +144,7 @@ const unitvis = (() => {
       fired ? el("p", { class: "legend" }, el("span", { class: "field" }, "box: the receptive field"), " ",
         data.effective ? el("span", { class: "effective" }, "effective box: holds 90% of what moves a unit here") : "",
         data.responses ? el("span", { class: "map" }, "response map: clear at 0, yellow where largest") : "",
-        data.projections ? "projection: grey is 0" : "") : "",
+        data.projections ? `projection: grey is 0; ${data.projections}` : "") : "",
       el("ol", { class: "winners" }, ...Array.from({ length: fired }, (_, rank) => winner(layer, unit, rank))),
       silent.length ? el("p", {}, `Did not fire: ${silent.map((one) => `${data.images[one[1]]} (${number(one[0])})`).join(", ")}.`) : ""];
   }
