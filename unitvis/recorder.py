@@ -19,9 +19,9 @@ from unitvis.coverage import Coverage
 from unitvis.device import copied, fingerprint, free_memory, on_device
 from unitvis.errors import UnitvisError
 from unitvis.manifest import describe_model, field_info, nan_info, saturation
+from unitvis.nonfinite import infinite_info
 from unitvis.partial import Identity, Partial, identity
 from unitvis.receptive_field import ReceptiveField, receptive_fields
-from unitvis.responses import infinite_info
 from unitvis.run import FORMAT, SEPARATED, TIED, UNSEPARATED, LayerTop, Run
 from unitvis.sample import sample
 from unitvis.sources import open_source

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from unitvis import models
 from unitvis.canonical import BATCH
 from unitvis.errors import UnitvisError
+from unitvis.nonfinite import refuse_odd_responses
 from unitvis.plan import Plan, plan
 from unitvis.progress import EVERY, Progress, forget_progress
 from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
-from unitvis.responses import refuse_odd_responses
 from unitvis.run import Run, check_output, load
 from unitvis.shards import parse_shard
 from unitvis.sources import Source, open_source
