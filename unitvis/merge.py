@@ -56,11 +56,13 @@ def merge(
         parts[name] = run.partial
     merged = merge_partials(parts)
     manifest = next(iter(loaded.values())).manifest
+    records = {id: record for run in loaded.values() for id, record in run.records.items()}
     if partial:
         failures = {one["id"]: one for run in loaded.values() for one in run.manifest["failures"]}
         run = _still_partial(merged, manifest, [failures[id] for id in merged.failures])
+        run.records = {id: records[id] for id in merged.candidates.tolist() if id in records}
     else:
-        run = _finished(merged, manifest, model, images, device, on_error)
+        run = _finished(merged, manifest, records, model, images, device, on_error)
     if folder is not None:
         run.write(folder)
     return run
@@ -105,6 +107,7 @@ def _still_partial(part: Partial, manifest: dict[str, Any], failures: list[dict[
 def _finished(
     part: Partial,
     manifest: dict[str, Any],
+    records: Mapping[int, dict[str, Any]],
     model: nn.Module | str | models.Loaded | None,
     images: object,
     device: torch.device | str | None,
@@ -126,7 +129,8 @@ def _finished(
         recorder.prepare((channels, height, width))
         recorder.go_on(part)
         source.take_failures(part.failures)
-        run = recorder.result(source)
+        run = recorder.result()
+    run.attach(source, records)
     run.partial = part
     run.manifest["model"] |= place
     run.manifest["failures"] = [asdict(failure) for failure in source.failures]

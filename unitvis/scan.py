@@ -115,6 +115,7 @@ def scan(
         failures = [asdict(failure) for failure in source.failures]
         if share is not None:
             run = recorder.partial(watch.seconds, source=source.describe(), shard=str(share), failures=failures)
+            run.attach(source)
         else:
             run = recorder.result(source)
             run.manifest["failures"] = failures
