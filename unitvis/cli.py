@@ -14,6 +14,7 @@ from torch import nn
 
 from unitvis import models, sheets
 from unitvis.decoding import DECODERS
+from unitvis.distributed import processes, scan_together
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.figures import DPI, FIGURES, figure
 from unitvis.gallery import MOST_UNITS, gallery
@@ -75,7 +76,9 @@ def _scan(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments)
     fields = ("resize", "crop", "mean", "std", "interpolation")
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
-    run = scan(
+    together = processes() > 1 and arguments.shard is None
+    shard = {} if together else {"shard": arguments.shard}
+    run = (scan_together if together else scan)(
         loaded,
         arguments.images if len(arguments.images) > 1 else arguments.images[0],
         arguments.layer or None,
@@ -91,13 +94,16 @@ def _scan(arguments: argparse.Namespace) -> int:
         decoder=arguments.decoder,
         scaled=arguments.scaled,
         allow_truncated=arguments.allow_truncated,
-        shard=arguments.shard,
         overwrite=arguments.overwrite,
         resume=arguments.resume,
         every=arguments.checkpoint_every,
         workers=arguments.workers,
+        **shard,
     )
-    return _done(run, arguments.output, loaded.model, arguments.device, project=arguments.project)
+    if run is None:
+        return DONE
+    code = _done(run, arguments.output, loaded.model, arguments.device, project=arguments.project)
+    return DONE if together else code  # torchrun would take any other code for a crash
 
 
 def _done(

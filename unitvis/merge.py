@@ -57,11 +57,13 @@ def merge(
         parts[name] = run.partial
     merged = merge_partials(parts)
     manifest = next(iter(loaded.values())).manifest
+    records = {id: record for run in loaded.values() for id, record in run.records.items()}
     if partial:
         failures = {one["id"]: one for run in loaded.values() for one in run.manifest["failures"]}
         run = _still_partial(merged, manifest, [failures[id] for id in merged.failures])
+        run.records = {id: records[id] for id in merged.candidates.tolist() if id in records}
     else:
-        run = _finished(merged, manifest, model, images, device, on_error)
+        run = _finished(merged, manifest, records, model, images, device, on_error)
     if folder is not None:
         run.write(folder)
     return run
@@ -106,6 +108,7 @@ def _still_partial(part: Partial, manifest: dict[str, Any], failures: list[dict[
 def _finished(
     part: Partial,
     manifest: dict[str, Any],
+    records: Mapping[int, dict[str, Any]],
     model: nn.Module | str | models.Loaded | None,
     images: object,
     device: torch.device | str | None,
@@ -128,10 +131,8 @@ def _finished(
         recorder.scan_in(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         recorder.go_on(part)
         source.take_failures(part.failures)
-        exact = manifest["precision"] == "exact"
-        run = recorder.result(source if exact else None)
-        if not exact:
-            run.attach(source)
+        run = recorder.result(source if manifest["precision"] == "exact" else None)
+    run.attach(source, records)
     run.partial = part
     run.manifest |= {"precision": manifest["precision"], "plan": manifest["plan"]}
     run.manifest["model"] |= place

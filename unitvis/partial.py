@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unitvis.coverage import Coverage
@@ -28,6 +29,13 @@ class Partial:
     coverage: Coverage  # ids whose responses are in the state
     failures: Mapping[int, str]  # ids that could not be used, with the reason
     seconds: float  # of scanning so far
+
+    @property
+    def candidates(self) -> NDArray[np.int64]:
+        """The ids that hold a place in the state, ascending."""
+        places = (self.state.shape[1] - 2) // 2
+        ids = np.unique(self.state[:, places : 2 * places].numpy())
+        return ids[ids >= 0]
 
     def write(self, path: Path) -> None:
         """As an npz without pickle, on the disk when this returns."""

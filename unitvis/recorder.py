@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -371,11 +372,15 @@ class Recorder:
         boxes[live] = self.fields[layer.name].boxes(channels[live], positions[live][:, 0], positions[live][:, 1])
         return LayerTop(layer.name, values, ids, positions, boxes, status, info)
 
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        return describe_model(self.model)  # which takes a hash of all weights
+
     def about(self) -> dict[str, Any]:
         """What is recorded and how, for a manifest."""
         return {
             "format": FORMAT,
-            "model": describe_model(self.model),
+            "model": dict(self._described),
             "input": self._shape,
             "layers": {layer.name: asdict(layer) for layer in self.layers},
             "k": self.k,

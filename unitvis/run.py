@@ -136,12 +136,17 @@ class Run:
             self._source = reopen_source(self.manifest["source"], self.manifest["transform"])
         return self._source
 
-    def attach(self, source: Source) -> None:
-        """Say where the pictures come from, and keep what is known of each winner's image."""
+    def attach(self, source: Source, known: Mapping[int, dict[str, Any]] | None = None) -> None:
+        """Say where the pictures come from, and keep what is known of each winner's image, or of a shard's candidates.
+
+        known: records made when the images were scanned; the others are looked up now.
+        """
         self._source = source
         self.manifest["source"] = source.describe()
+        known = known or {}
         if source.rereadable:
-            self.records = {image: source.record(image) for image in self.winners.tolist()}
+            wanted = self.winners if self.partial is None or self.tops else self.partial.candidates
+            self.records = {id: known[id] if id in known else source.record(id) for id in wanted.tolist()}
 
     def set_effective_box(self, layer: str, side: int | None) -> None:
         """Keep the side of a layer's effective box, in model-input pixels; None where it has none."""
@@ -212,16 +217,10 @@ def load(path: str | Path, images: object = None) -> Run:
     manifest = read_manifest(folder)
     state = folder / "state.npz"
     partial = read_partial(state) if state.exists() else None
-    if manifest.get("partial"):
-        if partial is None:
-            raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
-        return Run({}, manifest, {}, partial=partial)
+    if manifest.get("partial") and partial is None:
+        raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
     try:
-        with open(folder / "top.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            tops = {
-                name: LayerTop(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
-                for name, info in manifest["layers"].items()
-            }
+        tops = {} if manifest.get("partial") else _read_tops(folder / "top.npz", manifest)
         lines = (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()
         records = {record["id"]: record for record in map(json.loads, lines)}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
@@ -236,6 +235,14 @@ def load(path: str | Path, images: object = None) -> Run:
     run = Run(tops, manifest, records, source, partial)
     run.folder = folder
     return run
+
+
+def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerTop]:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {
+            name: LayerTop(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
+            for name, info in manifest["layers"].items()
+        }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

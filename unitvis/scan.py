@@ -130,6 +130,7 @@ def scan(
         if share is not None:
             about = {"source": source.describe(), "shard": str(share), "failures": failures}
             run = recorder.partial(watch.seconds, **about)
+            run.attach(source)
         else:
             run = recorder.result(source if precision == "exact" else None)
             if precision != "exact":

@@ -17,6 +17,7 @@ from unitvis.errors import UnitvisError
 from unitvis.gallery import facts, pictures
 from unitvis.manifest import describe_model
 from unitvis.patches import crop_of
+from unitvis.recorder import Recorder
 from unitvis.run import Run, replacing
 
 MOST_UNITS = 200_000  # of files in a folder, and of tiles on a page
