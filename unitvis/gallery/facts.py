@@ -149,8 +149,11 @@ def _field(top: LayerTop) -> str:
 
 
 def _data_set(manifest: Mapping[str, Any]) -> str:
-    path = manifest["source"].get("path")
-    return f" of {os.path.basename(path)}" if path else ""
+    path = manifest["source"].get("path") or []
+    paths = [path] if isinstance(path, str) else path  # archives are a list
+    if not paths:
+        return ""
+    return f" of {os.path.basename(paths[0])}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def answers(run: Run, name: str, drawn: Mapping[str, Any]) -> list[list[str]]:
