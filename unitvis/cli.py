@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from unitvis.figures import DPI, FIGURES, figure
 from unitvis.gallery import MOST_UNITS, gallery
 from unitvis.merge import merge
 from unitvis.nonfinite import odd_responses
+from unitvis.pack import pack
 from unitvis.progress import EVERY
 from unitvis.recorder import Recorder
 from unitvis.rescore import verify
@@ -74,8 +76,6 @@ def _layers(arguments: argparse.Namespace) -> int:
 
 def _scan(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments)
-    fields = ("resize", "crop", "mean", "std", "interpolation")
-    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     together = processes() > 1 and arguments.shard is None
     shard = {} if together else {"shard": arguments.shard}
     run = (scan_together if together else scan)(
@@ -84,26 +84,52 @@ def _scan(arguments: argparse.Namespace) -> int:
         arguments.layer or None,
         arguments.k,
         out=arguments.output,
-        transform=replace(loaded.transform or Transform(), **given) if given else loaded.transform,
+        transform=_transform(arguments, loaded.transform, "mean", "std"),
         batch_size=arguments.batch_size,
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         precision=arguments.precision,
         unit=arguments.unit,
-        on_error=arguments.on_error,
-        max_failures=arguments.max_failures,
-        decoder=arguments.decoder,
-        scaled=arguments.scaled,
-        allow_truncated=arguments.allow_truncated,
-        overwrite=arguments.overwrite,
-        resume=arguments.resume,
         every=arguments.checkpoint_every,
-        workers=arguments.workers,
+        **_reading(arguments),
         **shard,
     )
     if run is None:
         return DONE
     code = _done(run, arguments.output, loaded.model, arguments.device, project=arguments.project)
     return DONE if together else code  # torchrun would take any other code for a crash
+
+
+def _transform(arguments: argparse.Namespace, known: Transform | None, *more: str) -> Transform | None:
+    """What is known, with what the command line says instead."""
+    fields = ("resize", "crop", "interpolation", *more)
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    return replace(known or Transform(), **given) if given else known
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that say how images are read, and what becomes of a result that is there."""
+    names = ("on_error", "max_failures", "decoder", "scaled", "allow_truncated", "workers", "overwrite", "resume")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    known = Transform()
+    if arguments.like is not None:
+        like = models.load(arguments.like, pretrained=False).transform
+        if like is None:
+            raise UnitvisError(f"{arguments.like} names no transform; give --resize and --crop")
+        known = like
+    packed = pack(
+        arguments.images if len(arguments.images) > 1 else arguments.images[0],
+        arguments.output,
+        _transform(arguments, known),
+        **_reading(arguments),
+    )
+    images, height, width, _ = packed.describe()["shape"]
+    print(f"{packed.path}: {images:,} images, {width} x {height} pixels")
+    failures = [{"name": packed.name(id), "reason": reason} for id, reason in packed.unusable.items()]
+    _tell_failures(failures, Path(packed.path).with_suffix(".json").name)
+    return SKIPPED if packed.unusable else DONE
 
 
 def _done(
@@ -137,9 +163,12 @@ def _tell(run: Run) -> None:
         _tell_result(run)
     else:
         print(f"{run.manifest['images']:,} images; `unitvis merge` makes a run of all shards")
-    failures = run.manifest["failures"]
+    _tell_failures(run.manifest["failures"], "the manifest")
+
+
+def _tell_failures(failures: list[dict[str, Any]], where: str) -> None:
     if failures:
-        print(f"{len(failures)} images could not be read and were skipped (all are listed in the manifest):")
+        print(f"{len(failures)} images could not be read and were skipped (all are listed in {where}):")
         for failure in failures[:10]:
             print(f"  {failure['name']!r}: {failure['reason']}")  # !r: a name may hold anything
 
@@ -268,6 +297,17 @@ def _parser() -> argparse.ArgumentParser:
             "--no-pretrained", dest="pretrained", action="store_false", help="random weights (by name only)"
         )
 
+    def reading_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--resize", type=_size, metavar="R|HxW", help="R: the shorter side; HxW: exactly")
+        sub.add_argument("--crop", type=_square, metavar="S|HxW", help="cut the centre")
+        sub.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
+        sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
+        sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
+        sub.add_argument("--allow-truncated", action="store_true", help="take what is there of files that end early")
+        sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
+        sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
+        sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
+
     def run_argument(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished scan")
 
@@ -292,28 +332,20 @@ def _parser() -> argparse.ArgumentParser:
         "images",
         metavar="IMAGES",
         nargs="+",
-        help="a folder, a text list of paths, tar archives ('train-{000..146}.tar'), or a uint8 .npy [N, H, W, 3]",
+        help="a folder, a text list of paths, tar archives ('train-{000..146}.tar'), a pack, a uint8 .npy [N, H, W, 3]",
     )
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
     sub.add_argument(
         "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
     )
     sub.add_argument("-k", type=int, default=9, help="patches a unit (9)")
-    sub.add_argument("--resize", type=_size, metavar="R|HxW", help="R: the shorter side; HxW: exactly")
-    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="cut the centre")
+    reading_options(sub)
     sub.add_argument("--mean", type=float, nargs=3, metavar="M", help="subtracted, of values in 0..1")
     sub.add_argument("--std", type=float, nargs=3, metavar="S", help="divided by")
-    sub.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
     sub.add_argument("--batch-size", type=int, metavar="N", help="images read at once; does not change the result")
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
     sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
-    sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
-    sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
-    sub.add_argument("--allow-truncated", action="store_true", help="take what is there of files that end early")
-    sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
-    sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
-    sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
     sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
     sub.add_argument("--resume", action="store_true", help="go on with the scan that was stopped in RUN")
     sub.add_argument(
@@ -331,6 +363,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--partial", action="store_true", help="merge what is there although images are missing")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
     images_option(sub)
+
+    sub = command("pack", _pack, "Decode and resize images once, into a .npy array that many scans read.")
+    sub.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="a folder, a text list of paths, or tar archives ('train-{000..146}.tar')",
+    )
+    sub.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE.npy", help="FILE.json and FILE.npz lie beside it"
+    )
+    sub.add_argument("--like", metavar="MODEL", help="resize, crop and interpolation as that model's weights want them")
+    reading_options(sub)
+    sub.add_argument("--resume", action="store_true", help="go on with the pack that was stopped")
+    sub.add_argument("--overwrite", action="store_true", help="replace the pack that is there")
 
     sub = command("render", _render, "Draw the sheets and the gallery of a finished scan again.")
     run_argument(sub)
