@@ -159,6 +159,13 @@ class Run:
         """Write manifest.json, top.npz and images.jsonl into a folder that `check_output` gave, the manifest last: a
         run is there only once all three are. What merges goes into state.npz.
         """
+        try:
+            self._write(folder)
+        except OSError as error:
+            raise UnitvisError(f"the run could not be written into {folder}: {error.strerror}") from error
+        return folder
+
+    def _write(self, folder: Path) -> None:
         for name in ("manifest.json", "top.npz", "state.npz"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "sheets", ignore_errors=True)
@@ -174,7 +181,6 @@ class Run:
                 file.write(json.dumps(record) + "\n")
         with replacing(folder / "manifest.json") as target:
             target.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
-        return folder
 
     def __repr__(self) -> str:
         if not self.tops:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ from tqdm import tqdm
 
 from unitvis import models
 from unitvis.canonical import BATCH
-from unitvis.errors import UnitvisError
-from unitvis.progress import EVERY, Progress, forget_progress
+from unitvis.errors import Interrupted, UnitvisError
+from unitvis.progress import EVERY, HOW, Progress, forget_progress
 from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
 from unitvis.responses import refuse_odd_responses
@@ -121,11 +122,16 @@ def scan(
             run.manifest["failures"] = failures
     run.manifest["model"] |= place
     run.manifest["seconds"] |= seconds
-    if share is None:
-        complete(run, source, model, device, on_error)
-    if folder is not None:
-        run.write(folder)
-        forget_progress(folder)
+    try:
+        if share is None:
+            complete(run, source, model, device, on_error)
+        if folder is not None:
+            run.write(folder)
+            forget_progress(folder)
+    except KeyboardInterrupt:
+        if folder is None or not source.rereadable:
+            raise
+        raise Interrupted(f"interrupted after the scan, before its run was written; {HOW}", signal.SIGINT) from None
     return run
 
 
