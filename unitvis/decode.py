@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from threading import Lock
+from contextlib import contextmanager
+from threading import Condition
 from typing import TypeVar
 
 import numpy as np
@@ -28,8 +28,6 @@ Size = tuple[int, int]  # width, height
 _Used = TypeVar("_Used")
 
 MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb; 268 MB of RGB, refused from the header alone
-_LARGE = 1 << 24  # pixels from which one image is decoded at a time: as many as there are threads would fill memory
-_one_large_at_a_time = Lock()
 MAX_SCANS = 500  # a progressive JPEG has about ten; thousands in a small file would keep a decoder busy for hours
 
 # The formats in which photographs and data sets come, and no other: every further decoder (PostScript, PDF, camera and
@@ -89,7 +87,7 @@ def decode_sized(
         fast = image.format == "JPEG" and simplejpeg and image.mode in ("L", "RGB")
         if image.format == "JPEG" and not fast:
             image.draft(None, enough)
-        with _one_large_at_a_time if image.size[0] * image.size[1] > _LARGE else nullcontext():
+        with _room.take(_need(image)):
             if fast:
                 picture = _by_simplejpeg(data, whole, enough, allow_truncated)
             else:
@@ -98,6 +96,35 @@ def decode_sized(
                 turn = _UPRIGHT.get(_orientation(image))  # in a PNG it may come after the pixels
             picture = picture if turn is None else picture.transpose(turn)
             return use(picture, _swapped(whole, turn in _TURNED))
+
+
+class _Room:
+    """So many bytes of pixels for all threads together; who needs more than there are waits until nobody holds any."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._changed = Condition()
+
+    @contextmanager
+    def take(self, need: int) -> Iterator[None]:
+        need = min(need, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= need)
+            self._free -= need
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += need
+                self._changed.notify_all()
+
+
+_room = _Room(3 << 27)  # 403 MB: one image of the largest size, or eight photographs of 12 megapixels
+
+
+def _need(image: Image.Image) -> int:
+    """Bytes while an image is decoded: four a pixel, and two copies where colours or transparency are converted."""
+    return image.size[0] * image.size[1] * (4 if image.mode == "RGB" else 12)
 
 
 def _swapped(size: Size, turned: bool) -> Size:

@@ -48,7 +48,7 @@ def scan_together(
     folder = Path(out)
     with _group() as (rank, size):
         shards = folder.with_name(f"{folder.name}.shards")
-        resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        resume = resume or _attempt() > 0
         if resume and (folder / "manifest.json").exists():
             run = _all(lambda: scan(model, images, layers, k, out=folder, device=device, resume=True, **options))
             return run if rank == 0 else None
@@ -77,12 +77,20 @@ def _start(folder: Path, shards: Path, overwrite: bool, resume: bool) -> None:
         )
 
 
+def _attempt() -> int:
+    """How often torchrun started the processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @contextmanager
 def _group() -> Iterator[tuple[int, int]]:
     """(rank, number of processes), connected over the CPU."""
-    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=_PATIENCE)))  # type: ignore[attr-defined]
+    # One store serves every attempt: processes that were started again must not meet the addresses of dead ones.
+    store = distributed.PrefixStore(f"unitvis {_attempt()}", store)  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
-        yield distributed.get_rank(), distributed.get_world_size()
+        yield rank, size
     finally:
         distributed.destroy_process_group()
 

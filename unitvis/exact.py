@@ -130,11 +130,14 @@ class Rescorer(Recorder):
         unknown[:, -1] = np.where(full, self.half[:, -1], unknown[:, -1])
         return unknown.max(axis=1)
 
+    def complete(self) -> NDArray[np.bool_]:
+        """[units]: all images were computed in its layer."""
+        deep = np.bincount(self._depth, minlength=len(self.layers) + 1)[::-1].cumsum()[::-1][1:]  # images, by layer
+        return (deep >= self._scanned.images)[self.layer_of]
+
     def decide(self, margins: Floats) -> None:
         """Which units no outsider can enter."""
-        best = self.outsiders()
-        deep = np.bincount(self._depth, minlength=len(self.layers) + 1)[::-1].cumsum()[::-1][1:]  # images, by layer
-        best[(deep >= self._scanned.images)[self.layer_of]] = -np.inf
+        best = np.where(self.complete(), -np.inf, self.outsiders())
         with np.errstate(invalid="ignore"):
             self.decided |= (best == -np.inf) | (self.kth > best + margins)
 

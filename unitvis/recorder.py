@@ -30,7 +30,7 @@ from unitvis.step import HALF, Step
 from unitvis.taps import Examination, Layer, Taps
 from unitvis.transform import Transform
 
-SPARE = 23  # candidates beyond k that a scan in half precision keeps of every unit
+SPARE = 55  # candidates beyond k that a scan in half precision keeps of every unit
 
 
 class Recorder:
@@ -176,7 +176,7 @@ class Recorder:
             self._take(self._keys(compute_batch(self.as_images(images)))[: len(ids)], ids.to(self.device))
         else:
             self._step(images, ids)
-            if self.images == 0 and self._overflows():
+            if self.images == 0 and self._overflows(len(ids)):
                 self._start(images)
                 self._step(images, ids)
         self.images += len(ids)
@@ -199,9 +199,9 @@ class Recorder:
             self._step = self._fast(untapped, batch, uk.unpack(keys)[0])
         self._started = True
 
-    def _overflows(self) -> bool:
-        """After the first batch: where a unit's candidates are all infinite, another scan in bfloat16 begins."""
-        last = uk.unpack(self.state[:, self.k + SPARE - 1])[0]
+    def _overflows(self, images: int) -> bool:
+        """After the first batch: where half of its images overflow a unit, another scan in bfloat16 begins."""
+        last = uk.unpack(self.state[:, min(self.k + SPARE, (images + 1) // 2) - 1])[0]
         both = zip(self.layers, self._units, strict=True)
         layers = [layer.name for layer, units in both if last[units].isinf().any()]
         if not layers or self.precision == "bf16":

@@ -180,6 +180,14 @@ class Run:
         """Write manifest.json, top.npz and images.jsonl into a folder that `check_output` gave, the manifest last: a
         run is there only once all three are. What merges goes into state.npz.
         """
+        try:
+            self._write(folder)
+        except OSError as error:
+            raise UnitvisError(f"the run could not be written into {folder}: {error.strerror}") from error
+        self.folder = folder
+        return folder
+
+    def _write(self, folder: Path) -> None:
         for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
             (folder / name).unlink(missing_ok=True)
         for drawn in ("sheets", "gallery"):  # of the run that was there
@@ -196,8 +204,6 @@ class Run:
                 file.write(json.dumps(record) + "\n")
         with replacing(folder / "manifest.json") as target:
             target.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
-        self.folder = folder
-        return folder
 
     def _repr_html_(self) -> str:
         return run_html(self)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -17,10 +19,10 @@ from tqdm import tqdm
 
 from unitvis import models
 from unitvis.canonical import BATCH
-from unitvis.errors import UnitvisError
+from unitvis.errors import Interrupted, UnitvisError
 from unitvis.nonfinite import refuse_odd_responses
 from unitvis.plan import Plan, plan
-from unitvis.progress import EVERY, Progress, forget_progress
+from unitvis.progress import EVERY, HOW, Progress, forget_progress
 from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
 from unitvis.run import Run, check_output, load
@@ -132,19 +134,32 @@ def scan(
             run = recorder.partial(watch.seconds, **about)
             run.attach(source)
         else:
-            run = recorder.result(source if precision == "exact" else None)
-            if precision != "exact":
-                run.attach(source)
+            with _after_the_scan(folder, source):
+                run = recorder.result(source if precision == "exact" else None)
+                if precision != "exact":
+                    run.attach(source)
             run.manifest["failures"] = failures
     run.manifest |= {"precision": precision, "plan": chosen.line}
     run.manifest["model"] |= place
     run.manifest["seconds"] |= seconds
-    if share is None:
-        complete(run, source, model, device, on_error)
-    if folder is not None:
-        run.write(folder)
-        forget_progress(folder)
+    with _after_the_scan(folder, source):
+        if share is None:
+            complete(run, source, model, device, on_error)
+        if folder is not None:
+            run.write(folder)
+            forget_progress(folder)
     return run
+
+
+@contextmanager
+def _after_the_scan(folder: Path | None, source: Source) -> Iterator[None]:
+    """All images are in, and in a checkpoint: whoever interrupts what follows is told how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is None or not source.rereadable:
+            raise
+        raise Interrupted(f"interrupted after the scan, before its run was written; {HOW}", signal.SIGINT) from None
 
 
 def _plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> Plan:

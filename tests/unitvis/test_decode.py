@@ -1,12 +1,15 @@
 import io
 import struct
 import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from unitvis import decode as decode_module
 from unitvis.decode import MAX_PIXELS, decode, to_rgb
 from unitvis.decoding import DECODERS, Decoding
 from unitvis.errors import ImageError, UnitvisError
@@ -508,3 +511,29 @@ def test_a_decoder_that_is_not_there(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnitvisError, match=r"simplejpeg is not installed; pip install 'unitvis\[simplejpeg\]'"):
         Decoding("simplejpeg")
+
+
+def test_large_images_wait_for_room(monkeypatch):
+    monkeypatch.setattr("unitvis.decode._room", decode_module._Room(4 * 64 * 64 * 2))
+    data, held, most = stored(Image.new("RGB", (64, 64)), "PNG"), set(), []
+
+    def use(picture, size):
+        held.add(threading.get_ident())
+        most.append(len(held))
+        time.sleep(0.01)
+        held.discard(threading.get_ident())
+        return size
+
+    def work(data):
+        for _ in range(5):
+            decode_module.decode_sized(data, use)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, [data] * 6))
+    assert max(most) == 2
+    huge = stored(Image.new("RGB", (300, 300)), "PNG")  # more than there is: alone
+    held.clear()
+    most.clear()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, [huge] * 3))
+    assert max(most) == 1

@@ -27,8 +27,9 @@ def net():
 """
 
 
-def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["--max-restarts", str(restarts)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.run(
         [*command, "-m", "unitvis", *map(str, arguments)],
@@ -68,6 +69,37 @@ def test_two_processes_are_one_scan(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "two holds a run already" in refused.stderr
     assert "another process failed and says why" in refused.stderr
     assert "unitvis/cli.py" not in refused.stderr  # no traceback of ours
+
+
+DYING = """
+
+class Dying(nn.Conv2d):
+    passes = 0
+
+    def forward(self, x):
+        Dying.passes += 1
+        if os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and Dying.passes == 40:
+            os.kill(os.getpid(), 9)
+        return super().forward(x)
+
+def dying():
+    torch.manual_seed(0)
+    return nn.Sequential(Dying(3, 6, 3))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_started_again_and_goes_on(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 12, 12, 3), np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    (tmp_path / "nets.py").write_text("import os\n" + NETS + DYING)
+    scan = ["scan", f"{tmp_path / 'nets.py'}:dying", tmp_path / "x.npy", "--mean", 0, 0, 0, "--batch-size", 16]
+    scan += ["--checkpoint-every", 1e-6, "-o"]
+    assert cli.main([str(argument) for argument in [*scan, tmp_path / "one"]]) == cli.DONE
+    done = torchrun(2, *scan, tmp_path / "two", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "2,000 images, 6 units of 1 layers" in done.stdout
+    check_equal(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow

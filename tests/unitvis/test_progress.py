@@ -260,6 +260,26 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
+def test_a_disk_that_fills_up_at_the_very_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan(folder, tmp_path / "whole")
+
+    def full(file: object, **arrays: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.savez_compressed", full)
+        with pytest.raises(UnitvisError, match=r"the run could not be written into .*run: No space left on device"):
+            scan(folder, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(unitvis.Run, "write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; go on"):
+            scan(folder, tmp_path / "run", resume=True)
+    scan(folder, tmp_path / "run", resume=True)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
 def test_a_folder_that_was_removed_meanwhile_is_said(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
