@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import math
 import os
 import shutil
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from unitvis.canonical import BATCH
@@ -68,7 +71,9 @@ def pack(
         allow_truncated=allow_truncated,
     )
     if not isinstance(source, EncodedSource) or source.describe()["path"] is None:
-        raise UnitvisError(f"a {source.kind} cannot be packed; give a folder, a .txt list of paths or .tar archives")
+        raise UnitvisError(
+            f"images of the kind {source.kind!r} cannot be packed; give a folder, a .txt list of paths or .tar archives"
+        )
     packing = _Packing(target, source, every)
     with packing.explained(), Signals() as signals:
         if not (resume and packing.resume()):
@@ -102,7 +107,9 @@ class _Packing:
         self._seen = np.zeros(self.images, SeenTable.ROW)
         self._table = SeenTable.of(self._seen)
         self._row: tuple[int, ...] = ()  # height, width, 3; known from the first image on
-        self._file: io.FileIO | None = None  # unbuffered, so that no byte of a full disk waits for later
+        self._start = 0  # bytes of the header
+        self._file: io.FileIO | None = None  # once it can be written
+        self._held: io.FileIO | None = None  # the same, from when it is open
         self._last = time.perf_counter()
 
     @property
@@ -120,22 +127,28 @@ class _Packing:
             return True
         if not self._progress.exists():
             return False
+        file = self._opened()
+        about, seen = self._checkpointed()
+        self._refuse_another(f"the pack {self._target} cannot be gone on with", about)
+        self.done, self._file = len(seen), file
+        self._seen[: self.done] = seen
+        self._source.take_failures({int(id): reason for id, reason in about["failures"].items()})
+        file.truncate(self._bytes(self.done))  # what came after the checkpoint is made again
+        return False
+
+    def _checkpointed(self) -> tuple[dict[str, Any], NDArray[np.void]]:
+        """What the last checkpoint says of the pack and of its images so far."""
         try:
             with open(self._progress, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 about, seen = json.loads(arrays["about"].tobytes()), arrays["seen"]
-            if self._part.stat().st_size < about["bytes"]:
+            self._has_rows_of(tuple(about["row"]))
+            if self._part.stat().st_size < self._bytes(len(seen)):
                 raise ValueError(f"{self._part} is shorter than it says")
         except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything
             raise UnitvisError(
                 f"{self._progress} is damaged ({first_line(error)}); start again with --overwrite"
             ) from error
-        self._refuse_another(f"the pack {self._target} cannot be gone on with", about)
-        self.done, self._row = len(seen), tuple(about["row"])
-        self._seen[: self.done] = seen
-        self._source.take_failures({int(id): reason for id, reason in about["failures"].items()})
-        self._file = io.FileIO(self._part, "r+")
-        self._file.truncate(about["bytes"])  # what came after the checkpoint is made again
-        return False
+        return about, seen
 
     def _refuse_another(self, what: str, about: Mapping[str, Any]) -> None:
         there, here = (
@@ -162,8 +175,8 @@ class _Packing:
             self._keep()
             raise
         finally:
-            if self._file is not None:
-                self._file.close()
+            if self._held is not None:
+                self._held.close()
 
     def _keep(self) -> None:
         with suppress(OSError):
@@ -173,8 +186,7 @@ class _Packing:
         """Write down the next images; ids between them have failed."""
         pixels = batch.pixels.numpy()
         if self._file is None:
-            self._row = pixels.shape[1:]
-            self._file = self._begun()
+            self._file = self._begun(pixels.shape[1:])
         if pixels.shape[1:] != self._row:
             height, width, _ = pixels.shape[1:]
             raise UnitvisError(
@@ -190,28 +202,44 @@ class _Packing:
         if time.perf_counter() - self._last >= self._every:
             self.checkpoint()
 
-    def _begun(self) -> io.FileIO:
+    def _opened(self) -> io.FileIO:
+        """The array's file as it is, or empty; no other process may pack into it meanwhile."""
+        # unbuffered, so that no byte waits for a disk that is full later
+        self._held = io.FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnitvisError(f"another process is packing into {self._target}; wait for its end") from error
+        except OSError:  # a file system without locks
+            pass
+        return self._held
+
+    def _begun(self, row: tuple[int, ...]) -> io.FileIO:
         """The array's file, with its header; refused where the array will not fit."""
+        file = self._opened()
+        self._progress.unlink(missing_ok=True)
+        file.truncate(0)
+        header = self._has_rows_of(row)
         total, free = self._bytes(self.images), shutil.disk_usage(self._target.parent).free
         if total > free:
+            self._part.unlink()
             raise UnitvisError(
                 f"{self._target} will take {total:,} bytes for {self.images:,} images and {free:,} are free there; "
                 "give a path on a larger disk"
             )
-        self._progress.unlink(missing_ok=True)
-        file = io.FileIO(self._part, "w+")
-        _write_all(file, memoryview(self._header()))
+        _write_all(file, memoryview(header))
         return file
 
-    def _header(self) -> bytes:
-        start = io.BytesIO()
-        shape = (self.images, *self._row)
-        np.lib.format.write_array_header_1_0(start, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        return start.getvalue()
+    def _has_rows_of(self, row: tuple[int, ...]) -> bytes:
+        """The header of the array whose rows have this shape, which is noted."""
+        header, shape = io.BytesIO(), (self.images, *row)
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        self._row, self._start = row, len(header.getvalue())
+        return header.getvalue()
 
     def _bytes(self, images: int) -> int:
         """Of the file up to so many images."""
-        return len(self._header()) + images * int(np.prod(self._row))
+        return self._start + images * math.prod(self._row)
 
     def checkpoint(self) -> None:
         """Write down what is done."""
@@ -220,7 +248,7 @@ class _Packing:
         self._file.truncate(self._bytes(self.done))
         _to_disk(self._file)
         failures = {id: reason for id, reason in self._source.reasons.items() if id < self.done}
-        about = self._about() | {"row": self._row, "bytes": self._bytes(self.done), "failures": failures}
+        about = self._about() | {"row": self._row, "failures": failures}
         _write(self._progress, about=np.frombuffer(json.dumps(about).encode(), np.uint8), seen=self._seen[: self.done])
         self._last = time.perf_counter()
 
@@ -266,9 +294,6 @@ def _target(path: Path, overwrite: bool, resume: bool) -> Path:
         raise UnitvisError(f"{path} is not finished; go on with it (--resume) or start again (--overwrite)")
     if path.exists() and not overwrite and not resume:
         raise UnitvisError(f"{path} holds a pack already; give another path, or overwrite it (--overwrite)")
-    if overwrite:
-        for one in _unfinished(path):
-            one.unlink(missing_ok=True)
     return path
 
 

@@ -1,4 +1,4 @@
-"""A pack stands for what was packed: same ids, names, failures, bytes and patches; half a pack is never taken for one."""
+"""A pack stands for what was packed: same ids, names, failures, bytes and patches; half a pack is never one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,7 +176,7 @@ def test_shards_resume_and_merge(folder: Path, packed: Path, tmp_path: Path, mon
 
     options = {"batch_size": 8, "every": 1e-6, "out": tmp_path / "run"}
     with monkeypatch.context() as patch:
-        patch.setattr(PackSource, "_readable", lambda self, ids: iter([1, 2, 3, 4, 5, 6, 7, 8, 99]))
+        patch.setattr(PackSource, "_readable", lambda self, ids: iter([*range(1, 31), 99]))  # reads two batches ahead
         with pytest.raises(UnitvisError, match="no image 99"):
             scan(packed, **options)
     assert (tmp_path / "run" / "progress.npz").exists()
@@ -210,7 +209,7 @@ def test_a_changed_or_lost_original_is_refused(folder: Path, tmp_path: Path) -> 
             unitvis.rescore.verify(run, net())
         with pytest.raises(UnitvisError, match=match):
             unitvis.sheets.render(run, tmp_path / "run")
-        with pytest.raises(UnitvisError, match="is no longer the file|cannot be used: No such file"):
+        with pytest.raises(UnitvisError, match=r"is no longer the file|cannot be used: No such file"):
             run.source.picture(image)
     path.write_bytes(whole)
     (folder / "0" / "00.png").write_bytes(whole)  # shifts the ids of the folder, not those of the pack
@@ -224,7 +223,7 @@ def test_changed_archives_are_refused(folder: Path, tmp_path: Path) -> None:
     pack(images, tmp_path / "x.npy")
     run = scan(tmp_path / "x.npy")
     shutil.copy(tmp_path / "shard-0.tar", tmp_path / "shard-1.tar")
-    with pytest.raises(UnitvisError, match="shard-2.tar are no longer those that were packed; restore them"):
+    with pytest.raises(UnitvisError, match=r"shard-2.tar are no longer those that were packed; restore them"):
         run.tile("2", 0)
 
 
@@ -236,10 +235,9 @@ def test_without_the_originals_patches_come_from_the_pack(kind: str, folder: Pat
     (tmp_path / "shard-1.tar").unlink(missing_ok=True)
     run = scan(tmp_path / "x.npy", transform=TRANSFORM)
     gone = {"tar": "shard-1.tar"}.get(kind, str(folder))
-    with pytest.warns(UserWarning, match=rf"are gone, so patches are cut from its 16 x 16 pixels, .*{gone}") as told:
+    with pytest.warns(UserWarning, match=rf"are gone, so patches are cut from its 16 x 16 pixels, .*{gone}"):
         patch = run.patch("2", 3, 0, size=64, crop="image")
-        run.patch("2", 3, 1, size=64)
-    assert len(told) == 1
+    run.patch("2", 3, 1, size=64)  # said once: another warning is an error in the tests
     image = Image.fromarray(np.load(tmp_path / "x.npy")[run["2"].images[3, 0]])
     assert patch.tobytes() == image.resize((64, 64), Image.Resampling.BICUBIC).tobytes()
     assert unitvis.rescore.verify(run, net())["wrong"] == 0
@@ -295,9 +293,7 @@ def test_how_files_were_decoded_goes_with_the_pack(folder: Path, tmp_path: Path)
     want = scan(folder, transform=TRANSFORM, scaled=True, allow_truncated=True)
     for options in ({}, {"scaled": True, "allow_truncated": True}):
         same(scan(tmp_path / "x.npy", **options), want)
-    with pytest.raises(
-        UnitvisError, match="scaled=True, allow_truncated=True and .*scaled=True, allow_truncated=False"
-    ):
+    with pytest.raises(UnitvisError, match=r"scaled=True, allow_truncated=True and .*allow_truncated=False"):
         scan(tmp_path / "x.npy", scaled=True)
 
 
@@ -330,6 +326,12 @@ def test_files_that_do_not_belong_together(packed: Path, originals: Path, tmp_pa
         (".npz", packed.with_suffix(".npz").read_bytes()[:-9], r"not a whole pack: its .npz file: .*; pack again"),
         (".json", packed.with_suffix(".json").read_bytes()[:-9], r"x.json is damaged: .*; pack again"),
         (".json", b'{"unitvis pack": 2}', r"x.json has format 2; this version of unitvis reads format 1"),
+        (".json", b'["unitvis pack", 1]', r"x.json has format none; this version"),
+        (
+            ".json",
+            b'{"unitvis pack": 1, "source": {}}',
+            r"x.json is damaged: there is no failures, pixels, shape, tables",
+        ),
     ]
     for ending, data, message in cases:
         with pytest.raises(UnitvisError, match=message):
@@ -337,7 +339,7 @@ def test_files_that_do_not_belong_together(packed: Path, originals: Path, tmp_pa
     (originals / "list.txt").unlink()
 
 
-# ------------------------------------------------------------------------------------------------ stopped and gone on with
+# -------------------------------------------------------------------------------------------- stopped, and gone on with
 
 
 class StoppedError(BaseException):
@@ -386,7 +388,7 @@ def test_a_pack_that_crashed_goes_on_to_the_same_bytes(
         )
         pack(folder, out, resume=True)
     good = [id for id in range(COUNT) if id not in BROKEN]
-    assert asked == [range((good + [COUNT])[min(8 * after, len(good)) - 1] + 1, COUNT) if every < 1 else None]
+    assert asked == [range([*good, COUNT][min(8 * after, len(good)) - 1] + 1, COUNT) if every < 1 else None]
     assert files(out) == files(packed) | {"left": b"['whole.json', 'whole.npy', 'whole.npz']"}
     same(scan(out), scan(packed))
     before = os.stat(out)
@@ -427,19 +429,20 @@ def test_processes_that_are_killed(folder: Path, packed: Path, tmp_path: Path) -
         "import sys, time, unitvis\n"
         "packing = sys.modules['unitvis.pack']\n"
         "packing.BATCH, add = 1, packing._Packing.add\n"
-        "packing._Packing.add = lambda self, batch: (add(self, batch), print(self.done, flush=True), time.sleep(0.02))\n"
-        f"transform = unitvis.Transform(20, 16, interpolation='bicubic')\n"
+        "def slowly(self, batch):\n"
+        "    add(self, batch), print(self.done, flush=True), time.sleep(0.02)\n"
+        "packing._Packing.add = slowly\n"
+        "transform = unitvis.Transform(20, 16, interpolation='bicubic')\n"
         f"unitvis.pack({str(folder)!r}, {str(out)!r}, transform, resume=True, every=1e-9, progress=False)\n"
     )
     reached = []
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
         lines = [process.stdout.readline() for _ in range(4)]
         process.kill()
         process.communicate()
         reached.append(int(lines[-1]))
-    assert reached == sorted(set(reached))
-    assert reached[0] < reached[1] < reached[2] < COUNT
+    assert 0 < reached[0] < reached[1] < COUNT
     pack(folder, out, resume=True)
     assert files(out) == files(packed) | {"left": b"['whole.json', 'whole.npy', 'whole.npz']"}
 
@@ -482,9 +485,10 @@ def test_an_end_in_the_midst_of_finishing(
         if out.exists():
             source = open_source(out, NORMAL)
             seen.add((source.kind, source.transform.resize))
-        pack(folder, out, resume=out.exists() or Path(f"{out}.part").exists())
-        if open_source(out, NORMAL).transform.resize == 30:  # it had not yet begun
+        if there and last == 0:  # it had not yet begun, and the old pack is as it was
+            assert source.transform.resize == 30
             pack(folder, out, overwrite=True)
+        pack(folder, out, resume=True)
         assert files(out) == files(packed) | {"left": b"['whole.json', 'whole.npy', 'whole.npz']"}
     assert last > 5
     assert seen == ({("pack", 30), ("pack", 20)} if there else {("pack", 20)})
@@ -502,9 +506,10 @@ def test_a_full_disk(folder: Path, packed: Path, tmp_path: Path, monkeypatch: py
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # the system refuses to make a file any longer
     try:
         with pytest.raises(
-            UnitvisError, match=r"after 40 of 70 images .*whole.npy could not be written: File too large"
+            UnitvisError, match=r"after 38 of 70 images .*whole.npy could not be written: File too large"
         ):
             pack(folder, out, every=1e-9)
+        assert int(np.load(f"{out}.progress")["seen"].shape[0]) == 38
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     pack(folder, out, resume=True)
@@ -526,9 +531,13 @@ def test_a_full_disk(folder: Path, packed: Path, tmp_path: Path, monkeypatch: py
         ("x.npy", {"transform": unitvis.Transform()}, "one size is needed: give the transform"),
         ("x.npy", {"on_error": "raise"}, "'0/00é.png' cannot be used"),
         ("x.npy", {"max_failures": 2}, "more than max_failures=2"),
-        ("x.npy", {"images": np.zeros((3, 8, 8, 3), np.uint8)}, "a array cannot be packed; give a folder"),
-        ("x.npy", {"images": "there.npy"}, "a pack cannot be packed"),
-        ("x.npy", {"images": ["images/0/01é.jpg"]}, "a paths cannot be packed"),
+        (
+            "x.npy",
+            {"images": np.zeros((3, 8, 8, 3), np.uint8)},
+            "images of the kind 'array' cannot be packed; give a folder",
+        ),
+        ("x.npy", {"images": "there.npy"}, "of the kind 'pack'"),
+        ("x.npy", {"images": ["images/0/01é.jpg"]}, "of the kind 'paths'"),
     ],
 )
 def test_refusals(
@@ -588,7 +597,14 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert (code, err) == (cli.DONE, "")
 
 
-def test_like_a_model(folder: Path, tmp_path: Path) -> None:
-    assert cli.main(["pack", str(folder), "-o", str(tmp_path / "x.npy"), "--like", "torchvision:squeezenet1_1"]) == 3
-    about = json.loads((tmp_path / "x.json").read_text())
-    assert about["transform"] == {"resize": 256, "crop": 224, "interpolation": "bilinear"}
+def test_like_a_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the weights want is done as far as a pack does it, and what is said beside it goes first."""
+    loaded = unitvis.models.Loaded("some:model", net(), TRANSFORM)
+    asked = []
+    monkeypatch.setattr(cli.models, "load", lambda *a, **b: asked.append((a, b)) or loaded)
+    command = ["pack", str(folder), "-o", str(tmp_path / "x.npy"), "--like", "some:model"]
+    for more, crop in (([], 16), (["--crop", "12", "--overwrite"], [12, 12])):
+        assert cli.main(command + more) == cli.SKIPPED
+        about = json.loads((tmp_path / "x.json").read_text())
+        assert about["transform"] == {"resize": 20, "crop": crop, "interpolation": "bicubic"}
+    assert asked == [(("some:model",), {"pretrained": False})] * 2  # its weights are not needed

@@ -39,7 +39,8 @@ Arrays = Mapping[str, NDArray[Any]]
 FORMAT = 1
 MARK = "unitvis pack"  # the key of the format's number, by which the JSON file of a pack is known
 BAKED = ("resize", "crop", "interpolation")  # of a transform: what the pixels of a pack have behind them
-_ROWS = 16  # that are compared when a pack is opened
+_FEW = 16  # images that stand for all where all would be too many to look at
+_KEYS = {MARK, "source", "transform", "shape", "pixels", "tables", "failures"}
 
 
 class PackSource(Source):
@@ -119,18 +120,22 @@ class PackSource(Source):
         path, tar = source["path"], source["kind"] == "tar"
         if tar:
             places = [shard for one in ([path] if isinstance(path, str) else path) for shard in expand(one)]
+            missing = [place for place in places if not os.path.exists(place)]
         else:
-            places = [path if source["kind"] == "folder" else os.path.dirname(path)]
-        if missing := [place for place in places if not os.path.exists(place)]:
+            root = os.fsencode(path if source["kind"] == "folder" else os.path.dirname(path))
+            some_files = [os.path.join(root, self._names[id]) for id in _few(len(self._names))]
+            missing = [] if any(map(os.path.lexists, some_files)) else [os.fsdecode(some_files[0])]
+        if missing:
             _, height, width, _ = self._about["shape"]
+            instance = some([repr(place) for place in missing])
             warnings.warn(
                 f"the originals of the pack {self.path!r} are gone, so patches are cut from its {width} x {height} "
-                f"pixels, and nothing tells whether a file has changed; there is no {some(missing)}"
+                f"pixels, and nothing tells whether a file has changed; there is no {instance}"
             )
             return None
         options: dict[str, Any] = {"decoding": Decoding(**source["decoding"]), "seen": self._seen}
         if not tar:  # nothing need be listed again: a file that is not there says so
-            return FileSource(source["kind"], path, os.fsencode(places[0]), self._names, self.transform, **options)
+            return FileSource(source["kind"], path, root, self._names, self.transform, **options)
         found = tar_source(path, self.transform, **options)
         if found.describe()["names"] != source["names"]:
             raise UnitvisError(
@@ -159,7 +164,7 @@ def pack_source(
     whole = with_baked(needed(transform), Transform.from_json(about["transform"]), path)
     pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     try:
-        with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as arrays:
+        with open(Path(path).with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as arrays:
             tables = dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UnitvisError(f"{path!r} is not a whole pack: its .npz file: {first_line(error)}; pack again") from error
@@ -176,16 +181,24 @@ def pack_source(
 
 def read_about(path: str | Path) -> dict[str, Any] | None:
     """What the JSON file beside an array says of the pack that they are; None where they are none."""
-    file = Path(path).with_suffix(".json")
-    data = file.read_bytes() if file.is_file() else b""
-    if f'"{MARK}"'.encode() not in data:
+    path = Path(path).with_suffix(".json")
+    if not path.is_file():
         return None
     try:
-        about = json.loads(data)
+        with open(path, "rb") as file:
+            if f'"{MARK}"'.encode() not in file.read(64):  # it comes first; what is none may be long
+                return None
+            file.seek(0)
+            about = json.load(file)
+    except OSError as error:
+        raise UnitvisError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UnitvisError(f"{file} is damaged: {first_line(error)}; pack again") from error
-    if about[MARK] != FORMAT:
-        raise UnitvisError(f"{file} has format {about[MARK]}; this version of unitvis reads format {FORMAT}")
+        raise UnitvisError(f"{path} is damaged: {first_line(error)}; pack again") from error
+    if not isinstance(about, dict) or about.get(MARK) != FORMAT:
+        has = about.get(MARK) if isinstance(about, dict) else "none"
+        raise UnitvisError(f"{path} has format {has}; this version of unitvis reads format {FORMAT}")
+    if absent := _KEYS - set(about):
+        raise UnitvisError(f"{path} is damaged: there is no {', '.join(sorted(absent))}; pack again")
     return about
 
 
@@ -205,9 +218,8 @@ def with_baked(given: Transform, baked: Transform, path: str) -> Transform:
 
 def pixels_hash(pixels: NDArray[np.uint8]) -> str:
     """Of the shape and of some rows, the first and the last among them: enough to tell one array from another."""
-    rows = np.unique(np.linspace(0, len(pixels) - 1, _ROWS).astype(np.int64))
     digest = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
-    for row in rows:
+    for row in _few(len(pixels)):
         digest.update(np.ascontiguousarray(pixels[row]).data)
     return digest.hexdigest()
 
@@ -217,8 +229,13 @@ def tables_hash(tables: Arrays) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, array in sorted(tables.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _few(images: int) -> list[int]:
+    """Ids spread over so many, the first and the last among them."""
+    return np.unique(np.linspace(0, images - 1, _FEW).astype(np.int64)).tolist()
 
 
 def _geometry(transform: Transform) -> dict[str, Any]:
