@@ -1,0 +1,104 @@
+"""A whole scan from images in host memory: AlexNet's five convolutions, the transfer to the device included.
+
+On a GPU the images are replayed from a ring of pinned memory, so that a million of them need no terabyte. What can win
+is computed again from the same ring.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.naive import network
+from benchmarks.sizes import Sizes
+from benchmarks.timing import Timer
+from unitvis.bench import BARE, BASELINES, DEVICE, HOST, Bench, pictures
+from unitvis.recorder import Recorder
+from unitvis.run import UNSEPARATED
+from unitvis.transform import Transform
+
+SCAN, EXACT = "unitvis, the scan alone", "unitvis, exact"
+CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
+    "test_scan": lambda form, kind: [("alexnet", who) for who in (BARE, SCAN, *([EXACT] if kind == "cuda" else []), DEVICE, HOST)]
+}
+
+
+class Ring:
+    """`count` images, uint8 [H, W, 3], that repeat after those that fit into so many bytes of host memory."""
+
+    def __init__(self, count: int, side: int, memory: int, pinned: bool) -> None:
+        self.count = count
+        fit = max(1, min(count, memory // (3 * side**2)))
+        self.images = torch.from_numpy(pictures(min(fit, 1024), (side, side)))
+        self.images = torch.cat([self.images.roll(turn, 1) for turn in range(-(-fit // len(self.images)))])[:fit]
+        if pinned:
+            self.images = self.images.pin_memory()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index % len(self.images)].numpy()
+
+    def batches(self, size: int, count: int) -> Any:
+        """(ids, uint8 [at most `size`, H, W, 3]) of the first images; views of the ring."""
+        start = 0
+        while start < count:
+            at = start % len(self.images)
+            part = self.images[at : at + min(size, count - start)]
+            yield torch.arange(start, start + len(part)), part
+            start += len(part)
+
+
+@cache
+def checked(name: str, side: int, device: torch.device) -> tuple[nn.Module, Transform, list[str]]:
+    """A network on the device, its preprocessing and layers, once all contenders agree on some images."""
+    _, model, transform = network(name)
+    assert transform is not None
+    with Recorder(model.to(device), k=9, transform=transform) as examined:
+        examined.prepare((3, side, side))
+        Bench(examined).check(pictures(64, (side, side)))
+    return model, transform, [layer.name for layer in examined.layers]
+
+
+def test_scan(case: tuple[str, str], timer: Timer, form: Sizes, device: torch.device) -> None:
+    name, who = case
+    on_gpu = device.type == "cuda"
+    model, transform, layers = checked(name, form.side, device)
+    precision, dtype, size = ("fp16", torch.float16, form.batches[-1]) if on_gpu else ("fp32", torch.float32, 64)
+    ring = Ring(form.host_images, form.side, form.ring, pinned=on_gpu)
+    count = min(form.host_images, 20_000) if who in BASELINES else form.host_images
+    timer.rounds = min(timer.rounds, 3)
+    row: dict[str, Any] = {"kind": "scan", "network": name, "precision": precision, "images": count, "contender": who}
+    row |= {"ring": len(ring.images), "batch": size}
+    recorder: Recorder
+    own = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last) if on_gpu and who in BASELINES else model
+
+    def prepare() -> None:  # layers and receptive fields are found once a model
+        nonlocal recorder
+        recorder = Recorder(model, layers, transform=transform, precision=precision, batch_size=size)
+        recorder.prepare((3, form.side, form.side))
+
+    def scan() -> None:
+        with recorder:
+            for ids, pixels in ring.batches(size, count):
+                recorder(pixels, ids)
+        if who == EXACT:
+            run = recorder.result(ring)
+            row["rescored"] = run.manifest["rescored"]["images"]
+            row["undecided"] = sum(int((top.status == UNSEPARATED).sum()) for top in run.tops.values())
+
+    def baseline() -> None:
+        with torch.inference_mode(), BASELINES[who](own, layers) as hooks:
+            for ids, pixels in ring.batches(size, count):
+                batch = transform.normalize(pixels.to(device, non_blocking=True), dtype)
+                hooks(batch, ids.to(device))
+
+    run, setup = (baseline, None) if who in BASELINES else (scan, prepare)
+    timer(run, setup=setup, **row)
+    timer.benchmark.extra_info.update(row)
