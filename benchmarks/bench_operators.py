@@ -196,5 +196,3 @@ def test_conv_argmax(case: tuple[Any, ...], timer: Timer, form: Sizes, device: t
     flops = 2 * y.numel() * inputs * kernel**2
     row = {"dtype": str(dtype), "shape": list(x.shape), "weight": list(weight.shape), "flops": flops}
     timer(run, calls=times, kind="operator", name="conv_argmax", contender=who, **row)
-
-

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.naive import network
+from benchmarks.ring import Ring
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Timer
 from unitvis.bench import BARE, BASELINES, DEVICE, HOST, Bench, pictures
@@ -24,35 +25,10 @@ from unitvis.transform import Transform
 
 SCAN, EXACT = "unitvis, the scan alone", "unitvis, exact"
 CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
-    "test_scan": lambda form, kind: [("alexnet", who) for who in (BARE, SCAN, *([EXACT] if kind == "cuda" else []), DEVICE, HOST)]
+    "test_scan": lambda form, kind: [
+        ("alexnet", who) for who in (BARE, SCAN, *([EXACT] if kind == "cuda" else []), DEVICE, HOST)
+    ]
 }
-
-
-class Ring:
-    """`count` images, uint8 [H, W, 3], that repeat after those that fit into so many bytes of host memory."""
-
-    def __init__(self, count: int, side: int, memory: int, pinned: bool) -> None:
-        self.count = count
-        fit = max(1, min(count, memory // (3 * side**2)))
-        self.images = torch.from_numpy(pictures(min(fit, 1024), (side, side)))
-        self.images = torch.cat([self.images.roll(turn, 1) for turn in range(-(-fit // len(self.images)))])[:fit]
-        if pinned:
-            self.images = self.images.pin_memory()
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        return self.images[index % len(self.images)].numpy()
-
-    def batches(self, size: int, count: int) -> Any:
-        """(ids, uint8 [at most `size`, H, W, 3]) of the first images; views of the ring."""
-        start = 0
-        while start < count:
-            at = start % len(self.images)
-            part = self.images[at : at + min(size, count - start)]
-            yield torch.arange(start, start + len(part)), part
-            start += len(part)
 
 
 @cache
@@ -66,14 +42,14 @@ def checked(name: str, side: int, device: torch.device) -> tuple[nn.Module, Tran
     return model, transform, [layer.name for layer in examined.layers]
 
 
-def test_scan(case: tuple[str, str], timer: Timer, form: Sizes, device: torch.device) -> None:
-    name, who = case
+def test_scan(case: tuple[str, str, int], timer: Timer, form: Sizes, device: torch.device) -> None:
+    name, who, turn = case
     on_gpu = device.type == "cuda"
     model, transform, layers = checked(name, form.side, device)
     precision, dtype, size = ("fp16", torch.float16, form.batches[-1]) if on_gpu else ("fp32", torch.float32, 64)
     ring = Ring(form.host_images, form.side, form.ring, pinned=on_gpu)
     count = min(form.host_images, 20_000) if who in BASELINES else form.host_images
-    timer.rounds = min(timer.rounds, 3)
+    timer.rounds = 1
     row: dict[str, Any] = {"kind": "scan", "network": name, "precision": precision, "images": count, "contender": who}
     row |= {"ring": len(ring.images), "batch": size}
     recorder: Recorder
@@ -100,5 +76,5 @@ def test_scan(case: tuple[str, str], timer: Timer, form: Sizes, device: torch.de
                 hooks(batch, ids.to(device))
 
     run, setup = (baseline, None) if who in BASELINES else (scan, prepare)
-    timer(run, setup=setup, **row)
+    timer(run, setup=setup, warm=turn > 0, **row)
     timer.benchmark.extra_info.update(row)

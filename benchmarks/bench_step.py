@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import unitvis_kernels as uk
 from benchmarks import stream
-from benchmarks.naive import DeviceHook, Forward, HostHook, cut, fold, network
+from benchmarks.naive import DeviceHook, HostHook, cut, fold, network
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Timer, captured
 from unitvis.bench import BARE, BASELINES, DEVICE, HOST, pictures
@@ -41,8 +40,8 @@ def _contenders(form: Sizes, kind: str) -> list[str]:
 
 CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
     "test_step": lambda form, kind: [
-        (who, *shape)
-        for shape in itertools.product(form.networks, form.precisions, form.batches)
+        (who, *shape, turn)
+        for *shape, turn in itertools.product(form.networks, form.precisions, form.batches, range(form.turns))
         for who in _contenders(form, kind)
     ]
 }
@@ -50,7 +49,7 @@ CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
 
 @cache
 def prepared(name: str, precision: str, size: int, side: int, device: torch.device) -> tuple[Any, ...]:
-    """(model in the precision, layers, batch, a Recorder that has scanned the batch once, the keys it has then)."""
+    """(model in the precision, layers, batch, Recorder), once the step and the baselines agree on the batch."""
     _, model, transform = network(name)
     model.to(device)
     assert transform is not None
@@ -63,6 +62,7 @@ def prepared(name: str, precision: str, size: int, side: int, device: torch.devi
     recorder.flush()
     layers = [layer.name for layer in recorder.layers]
     own = model if precision == "fp32" else copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last)
+    check(recorder, own, layers, batch)
     return own, layers, batch, recorder
 
 
@@ -125,36 +125,40 @@ def compiled(
     return run
 
 
-def test_step(case: tuple[str, str, str, int], timer: Timer, form: Sizes, device: torch.device) -> None:
-    who, name, precision, size = case
-    model, layers, batch, recorder = prepared(name, precision, size, form.side, device)
+@cache
+def contender(
+    who: str, name: str, precision: str, size: int, side: int, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None] | None, dict[str, Any]]:
+    """(one step, what comes before it untimed, what the row says of it); made once and warm for all its turns."""
+    model, layers, batch, recorder = prepared(name, precision, size, side, device)
     ids = torch.arange(size, device=device)
-    recorder.state.copy_(recorder._empty())
-    recorder(batch, ids)
-    recorder.flush()
-    check(recorder, model, layers, batch)
-    row: dict[str, Any] = {"kind": "step", "network": name, "precision": precision, "images": size, "contender": who}
-    setup = None
-    with ExitStack() as stack:
-        if who == UNITVIS:
-            row["entered"] = stream.fill(recorder.state, keys_of(recorder, batch))
-            row["how"] = {key: value for key, value in recorder.how.items() if key != "candidates"}
-            full = recorder.state.clone()
+    if who == UNITVIS:
+        state = recorder._empty()
+        share = stream.fill(state, keys_of(recorder, batch))
 
-            def setup() -> None:
-                recorder.state.copy_(full)
+        def run() -> None:
+            recorder(batch, ids)
+            recorder.flush()
 
-            def run() -> None:
-                recorder(batch, ids)
-                recorder.flush()
-        elif who.endswith(COMPILED):
-            run = compiled(cut(model, layers if who.startswith(DEVICE) else layers[-1:]), recorder, batch, ids)
-        else:
-            hooks: Forward = stack.enter_context(BASELINES[who.removesuffix(CAPTURED)](model, layers))
+        how = {key: value for key, value in recorder.how.items() if key != "candidates"}
+        return run, lambda: recorder.state.copy_(state) and None, {"entered": share, "how": how}
+    if who.endswith(COMPILED):
+        maps = cut(model, layers if who.startswith(DEVICE) else layers[-1:])
+        return compiled(maps, recorder, batch, ids), None, {}
+    kind = BASELINES[who.removesuffix(CAPTURED)]
+    hooks = kind(model, layers)
 
-            def run() -> None:
-                hooks(batch, ids)
+    def hooked() -> None:
+        with hooks:
+            hooks(batch, ids)
 
-            if who.endswith(CAPTURED):
-                run = captured(run, device)
-        timer(run, setup=setup, **row)
+    return captured(hooked, device) if who.endswith(CAPTURED) else hooked, None, {}
+
+
+def test_step(case: tuple[str, str, str, int, int], timer: Timer, form: Sizes, device: torch.device) -> None:
+    who, name, precision, size, turn = case
+    run, setup, extra = contender(who, name, precision, size, form.side, device)
+    row = {"kind": "step", "network": name, "precision": precision, "images": size, "contender": who}
+    if device.type == "cpu":
+        timer.rounds = 1
+    timer(run, setup=setup, warm=turn > 0, **row, **extra)

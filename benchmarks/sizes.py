@@ -23,7 +23,8 @@ class Sizes:
     flushed: int  # bytes that push everything else out of the cache
     host_images: int  # a scan from host memory
     ring: int  # bytes of host memory that it is replayed from
-    rounds: int
+    turns: int  # of the steps' and scans' contenders, which take turns
+    rounds: int  # of a turn; of an operator
     calls: int  # of an operator in one round, on operands of their own
     compiled: bool  # also torch.compile
 
@@ -41,6 +42,7 @@ GPU = Sizes(
     flushed=2**28,
     host_images=1_280_000,
     ring=2**33,
+    turns=3,
     rounds=50,
     calls=8,
     compiled=True,
@@ -58,7 +60,8 @@ CPU = Sizes(
     flushed=2**26,
     host_images=256,
     ring=2**33,
-    rounds=7,
+    turns=5,
+    rounds=5,
     calls=1,
     compiled=True,
 )
@@ -75,6 +78,7 @@ TINY = replace(
     flushed=2**12,
     host_images=40,
     ring=20 * 64 * 64 * 3,
+    turns=1,
     rounds=1,
     compiled=False,
 )

@@ -19,9 +19,17 @@ class Timer:
         self._flush = torch.empty(flushed, dtype=torch.uint8, device=device)
 
     def __call__(
-        self, run: Callable[[], object], *, calls: int = 1, setup: Callable[[], object] | None = None, **row: Any
+        self,
+        run: Callable[[], object],
+        *,
+        calls: int = 1,
+        setup: Callable[[], object] | None = None,
+        warm: bool = False,
+        **row: Any,
     ) -> None:
-        """Time `run`, which makes `calls` calls of what is measured; before each round `setup`, untimed."""
+        """Time `run`, which makes `calls` calls of what is measured; before each round `setup`, untimed; first, unless
+        it is warm already, once for nothing.
+        """
 
         def prepare() -> None:
             if setup is not None:
@@ -34,7 +42,7 @@ class Timer:
             synchronise(self.device)
 
         self.benchmark.extra_info.update(row, calls=calls)
-        self.benchmark.pedantic(timed, setup=prepare, rounds=self.rounds, warmup_rounds=1)
+        self.benchmark.pedantic(timed, setup=prepare, rounds=self.rounds, warmup_rounds=0 if warm else 1)
 
 
 def rotating(

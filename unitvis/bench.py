@@ -33,7 +33,7 @@ Contender = Callable[[], Callable[[], object]]  # prepares, and gives what is to
 
 
 def bench(
-    model: nn.Module, transform: Transform | None, device: torch.device | str | None = None, count: int | None = None
+    model: nn.Module, transform: Transform, device: torch.device | str | None = None, count: int | None = None
 ) -> str:
     """How fast a scan and the baselines are, in lines to print; every one of them was first found to be right.
 
@@ -42,9 +42,9 @@ def bench(
     """
     if count is not None and count < 1:
         raise UnitvisError(f"the number of images must be at least 1, not {count}")
-    crop = (transform.crop if transform else None) or 224
+    crop = transform.crop or 224
     size = crop if isinstance(crop, tuple) else (crop, crop)
-    with Recorder(model, k=K, device=device, transform=transform or Transform()) as examined:  # in eval mode till then
+    with Recorder(model, k=K, device=device, transform=transform) as examined:  # in eval mode till then
         examined.prepare((3, *size))
         one = Bench(examined)
         if count is None:
@@ -111,9 +111,7 @@ class Bench:
         return recorder.result() if found is None else found
 
     def _recorder(self, precision: str) -> Recorder:
-        recorder = Recorder(
-            self.model, self.layers, K, transform=self.transform, precision=precision, batch_size=READ
-        )
+        recorder = Recorder(self.model, self.layers, K, transform=self.transform, precision=precision, batch_size=READ)
         recorder.prepare(self.shape)
         return recorder
 
@@ -161,9 +159,7 @@ class Bench:
             if not (same & (top.values == run[name].values))[sure].all():
                 raise UnitvisError(f"layer {name!r}: the exact scan by way of {self.half} has other winners")
         again = exact.manifest["rescored"]["images"]
-        return (
-            f"{said}; by way of {self.half} {decided:,} units are decided and equal, {again:,} images computed twice"
-        )
+        return f"{said}; by way of {self.half} {decided:,} units are decided and equal, {again:,} images computed twice"
 
 
 def units_apart(run: Run, layer: str, top: tuple[Tensor, Tensor, Tensor]) -> NDArray[np.int64]:

@@ -163,11 +163,13 @@ def _bench(arguments: argparse.Namespace) -> int:
         from unitvis.demo import network
         from unitvis.demo.pictures import SIZE
 
-        model, transform = network.load(), Transform(crop=SIZE, mean=network.MEAN, std=network.STD)
-        loaded = models.Loaded("the demo's network", model, transform)
+        own = Transform(crop=SIZE, mean=network.MEAN, std=network.STD)
+        loaded = models.Loaded("the demo's network", network.load(), own)
     else:
         loaded = _load(arguments)
-    transform = replace(loaded.transform or Transform(), crop=arguments.crop) if arguments.crop else loaded.transform
+    transform = loaded.transform or Transform()
+    if arguments.crop is not None:
+        transform = replace(transform, crop=arguments.crop)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{loaded.spec}: {bench(loaded.model, transform, device, arguments.count)}")
     return DONE
