@@ -26,7 +26,9 @@ from unitvis.transform import Transform
 SCAN, EXACT = "unitvis, the scan alone", "unitvis, exact"
 CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
     "test_scan": lambda form, kind: [
-        ("alexnet", who) for who in (BARE, SCAN, *([EXACT] if kind == "cuda" else []), DEVICE, HOST)
+        ("alexnet", who, turn)
+        for turn in range(form.turns)
+        for who in (BARE, SCAN, *([EXACT] if kind == "cuda" else []), DEVICE, HOST)
     ]
 }
 
@@ -34,7 +36,8 @@ CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
 @cache
 def checked(name: str, side: int, device: torch.device) -> tuple[nn.Module, Transform, list[str]]:
     """A network on the device, its preprocessing and layers, once all contenders agree on some images."""
-    _, model, transform = network(name)
+    loaded = network(name)
+    model, transform = loaded.model, loaded.transform
     assert transform is not None
     with Recorder(model.to(device), k=9, transform=transform) as examined:
         examined.prepare((3, side, side))

@@ -50,8 +50,8 @@ CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
 @cache
 def prepared(name: str, precision: str, size: int, side: int, device: torch.device) -> tuple[Any, ...]:
     """(model in the precision, layers, batch, Recorder), once the step and the baselines agree on the batch."""
-    _, model, transform = network(name)
-    model.to(device)
+    loaded = network(name)
+    model, transform = loaded.model.to(device), loaded.transform
     assert transform is not None
     pixels = torch.from_numpy(pictures(size, (side, side))).to(device)
     dtype = HALF_OR_FULL[precision]
@@ -128,7 +128,7 @@ def compiled(
 @cache
 def contender(
     who: str, name: str, precision: str, size: int, side: int, device: torch.device
-) -> tuple[Callable[[], None], Callable[[], None] | None, dict[str, Any]]:
+) -> tuple[Callable[[], None], Callable[[], object] | None, dict[str, Any]]:
     """(one step, what comes before it untimed, what the row says of it); made once and warm for all its turns."""
     model, layers, batch, recorder = prepared(name, precision, size, side, device)
     ids = torch.arange(size, device=device)
@@ -141,7 +141,7 @@ def contender(
             recorder.flush()
 
         how = {key: value for key, value in recorder.how.items() if key != "candidates"}
-        return run, lambda: recorder.state.copy_(state) and None, {"entered": share, "how": how}
+        return run, lambda: recorder.state.copy_(state), {"entered": share, "how": how}
     if who.endswith(COMPILED):
         maps = cut(model, layers if who.startswith(DEVICE) else layers[-1:])
         return compiled(maps, recorder, batch, ids), None, {}

@@ -12,8 +12,8 @@ import json
 import multiprocessing
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks import machine, results
+from benchmarks.memory import Peak
 from benchmarks.naive import network
 from benchmarks.ring import Ring
 from unitvis.baselines import Forward, HostHook
@@ -33,7 +34,7 @@ from unitvis.scan import scan
 from unitvis.step import HALF
 from unitvis.transform import Transform
 
-FEW, MANY, SMALL = 4_000, 100_000, 32
+COUNTS, SMALL = (4_000, 100_000), 32
 TIMED = 2_000  # images that the baselines are timed on
 RING = 2**33
 
@@ -44,19 +45,12 @@ def small_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2)).eval()
 
 
-def anonymous() -> int:
-    """Bytes of this process's resident memory that no file holds."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
 def growth(path: str, count: int, precision: str) -> dict[str, Any]:
     """The peak of anonymous memory during a scan of `count` small images of a .npy file, beyond what a scan of one
     batch took before it.
     """
     pixels = np.load(path, mmap_mode="r")[:count]
-    transform, peak, done = Transform(mean=(0.5,) * 3, std=(0.25,) * 3), 0, threading.Event()
-    model = small_net()
+    transform, model = Transform(mean=(0.5,) * 3, std=(0.25,) * 3), small_net()
 
     def scanned(images: np.ndarray) -> dict[str, Any]:
         if precision == "exact":
@@ -68,39 +62,30 @@ def growth(path: str, count: int, precision: str) -> dict[str, Any]:
         return recorder.result(images).manifest
 
     scanned(pixels[:64])
-    before = anonymous()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.01):
-            peak = max(peak, anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     start = time.perf_counter()
-    manifest = scanned(pixels)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    again = manifest.get("rescored", {}).get("images", 0)
-    return {"images": count, "beyond_a_batch_mib": round((peak - before) / 2**20, 2), "rescored": again} | {
-        "seconds": round(seconds, 1)
+    with Peak() as peak:
+        manifest = scanned(pixels)
+    return {
+        "images": count,
+        "beyond_a_batch_mib": round(peak.added / 2**20, 2),
+        "rescored": manifest.get("rescored", {}).get("images", 0),
+        "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-def memory(few: int, many: int) -> list[dict[str, Any]]:
-    """Growth of both, each in a process of its own; `exact` as the scan plans it, and by way of float16."""
+def memory(counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Growth of each, in a process of its own; `exact` as the scan plans it, and by way of float16."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.npy"
-        pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(many, SMALL, SMALL, 3))
+        pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(max(counts), SMALL, SMALL, 3))
         rng = np.random.default_rng(0)
-        for start in range(0, many, 4096):
+        for start in range(0, len(pixels), 4096):
             part = pixels[start : start + 4096]
             part[:] = rng.integers(0, 256, part.shape, dtype=np.uint8)
         pixels.flush()
         for precision in ("exact", "fp16"):
-            for count in (few, many):
+            for count in counts:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     found.append({"precision": precision} | pool.apply(growth, (str(path), count, precision)))
                 print(found[-1], flush=True)
@@ -114,9 +99,9 @@ def exact(count: int) -> dict[str, Any]:
     if half is None:
         speeds = {precision: round(speed(device, precision), 2) for precision in HALF}
         return {"not measured": "half precision is slower than float32 here", "times_as_fast_as_float32": speeds}
-    _, model, transform = network("alexnet")
+    loaded = network("alexnet")
+    model, transform = loaded.model.to(device), loaded.transform
     assert transform is not None
-    model.to(device)
     ring = Ring(count, 224, RING, pinned=device.type == "cuda")
     with Recorder(model, transform=transform) as examined:
         examined.prepare((3, 224, 224))
@@ -182,7 +167,7 @@ def main() -> int:
     parser.add_argument("what", choices=("memory", "exact"))
     parser.add_argument("--images", type=int, default=50_000, help="of `exact` (50,000)")
     arguments = parser.parse_args()
-    found = memory(FEW, MANY) if arguments.what == "memory" else exact(arguments.images)
+    found = memory(COUNTS) if arguments.what == "memory" else exact(arguments.images)
     print(json.dumps(found, indent=1))
     target = results.RESULTS / machine.file_name(machine.device_name())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

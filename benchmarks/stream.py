@@ -25,7 +25,6 @@ def fill(state: Tensor, keys: Tensor) -> float:
     share = entries(places, len(keys))
     entered = (torch.rand(keys.shape[1], generator=g) < share).to(keys.device)
     best, second = keys.topk(2, dim=0).values
-    above = ((best >> 32) + 1) << 32
-    state[:, :places] = torch.where(entered, second, above)[:, None]
+    state[:, :places] = (((torch.where(entered, second, best) >> 32) + 1) << 32)[:, None]
     state[:, places : 2 * places] = 2**40 + torch.arange(places, device=state.device)
     return share

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Condition
+from typing import TypeVar
 
 import numpy as np
 from PIL import (
@@ -21,6 +23,9 @@ from PIL import (
 )
 
 from unitvis.errors import ImageError
+
+Size = tuple[int, int]  # width, height
+_Used = TypeVar("_Used")
 
 MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb; 268 MB of RGB, refused from the header alone
 MAX_SCANS = 500  # a progressive JPEG has about ten; thousands in a small file would keep a decoder busy for hours
@@ -46,6 +51,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}  # width and height change places
 _ORIENTATION, _BITS, _PHOTOMETRIC, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 274, 258, 262, 284, 322, 323  # TIFF tags
 
 
@@ -56,11 +62,83 @@ def decode(data: bytes, *, allow_truncated: bool = False) -> Image.Image:
     (as torchvision and timm do not). `allow_truncated` keeps what a file that ends early still holds; the rest is grey
     (JPEG) or black (a WebP or compressed TIFF stays a failure). Raises ImageError, whatever the bytes.
     """
+    return decode_sized(data, lambda picture, _: picture, allow_truncated=allow_truncated)
+
+
+def decode_sized(
+    data: bytes,
+    use: Callable[[Image.Image, Size], _Used],
+    *,
+    allow_truncated: bool = False,
+    simplejpeg: bool = False,
+    smallest: Callable[[int, int], Size] | None = None,
+) -> _Used:
+    """What `use` makes of the image that `decode` gives and the size of the whole picture, upright.
+
+    simplejpeg: let it decode JPEG files of one or three colours. smallest: (width, height) of a picture -> (height,
+    width) that is enough of it; a JPEG is then decoded at 1/2, 1/4 or 1/8 where that is no smaller.
+    """
     with _opened(data, allow_truncated) as image:
-        _load(image, allow_truncated)
-        picture = to_rgb(image)
-        turn = _UPRIGHT.get(_orientation(image))
-        return picture if turn is None else picture.transpose(turn)
+        turn = _UPRIGHT.get(_orientation(image)) if image.format == "JPEG" else None
+        whole = enough = image.size
+        if smallest is not None:
+            height, width = smallest(*_swapped(whole, turn in _TURNED))
+            enough = _swapped((width, height), turn in _TURNED)  # as the file lies
+        fast = image.format == "JPEG" and simplejpeg and image.mode in ("L", "RGB")
+        if image.format == "JPEG" and not fast:
+            image.draft(None, enough)
+        with _room.take(_need(image)):
+            if fast:
+                picture = _by_simplejpeg(data, whole, enough, allow_truncated)
+            else:
+                _load(image, allow_truncated)
+                picture = to_rgb(image)
+                turn = _UPRIGHT.get(_orientation(image))  # in a PNG it may come after the pixels
+            picture = picture if turn is None else picture.transpose(turn)
+            return use(picture, _swapped(whole, turn in _TURNED))
+
+
+class _Room:
+    """So many bytes of pixels for all threads together; who needs more than there are waits until nobody holds any."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._changed = Condition()
+
+    @contextmanager
+    def take(self, need: int) -> Iterator[None]:
+        need = min(need, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= need)
+            self._free -= need
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += need
+                self._changed.notify_all()
+
+
+_room = _Room(3 << 27)  # 403 MB: one image of the largest size, or eight photographs of 12 megapixels
+
+
+def _need(image: Image.Image) -> int:
+    """Bytes while an image is decoded: four a pixel, and two copies where colours or transparency are converted."""
+    return image.size[0] * image.size[1] * (4 if image.mode == "RGB" else 12)
+
+
+def _swapped(size: Size, turned: bool) -> Size:
+    return (size[1], size[0]) if turned else size
+
+
+def _by_simplejpeg(data: bytes, whole: Size, enough: Size, allow_truncated: bool) -> Image.Image:
+    from simplejpeg import decode_jpeg, decode_jpeg_header  # only where it was asked for
+
+    height, width = decode_jpeg_header(data, strict=not allow_truncated)[:2]
+    if (width, height) != whole:  # what was checked against a bomb is Pillow's reading of the header
+        raise ImageError(f"broken JPEG: two sizes, {whole[0]} x {whole[1]} and {width} x {height}")
+    pixels = decode_jpeg(data, "RGB", min_width=enough[0], min_height=enough[1], strict=not allow_truncated)
+    return Image.fromarray(pixels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -75,7 +153,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if isinstance(clear, tuple) and max(clear) > 255:  # of a 16-bit PNG, whose pixels Pillow has cut to the high byte
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in clear)
-    layers = image.convert("RGBA")
+    layers = image if image.mode == "RGBA" else image.convert("RGBA")
     picture = Image.new("RGB", image.size, "white")
     picture.paste(layers, mask=layers)
     return picture

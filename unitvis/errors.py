@@ -12,6 +12,14 @@ class ImageError(UnitvisError):
     """One image cannot be used; the message is the reason that the manifest lists."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a scan; the message says how to go on with it, and `code` is the exit code of a shell."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     return (str(error).strip() or "no message").split("\n")[0]
@@ -33,3 +41,9 @@ def closest(name: str, names: Iterable[str]) -> str:
 def some(names: list[str]) -> str:
     """A list that stays readable."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def check_unit(layer: str, unit: int, units: int) -> None:
+    """UnitvisError unless the layer, which has so many, has this unit."""
+    if not 0 <= unit < units:
+        raise UnitvisError(f"layer {layer!r} has no unit {unit}; it has {units}, from 0")

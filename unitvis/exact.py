@@ -89,7 +89,7 @@ class Rescorer(Recorder):
 
     def compute_sample(self, source: Source) -> None:
         """The sample, in all layers, and what half precision says of it."""
-        ids = self._scanned.sample.ids.numpy()
+        ids = self._scanned.sample
         half = [self._scanned.half_responses(batch.pixels) for batch in source.batches(BATCH, ids=ids.tolist())]
         self._sample = []
         self.compute(source, ids, np.full(len(ids), len(self.layers)))
@@ -130,11 +130,14 @@ class Rescorer(Recorder):
         unknown[:, -1] = np.where(full, self.half[:, -1], unknown[:, -1])
         return unknown.max(axis=1)
 
+    def complete(self) -> NDArray[np.bool_]:
+        """[units]: all images were computed in its layer."""
+        deep = np.bincount(self._depth, minlength=len(self.layers) + 1)[::-1].cumsum()[::-1][1:]  # images, by layer
+        return (deep >= self._scanned.images)[self.layer_of]
+
     def decide(self, margins: Floats) -> None:
         """Which units no outsider can enter."""
-        best = self.outsiders()
-        deep = np.bincount(self._depth, minlength=len(self.layers) + 1)[::-1].cumsum()[::-1][1:]  # images, by layer
-        best[(deep >= self._scanned.images)[self.layer_of]] = -np.inf
+        best = np.where(self.complete(), -np.inf, self.outsiders())
         with np.errstate(invalid="ignore"):
             self.decided |= (best == -np.inf) | (self.kth > best + margins)
 
@@ -165,6 +168,7 @@ class Rescorer(Recorder):
     def _manifest(self, tops: dict[str, Any]) -> dict[str, Any]:
         return super()._manifest(tops) | {
             "images": self._scanned.images,
+            "coverage": self._scanned.coverage.ranges.tolist(),
             "precision": "exact",
             "scan": self._scanned.how,
             "rescored": {"images": len(self.computed), "sample": len(self._half_sample), "doubt": DOUBT},

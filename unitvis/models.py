@@ -27,6 +27,12 @@ class Loaded(NamedTuple):
     spec: str
     model: nn.Module
     transform: Transform | None  # the preprocessing that its weights were trained with, where that is known
+    file: str | None = None  # the checkpoint that was loaded into it
+    pretrained: bool = True  # as `load` was asked
+
+    def place(self) -> dict[str, Any]:
+        """For a manifest: what `load` finds the model by."""
+        return {"spec": self.spec, "file": self.file, "pretrained": self.pretrained}
 
 
 def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = True) -> Loaded:
@@ -48,7 +54,8 @@ def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = Tru
         loaded = Loaded(spec, _found(spec, place, name), None)
     if weights is not None:
         load_weights(loaded.model, weights)
-    return loaded
+        loaded = loaded._replace(file=str(Path(weights).absolute()))
+    return loaded._replace(pretrained=pretrained)
 
 
 def _torchvision(name: str, pretrained: bool) -> Loaded:

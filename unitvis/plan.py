@@ -41,11 +41,15 @@ def speed(device: torch.device, precision: str) -> float:
         return seconds(torch.float32) / seconds(HALF[precision])
 
 
-def plan(images: int | None, units: int, k: int, device: torch.device, *, rereadable: bool) -> Plan:
+def plan(
+    images: int | None, units: int, k: int, device: torch.device, *, rereadable: bool, channels: bool = True
+) -> Plan:
     """float32 for what is read once, for few images and where half precision is not fast; else the faster half.
 
     images: how many there are, None if only the end will tell. float16 first: its errors are an eighth of bfloat16's.
     """
+    if not channels:
+        return Plan("fp32", "float32: neurons are too many to keep candidates of")
     if not rereadable or images is None:
         return Plan("fp32", "float32: a stream is read once, so no candidate could be computed again")
     again = min(images, SIZE + images * -math.expm1(-units * (k + 3) / images))  # each unit's, drawn independently

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -15,18 +16,21 @@ from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings, compute_batch, evaluating
+from unitvis.coverage import Coverage
 from unitvis.device import copied, fingerprint, free_memory, on_device
 from unitvis.errors import UnitvisError
 from unitvis.manifest import describe_model, field_info, nan_info, saturation
+from unitvis.nonfinite import infinite_info
+from unitvis.partial import Identity, Partial, identity
 from unitvis.receptive_field import ReceptiveField, receptive_fields
 from unitvis.run import FORMAT, SEPARATED, TIED, UNSEPARATED, LayerTop, Run
-from unitvis.sample import Sample
+from unitvis.sample import sample
 from unitvis.sources import open_source
 from unitvis.step import HALF, Step
 from unitvis.taps import Examination, Layer, Taps
 from unitvis.transform import Transform
 
-SPARE = 23  # candidates beyond k that a scan in half precision keeps of every unit
+SPARE = 55  # candidates beyond k that a scan in half precision keeps of every unit
 
 
 class Recorder:
@@ -66,6 +70,7 @@ class Recorder:
         self.scan_in(precision, batch_size)
         self.k, self.unit, self.transform = k, unit, transform
         self.images = 0
+        self.coverage = Coverage()  # the ids given; after `flush` all of them are in the state
         self.layers: list[Layer] = []
         self.state: Tensor
         self._units: list[slice]  # columns of each layer in the state
@@ -75,7 +80,6 @@ class Recorder:
         self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than are computed at once: (images, ids)
-        self.sample = Sample()  # of the images that half precision scanned
         self._step: Step | None = None  # in half precision
         self._started = False
         self._stack = ExitStack()
@@ -114,6 +118,7 @@ class Recorder:
             raise UnitvisError(f"{len(images)} images came with ids of shape {list(ids.shape)}")
         if ids.device.type == "cpu" and len(ids) and int(ids.min()) < 0:  # on a GPU a look would wait for it
             raise UnitvisError(f"an image came with the id {int(ids.min())}; ids are whole numbers from 0")
+        known = ids.numpy().copy() if ids.device.type == "cpu" else ()  # ids that came on a GPU stay unknown
         if self._first_shape is None:
             self._first_shape = images.shape[1:]
         if images.shape[1:] != self._first_shape:
@@ -129,6 +134,7 @@ class Recorder:
             self._compute(images[start : start + self._size], ids[start : start + self._size])
         if whole < len(images):
             self._waiting.append((images[whole:].clone(), ids[whole:]))
+        self.coverage.add(np.asarray(known, np.int64))
 
     def flush(self) -> None:
         """Compute what waits for a whole compute batch, padded."""
@@ -170,10 +176,9 @@ class Recorder:
             self._take(self._keys(compute_batch(self.as_images(images)))[: len(ids)], ids.to(self.device))
         else:
             self._step(images, ids)
-            if self.images == 0 and self._overflows():
+            if self.images == 0 and self._overflows(len(ids)):
                 self._start(images)
                 self._step(images, ids)
-            self.sample.see(ids)
         self.images += len(ids)
 
     def _start(self, images: Tensor) -> None:
@@ -181,7 +186,8 @@ class Recorder:
         batch = compute_batch(self.as_images(images[:BATCH]))
         if not self.layers:
             self.prepare(self.input_shape(images))
-        self.state = self._empty()
+        if self.images == 0:
+            self.state = self._empty()
         taps = Taps(self.model, [layer.name for layer in self.layers])
         if self.precision == "fp32":
             self._taps = self._stack.enter_context(taps)
@@ -193,9 +199,9 @@ class Recorder:
             self._step = self._fast(untapped, batch, uk.unpack(keys)[0])
         self._started = True
 
-    def _overflows(self) -> bool:
-        """After the first batch: where a unit's candidates are all infinite, another scan in bfloat16 begins."""
-        last = uk.unpack(self.state[:, self.k + SPARE - 1])[0]
+    def _overflows(self, images: int) -> bool:
+        """After the first batch: where half of its images overflow a unit, another scan in bfloat16 begins."""
+        last = uk.unpack(self.state[:, min(self.k + SPARE, (images + 1) // 2) - 1])[0]
         both = zip(self.layers, self._units, strict=True)
         layers = [layer.name for layer, units in both if last[units].isinf().any()]
         if not layers or self.precision == "bf16":
@@ -238,17 +244,27 @@ class Recorder:
         self._shape, self.preparation, self.state = other._shape, other.preparation, self._empty()
         self._started = True
 
+    @property
+    def sample(self) -> Any:
+        """int64 ids, ascending, of the images on which half precision is compared with float32."""
+        if len(self.coverage) != self.images:
+            raise UnitvisError("ids must come on the CPU, or nothing tells which images can be computed again")
+        return sample(self.coverage.ranges)
+
     def half_responses(self, images: Tensor) -> Any:
         """float64 [N, units]: what half precision says of some images."""
-        assert self._step is not None  # noqa: S101
+        if self._step is None:  # the scan was another process's
+            self._start(images)
+        assert self._step is not None  # noqa: S101  # for mypy
         return uk.unpack(self._step.keys(images))[0].cpu().double().numpy()
 
     @property
     def how(self) -> dict[str, Any]:
         """How the images were computed, for the manifest."""
-        if self._step is None:
-            return {"precision": "fp32", "batch_size": BATCH}
-        return {"precision": self.precision, "candidates": self.k + SPARE} | self._step.how
+        how: dict[str, Any] = {"precision": self.precision, "batch_size": self._size}
+        if self.precision != "fp32":
+            how["candidates"] = self.k + SPARE
+        return how | (self._step.how if self._step else {})
 
     @property
     def resolution(self) -> float:
@@ -319,7 +335,7 @@ class Recorder:
         self.flush()
         if self.images == 0:
             raise UnitvisError("no image was recorded, so there is nothing to rank")
-        if self._step is not None and images is not None:
+        if self.precision != "fp32" and images is not None:
             from unitvis.exact import rescored
 
             return rescored(self, open_source(images, self.transform))
@@ -329,7 +345,7 @@ class Recorder:
         for layer, part in zip(self.layers, self._units, strict=True):
             info = asdict(layer) | {"unit": self.unit, "units": part.stop - part.start}
             info |= {"receptive_field": field_info(self.fields[layer.name]), "effective_box": None}
-            info["nan"] = nan_info(nan[part])
+            info["nan"], info["infinite"] = nan_info(nan[part]), infinite_info(values[part], ids[part])
             tied = (ids[part, self.k] >= 0) & (values[part, self.k] == values[part, self.k - 1])
             shown = (values[part, : self.k], ids[part, : self.k], positions[part, : self.k])
             status = self._status(tied, part)
@@ -342,7 +358,7 @@ class Recorder:
 
     def _status(self, tied: Any, units: slice) -> Any:
         """Of a layer's units; tied [units]: the k-th shares its value with the next."""
-        return np.where(tied, TIED, SEPARATED) if self._step is None else np.full(len(tied), UNSEPARATED)
+        return np.where(tied, TIED, SEPARATED) if self.precision == "fp32" else np.full(len(tied), UNSEPARATED)
 
     def _top(self, layer: Layer, values: Any, ids: Any, flat: Any, status: Any, info: dict[str, Any]) -> LayerTop:
         channels = np.arange(len(ids))[:, None]
@@ -356,24 +372,64 @@ class Recorder:
         boxes[live] = self.fields[layer.name].boxes(channels[live], positions[live][:, 0], positions[live][:, 1])
         return LayerTop(layer.name, values, ids, positions, boxes, status, info)
 
-    def _manifest(self, tops: dict[str, LayerTop]) -> dict[str, Any]:
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        return describe_model(self.model)  # which takes a hash of all weights
+
+    def about(self) -> dict[str, Any]:
+        """What is recorded and how, for a manifest."""
         return {
             "format": FORMAT,
-            "model": describe_model(self.model),
+            "model": dict(self._described),
             "input": self._shape,
-            "layers": {name: top.info for name, top in tops.items()},
+            "layers": {layer.name: asdict(layer) for layer in self.layers},
             "k": self.k,
             "unit": self.unit,
             "precision": self.precision,
-            "images": self.images,
-            "failures": [],
+            "plan": "as asked",
             "source": {"kind": "recorder"},
             "transform": self.transform.to_json() if self.transform else None,
             "fingerprint": fingerprint(self.device),
             "scan": self.how,
+        }
+
+    def _manifest(self, tops: dict[str, LayerTop]) -> dict[str, Any]:
+        return {
+            **self.about(),
+            "layers": {name: top.info for name, top in tops.items()},
+            "images": self.images,
+            "coverage": self.coverage.ranges.tolist(),
+            "failures": [],
             "seconds": {"preparation": self.preparation},
             "warnings": [w for top in tops.values() if (w := saturation(top))],
         }
+
+    def partial(self, seconds: float = 0.0, **entries: Any) -> Run:
+        """What was recorded so far as a run that holds what `merge` needs, and no winners yet; its ids must be known.
+
+        seconds: of scanning. entries: of the manifest, in place of a recorder's own.
+        """
+        manifest = self.about() | {"partial": True, "shard": None, "failures": []} | entries
+        failures = {failure["id"]: failure["reason"] for failure in manifest["failures"]}
+        part = self.part(identity(manifest), failures, seconds)
+        counted = {"images": self.images, "coverage": part.coverage.ranges.tolist()}
+        return Run({}, manifest | counted | {"seconds": {"preparation": self.preparation}}, {}, partial=part)
+
+    def part(self, identity: Identity, failures: Mapping[int, str], seconds: float) -> Partial:
+        """All that was recorded so far, taken at once: one copy from the device."""
+        self.flush()
+        if len(self.coverage) != self.images:
+            raise UnitvisError(
+                f"{self.images} images were recorded under {len(self.coverage)} known ids, so what is recorded cannot "
+                "be told; give each image one id, on the CPU, and drop a Recorder that raised"
+            )
+        return Partial(identity, self.state.to("cpu", copy=True), self.coverage.copy(), failures, seconds)
+
+    def go_on(self, part: Partial) -> None:
+        """Take over what `part` gave; only in place of nothing, after `prepare`."""
+        self.state = part.state.to(self.device, copy=True)
+        self.coverage = part.coverage.copy()
+        self.images = len(self.coverage)
 
 
 def _units(layer: Layer, unit: str) -> int:

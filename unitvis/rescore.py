@@ -169,6 +169,7 @@ def verify(run: Run, model: nn.Module, device: torch.device | str | None = None)
     Under the run's own fingerprint a value and its position must come out bit for bit, under another the value within
     1e-5 of the layer's largest. worst: the largest distance, as a share of that. first_wrong: a sentence, or None.
     """
+    run.need_winners()
     if (precision := run.manifest["precision"]) in HALF:
         raise UnitvisError(
             f"the run was ranked in {precision}, so its values are not canonical; scan with exact or fp32"

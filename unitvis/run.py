@@ -1,4 +1,10 @@
-"""A run: what a scan found, in memory and as a folder."""
+"""A run: what a scan found, in memory and as a folder.
+
+manifest.json, top.npz and images.jsonl are the run; all else in the folder is drawn from them and can be drawn again:
+sheets/LAYER.png; index.html and gallery/ (its script, style and data; images/ID.jpg, what the model sees of an image;
+layers/LAYER/UNIT.jpg, the unit's patches as one picture, and beside it, where the model was there to make them,
+UNIT-projections.jpg, UNIT-responses.png and UNIT-filter.png; drawn.json, which of these there are).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,16 @@ import urllib.parse
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, check_unit
+from unitvis.notebook import Unit, layer_html, run_html
+from unitvis.partial import Partial, read_partial
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SEPARATED, TIED, UNSEPARATED = "separated", "tied", "unseparated"
+PROGRESS, PREVIOUS = "progress.npz", "progress.previous.npz"  # checkpoints of a scan that is not finished
 ARRAYS = ("values", "images", "positions", "boxes", "status")
 
 
@@ -40,6 +49,18 @@ class LayerTop:
     boxes: NDArray[np.int32]  # [units, k, 4]: left, top, right, bottom in model-input pixels; 0 where blank
     status: NDArray[np.str_]  # [units]: separated | tied | unseparated
     info: Mapping[str, Any]  # the layer's entry in the manifest
+    run: Run | None = field(default=None, repr=False, compare=False)  # that it belongs to
+
+    def __getitem__(self, unit: int) -> Unit:
+        """One unit, which shows itself in a notebook."""
+        check_unit(self.name, unit, len(self))
+        return Unit(self, int(unit))
+
+    def __iter__(self) -> Iterator[Unit]:
+        return (Unit(self, unit) for unit in range(len(self)))
+
+    def _repr_html_(self) -> str:
+        return layer_html(self)
 
     @property
     def separated(self) -> NDArray[np.bool_]:
@@ -70,14 +91,24 @@ class Run:
         manifest: dict[str, Any],
         records: Mapping[int, dict[str, Any]],
         source: Source | None = None,
+        partial: Partial | None = None,
     ) -> None:
-        self.tops, self.manifest, self.records = dict(tops), manifest, dict(records)
+        self.tops = {name: replace(top, run=self) for name, top in tops.items()}
+        self.manifest, self.records = manifest, dict(records)
         self._source = source
+        self.partial = partial  # of a shard's run, which has nothing else, and of one that was merged
+        self.folder: Path | None = None  # where it was read from or written to last
 
     def __getitem__(self, layer: str) -> LayerTop:
+        self.need_winners()
         if layer not in self.tops:
             raise UnitvisError(f"the run has no layer {layer!r}; it has {', '.join(self.tops)}")
         return self.tops[layer]
+
+    def need_winners(self) -> None:
+        """UnitvisError for the run of a shard."""
+        if not self.tops:
+            raise UnitvisError("this is the run of a shard, which has no winners yet; merge it with the others")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tops)
@@ -105,12 +136,17 @@ class Run:
             self._source = reopen_source(self.manifest["source"], self.manifest["transform"])
         return self._source
 
-    def attach(self, source: Source) -> None:
-        """Say where the pictures come from, and keep what is known of each winner's image."""
+    def attach(self, source: Source, known: Mapping[int, dict[str, Any]] | None = None) -> None:
+        """Say where the pictures come from, and keep what is known of each winner's image, or of a shard's candidates.
+
+        known: records made when the images were scanned; the others are looked up now.
+        """
         self._source = source
         self.manifest["source"] = source.describe()
+        known = known or {}
         if source.rereadable:
-            self.records = {image: source.record(image) for image in self.winners.tolist()}
+            wanted = self.winners if self.partial is None or self.tops else self.partial.candidates
+            self.records = {id: known[id] if id in known else source.record(id) for id in wanted.tolist()}
 
     def set_effective_box(self, layer: str, side: int | None) -> None:
         """Keep the side of a layer's effective box, in model-input pixels; None where it has none."""
@@ -142,21 +178,39 @@ class Run:
 
     def write(self, folder: Path) -> Path:
         """Write manifest.json, top.npz and images.jsonl into a folder that `check_output` gave, the manifest last: a
-        run is there only once all three are.
+        run is there only once all three are. What merges goes into state.npz.
         """
-        (folder / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "sheets", ignore_errors=True)
+        try:
+            self._write(folder)
+        except OSError as error:
+            raise UnitvisError(f"the run could not be written into {folder}: {error.strerror}") from error
+        self.folder = folder
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
+            (folder / name).unlink(missing_ok=True)
+        for drawn in ("sheets", "gallery"):  # of the run that was there
+            shutil.rmtree(folder / drawn, ignore_errors=True)
         arrays = {f"{name}/{key}": getattr(top, key) for name, top in self.tops.items() for key in ARRAYS}
-        with replacing(folder / "top.npz") as target, open(target, "wb") as file:
-            np.savez_compressed(file, **arrays)
+        if arrays:
+            with replacing(folder / "top.npz") as target, open(target, "wb") as file:
+                np.savez_compressed(file, **arrays)
+        if self.partial is not None:
+            with replacing(folder / "state.npz") as target:
+                self.partial.write(target)
         with replacing(folder / "images.jsonl") as target, open(target, "w", encoding="utf-8") as file:
             for _, record in sorted(self.records.items()):
                 file.write(json.dumps(record) + "\n")
         with replacing(folder / "manifest.json") as target:
             target.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
-        return folder
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
 
     def __repr__(self) -> str:
+        if not self.tops:
+            return f"<Run: a shard, {self.manifest['images']} images, to be merged>"
         units = sum(len(top) for top in self.tops.values())
         return (
             f"<Run: {units} units of {len(self)} layers, top {self.manifest['k']} of {self.manifest['images']} images>"
@@ -167,12 +221,12 @@ def load(path: str | Path, images: object = None) -> Run:
     """Read a run folder. `images`: the images that were scanned, where the manifest's own path no longer holds."""
     folder = Path(path)
     manifest = read_manifest(folder)
+    state = folder / "state.npz"
+    partial = read_partial(state) if state.exists() else None
+    if manifest.get("partial") and partial is None:
+        raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
     try:
-        with open(folder / "top.npz", "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            tops = {
-                name: LayerTop(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
-                for name, info in manifest["layers"].items()
-            }
+        tops = {} if manifest.get("partial") else _read_tops(folder / "top.npz", manifest)
         lines = (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()
         records = {record["id"]: record for record in map(json.loads, lines)}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
@@ -184,7 +238,17 @@ def load(path: str | Path, images: object = None) -> Run:
 
         transform = manifest["transform"]
         source = open_source(images, Transform.from_json(transform) if transform else None)
-    return Run(tops, manifest, records, source)
+    run = Run(tops, manifest, records, source, partial)
+    run.folder = folder
+    return run
+
+
+def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerTop]:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {
+            name: LayerTop(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
+            for name, info in manifest["layers"].items()
+        }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -201,18 +265,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
     """The folder, made if need be, that a run can be written into; it is asked before a scan, not after.
 
     A run that is there stays there until the new one is saved; a folder that holds anything else is never touched.
     """
+    if overwrite and resume:
+        raise UnitvisError("overwrite and resume exclude each other: start again, or go on")
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UnitvisError(f"{folder} is a file; a run is a folder: give another path")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "manifest.json").exists():
+    if folder.is_dir() and (names := {entry.name for entry in folder.iterdir()}):
+        unfinished = {PROGRESS, PREVIOUS} & names or all(name.endswith(".part") for name in names)
+        if not unfinished and "manifest.json" not in names:
             raise UnitvisError(f"{folder} is not empty and holds no run, so it is not overwritten; give another path")
-        if not overwrite:
+        if not overwrite and not resume:
+            if unfinished:
+                raise UnitvisError(
+                    f"{folder} holds a scan that is not finished; go on with it (--resume) or start again (--overwrite)"
+                )
             raise UnitvisError(f"{folder} holds a run already; give another path, or overwrite it (--overwrite)")
     try:
         folder.mkdir(parents=True, exist_ok=True)

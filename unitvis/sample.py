@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 SIZE = 256  # images
 
 
-def mixed(ids: Tensor) -> Tensor:
-    """A hash of ids, int64 in and out, on any device (splitmix64, Steele et al. 2014; shifts are signed)."""
-    ids = (ids ^ (ids >> 30)) * -0x40A7B892E31B1A47
-    ids = (ids ^ (ids >> 27)) * -0x6B2FB644ECCEEE15
-    return ids ^ (ids >> 31)
+def mixed(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A hash of ids: the finaliser of splitmix64 (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = ids.astype(np.uint64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
 
 
-class Sample:
-    """The ids of at most `SIZE` of the images seen so far; samples of parts give that of the whole."""
-
-    def __init__(self) -> None:
-        self._ids: Tensor | None = None
-
-    def see(self, ids: Tensor) -> None:
-        """Take ids int64 [N], none below 0; no synchronisation."""
-        known = ids if self._ids is None else torch.cat([self._ids, ids])
-        order = torch.argsort(mixed(known), stable=True)[:SIZE]
-        self._ids = known[order]
-
-    @property
-    def ids(self) -> Tensor:
-        """int64 [at most SIZE], ascending and each once, on the CPU."""
-        return torch.empty(0, dtype=torch.int64) if self._ids is None else torch.unique(self._ids.cpu())
+def sample(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """At most `SIZE` of the ids in half-open ranges [n, 2], ascending."""
+    chosen = np.zeros(0, np.int64)
+    for first, stop in ranges.tolist():
+        for start in range(first, stop, 1 << 20):
+            ids = np.concatenate([chosen, np.arange(start, min(stop, start + (1 << 20)))])
+            chosen = ids[np.argsort(mixed(ids), kind="stable")[:SIZE]]
+    return np.sort(chosen)

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from unitvis import models
 from unitvis.canonical import BATCH
-from unitvis.errors import UnitvisError
+from unitvis.errors import Interrupted, UnitvisError
+from unitvis.nonfinite import refuse_odd_responses
 from unitvis.plan import Plan, plan
+from unitvis.progress import EVERY, HOW, Progress, forget_progress
 from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
-from unitvis.run import Run, check_output
-from unitvis.sources import open_source
+from unitvis.run import Run, check_output, load
+from unitvis.shards import parse_shard
+from unitvis.sources import Source, open_source
 from unitvis.step import HALF
 from unitvis.transform import Transform
 
@@ -41,8 +47,15 @@ def scan(
     device: torch.device | str | None = None,
     precision: str = "exact",
     unit: str = "channel",
+    shard: tuple[int, int] | str | None = None,
     on_error: str = "skip",
+    max_failures: int | None = None,
+    decoder: str = "pillow",
+    scaled: bool = False,
+    allow_truncated: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
+    every: float = EVERY,
     progress: bool = True,
     workers: int | None = None,
 ) -> Run:
@@ -50,62 +63,127 @@ def scan(
 
     model: a module, a spec such as "torchvision:alexnet" or "file.py:function", or what `models.load` makes of one.
     transform: how pictures become the model's input; None is the spec's own.
-    images: a folder, a text list, a uint8 .npy or array [N, H, W, 3], a float tensor [N, C, H, W] already normalised,
-    a Dataset, a DataLoader or an iterable of batches. layers, k, unit, device: as for `Recorder`. out: a folder for
-    the run. precision: "exact" decides by canonical float32 responses, "fp32" computes nothing else, "fp16" and "bf16"
-    rank what half precision gives. batch_size: images read and scanned at once, which does not change a float32
-    result. on_error: "skip" lists an unreadable image in the manifest, "raise" stops. workers: threads that decode.
-    Raises UnitvisError for whatever the caller can mend.
+    images: a folder, a text list, tar archives, a uint8 .npy or array [N, H, W, 3], a float tensor [N, C, H, W] already
+    normalised, a Dataset, a DataLoader or an iterable of batches; see `open_source`. layers, k, unit, device: as for
+    `Recorder`. out: a folder for the run. precision: "exact" decides by canonical float32 responses, "fp32" computes
+    nothing else, "fp16" and "bf16" rank what half precision gives. batch_size: images read and scanned at once, which
+    does not change a float32 result. on_error: "skip" lists an
+    unreadable image in the manifest and counts NaN and infinite responses there, "raise" stops; max_failures: more
+    unreadable images stop the scan. decoder, scaled, allow_truncated: how files are decoded, see `Decoding`. workers:
+    threads that decode. shard: (i, n) or "i/n", from 1: scan that part of the images into a run that holds what
+    `merge` needs. every: seconds between checkpoints into `out`; SIGINT and SIGTERM write one and raise `Interrupted`;
+    resume: go on from there. Raises UnitvisError for whatever the caller can mend.
     """
     if precision not in PRECISIONS:
         raise UnitvisError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     batch_size = 4 * BATCH if batch_size is None else batch_size
     if batch_size < 1:
         raise UnitvisError(f"batch_size must be at least 1, not {batch_size}")
-    folder = None if out is None else check_output(out, overwrite=overwrite)
-    spec = None
+    share = parse_shard(shard)
+    folder = None if out is None else check_output(out, overwrite=overwrite, resume=resume)
+    if resume and folder is None:
+        raise UnitvisError("resume needs out, the folder of the scan to go on with")
+    place: dict[str, Any] = {"spec": None}
     if isinstance(model, str):
         model = models.load(model)
     if isinstance(model, models.Loaded):
-        spec, model, own = model
-        transform = transform or own
-    source = open_source(images, transform, on_error=on_error)
+        place = model.place()
+        transform, model = transform or model.transform, model.model
+    source = open_source(
+        images,
+        transform,
+        on_error=on_error,
+        max_failures=max_failures,
+        decoder=decoder,
+        scaled=scaled,
+        allow_truncated=allow_truncated,
+    )
 
-    start = time.perf_counter()
-    chosen = Plan("fp32" if precision == "exact" else precision, "as asked")
     with Recorder(model, layers, k, unit=unit, device=device, transform=source.transform) as recorder:
-        batches = source.batches(batch_size, workers=workers)
-        first = next(batches)
-        if precision == "exact":
-            recorder.prepare(recorder.input_shape(first.pixels))
-            chosen = plan(
-                source.length, recorder.units, k, recorder.device, rereadable=source.rereadable and unit == "channel"
-            )
-            logger.info("%s", chosen.line)
-        recorder.scan_in(chosen.precision, batch_size)
-        silent = None if progress else True  # None: a bar on a terminal, nothing in a log
-        with tqdm(total=source.length, desc="scan", unit=" images", disable=silent, leave=False) as bar:
-            for batch in chain([first], batches):
-                recorder(batch.pixels, batch.ids)
-                bar.update(len(batch.ids))
-        recorder.flush()
-        scanned = time.perf_counter()
-        run = recorder.result(source if precision == "exact" else None)
-        if precision != "exact":
+        with Progress(folder, recorder, source, share, every) as watch:
+            if folder is not None and not resume:
+                forget_progress(folder)
+            if precision != "exact":
+                recorder.scan_in(precision, batch_size)
+            if folder is not None and resume and watch.resume(batch_size if precision == "exact" else None):
+                return load(folder, source)
+            batches = source.batches(batch_size, workers=workers, ids=watch.left())
+            first = [batch for batch in [next(batches, None)] if batch is not None]
+            chosen = Plan(recorder.precision, "as it began" if recorder.images else "as asked")
+            if precision == "exact" and first and not recorder.images:
+                chosen = _plan(recorder, source, first[0].pixels, k)
+                recorder.scan_in(chosen.precision, batch_size)
+            silent = None if progress else True  # None: a bar on a terminal, nothing in a log
+            with tqdm(
+                total=source.length if watch.ids is None else len(watch.ids),
+                initial=recorder.images,
+                desc="scan",
+                unit=" images",
+                disable=silent,
+                leave=False,
+            ) as bar:
+                for batch in chain(first, batches):
+                    recorder(batch.pixels, batch.ids)
+                    watch.after_batch()
+                    bar.update(len(batch.ids))
+            watch.checkpoint()
+        seconds = {"scan": watch.seconds, "checkpoints": watch.writing}
+        failures = [asdict(failure) for failure in source.failures]
+        if share is not None:
+            about = {"source": source.describe(), "shard": str(share), "failures": failures}
+            run = recorder.partial(watch.seconds, **about)
             run.attach(source)
+        else:
+            with _after_the_scan(folder, source):
+                run = recorder.result(source if precision == "exact" else None)
+                if precision != "exact":
+                    run.attach(source)
+            run.manifest["failures"] = failures
+    run.manifest |= {"precision": precision, "plan": chosen.line}
+    run.manifest["model"] |= place
+    run.manifest["seconds"] |= seconds
+    with _after_the_scan(folder, source):
+        if share is None:
+            complete(run, source, model, device, on_error)
+        if folder is not None:
+            run.write(folder)
+            forget_progress(folder)
+    return run
 
-    run.manifest["plan"] = chosen.line
-    run.manifest["model"]["spec"] = spec
-    run.manifest["failures"] = [asdict(failure) for failure in source.failures]
+
+@contextmanager
+def _after_the_scan(folder: Path | None, source: Source) -> Iterator[None]:
+    """All images are in, and in a checkpoint: whoever interrupts what follows is told how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is None or not source.rereadable:
+            raise
+        raise Interrupted(f"interrupted after the scan, before its run was written; {HOW}", signal.SIGINT) from None
+
+
+def _plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> Plan:
+    recorder.prepare(recorder.input_shape(pixels))
+    ranks_channels = recorder.unit == "channel"
+    chosen = plan(
+        source.length, recorder.units, k, recorder.device, rereadable=source.rereadable, channels=ranks_channels
+    )
+    logger.info("%s", chosen.line)
+    return chosen
+
+
+def complete(
+    run: Run, source: Source, model: nn.Module, device: torch.device | str | None, on_error: str = "skip"
+) -> None:
+    """What follows once all images are in, whoever scanned them: the second pass, and what is to be said."""
+    start = time.perf_counter()
+    if on_error == "raise":
+        refuse_odd_responses(run)
     if source.rereadable:
         _second_pass(run, model, device)
-    run.manifest["seconds"]["scan"] = scanned - start - recorder.preparation
-    run.manifest["seconds"]["second_pass"] = time.perf_counter() - scanned
+    run.manifest["seconds"]["second_pass"] = time.perf_counter() - start
     for message in run.manifest["warnings"]:
         warnings.warn(message)
-    if folder is not None:
-        run.write(folder)
-    return run
 
 
 def _second_pass(run: Run, model: nn.Module, device: torch.device | str | None) -> None:

@@ -43,7 +43,7 @@ class Step:
         responses: Tensor,
     ) -> None:
         self.state, self.size = state, size
-        self.how: dict[str, Any] = {"batch_size": size}
+        self.how: dict[str, Any] = {}
         self._layers, self._neurons = layers, neurons
         self._dtype, self._transform, self._device = dtype, transform, sample.device
         self._floor = Floor()

@@ -126,14 +126,18 @@ class Examination:
             for handle in handles:
                 handle.remove()
 
-    def default_layers(self) -> list[str]:
-        """Each convolution that ran once, or the BatchNorm that directly follows it; in the order of the forward."""
-        normalised = {
+    def normalised(self) -> dict[str, str]:
+        """Of each module that a BatchNorm directly follows: that BatchNorm."""
+        return {
             source: name
             for name, sources in self._inputs.items()
             if isinstance(self.modules[name], nn.modules.batchnorm._BatchNorm)
             for source in sources
         }
+
+    def default_layers(self) -> list[str]:
+        """Each convolution that ran once, or the BatchNorm that directly follows it; in the order of the forward."""
+        normalised = self.normalised()
         convolutions = [n for n in self.runs if isinstance(self.modules[n], nn.Conv2d | nn.ConvTranspose2d)]
         names = dict.fromkeys(normalised.get(name, name) for name in convolutions if self.runs[name] == 1)
         repeated = [name for name in convolutions if self.runs[name] > 1]

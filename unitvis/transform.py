@@ -55,9 +55,12 @@ class Transform:
         for name in ("mean", "std"):
             object.__setattr__(self, name, _colour(name, getattr(self, name)))
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """The model's pixels, uint8 [H, W, 3]; ImageError where the crop is larger than the (resized) image."""
-        height, width = self._resized(*image.size)
+    def __call__(self, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The model's pixels, uint8 [H, W, 3]; ImageError where the crop is larger than the (resized) image.
+
+        size: (width, height) of the whole picture, where `image` is a smaller copy of it.
+        """
+        height, width = self.resized(*(size or image.size))
         left, top, right, bottom = self._window(height, width)
         image = to_rgb(image)
         if (width, height) != image.size:
@@ -66,12 +69,12 @@ class Transform:
 
     def input_size(self, width: int, height: int) -> tuple[int, int]:
         """(height, width) of what the model sees of an image of this width and height."""
-        left, top, right, bottom = self._window(*self._resized(width, height))
+        left, top, right, bottom = self._window(*self.resized(width, height))
         return bottom - top, right - left
 
     def to_source(self, box: Box, width: int, height: int) -> Box:
         """A box of the model's pixels in pixels of the original of this size: crop and resize undone, not clipped."""
-        tall, wide = self._resized(width, height)
+        tall, wide = self.resized(width, height)
         left, top, _, _ = self._window(tall, wide)
         x, y = width / wide, height / tall
         return (box[0] + left) * x, (box[1] + top) * y, (box[2] + left) * x, (box[3] + top) * y
@@ -104,8 +107,8 @@ class Transform:
             raise UnitvisError(f"a transform has no {', '.join(sorted(map(repr, unknown)))}; a newer unitvis wrote it")
         return cls(**values)
 
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) after the resize."""
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) after the resize, of an image of this width and height."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, tuple):

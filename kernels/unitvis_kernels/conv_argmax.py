@@ -45,6 +45,7 @@ def _conv_argmax_kernel(
     W,
     OW,
     P,  # OH * OW
+    steps,  # cdiv(K, BK), at run time: a constant that is small is unrolled, and 9 steps then spill on sm_80
     G: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -83,13 +84,14 @@ def _conv_argmax_kernel(
     p_x = x + i_n * H * W * (G * C) + i_g * C
     p_weight = weight + i_g * D * K + (tl.minimum(o_d, D - 1) * K)[None, :]  # [1, BN]
     acc = tl.zeros([BM, BN], tl.float32)
-    for i in range(tl.cdiv(K, BK)):
+    for i in range(steps):
         k = i * BK + tl.arange(0, BK)  # [BK]
         if C % BK == 0:  # one tap a step
             tap, o_c = tl.full([BK], i // (C // BK), tl.int32), i % (C // BK) * BK + tl.arange(0, BK)
         else:
             tap, o_c = k // C, k % C
-        row, column = tap // KW, tap % KW
+        row = tap // KW
+        column = tap - row * KW
         p_a = p_x + (o_x + ((row * DH * W + column * DW) * (G * C) + o_c)[None, :])  # [BM, BK]
         if PH + PW > 0:
             reach = (1 << row) | (1 << (KH + column))
@@ -142,10 +144,12 @@ def tile(P: int, D: int, K: int) -> dict[str, int]:
     BM = least(P, {128: 1.0, 64: 1.15}, 64)
     BN = least(D, {128: 1.0, 64: 1.15, 32: 1.6, 16: 2.5}, 16)
     BK = least(K, {64: 1.0, 32: 1.1, 16: 1.3}, 16)
-    if BM * BN < 128 * 128:
-        return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 4, "num_stages": 3}
-    capped = {} if torch.version.hip else {"maxnreg": 128}  # two programs fit: one computes while the other stores
-    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8, "num_stages": 3, **capped}
+    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BM * BN == 128 * 128 else 4, "num_stages": 3}
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether products read both operands from shared memory; of a device that is no GPU, too, for the tests."""
+    return device.type != "cuda" or (not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9)
 
 
 def whole_vectors(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -189,8 +193,11 @@ def plan(
         "STORE": store, "SIGNED_NAN": x.is_cpu or bool(torch.version.hip), **tile(P, D // G, KH * KW * C // G),
     }  # fmt: skip
     options["SPLIT"] = options["BM"] < P
+    if options["num_warps"] == 8 and has_wgmma(x.device):
+        options["maxnreg"] = 128  # two programs fit, and one computes while the other stores; elsewhere this spills
+    steps = -(-(KH * KW * C // G) // options["BK"])
     programs = N * -(-P // options["BM"]) * G * -(-options["D"] // options["BN"])
-    args = (x, weight, x if bias is None else bias.contiguous(), keys, y if store else x, H, W, OW, P)
+    args = (x, weight, x if bias is None else bias.contiguous(), keys, y if store else x, H, W, OW, P, steps)
     return Launch(_conv_argmax_kernel, (programs,), args, options)
 
 

@@ -153,15 +153,10 @@ def test_without_a_gpu_convolutions_says_so(monkeypatch: pytest.MonkeyPatch, cap
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_memory_is_measured_for_both_precisions() -> None:
-    found = long.memory(80, 320)
-    assert [(one["precision"], one["images"]) for one in found] == [
-        ("exact", 80),
-        ("exact", 320),
-        ("fp16", 80),
-        ("fp16", 320),
-    ]
+    found = long.memory([320])
+    assert [(one["precision"], one["images"]) for one in found] == [("exact", 320), ("fp16", 320)]
     assert all(0 <= one["beyond_a_batch_mib"] < 500 for one in found)
-    assert found[3]["rescored"] > 0
+    assert found[1]["rescored"] > 0
 
 
 def test_exact_says_where_half_precision_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,8 @@ def check_convolution(
 ) -> None:
     if target == "gfx942":
         launch.options["SIGNED_NAN"] = True  # as `plan` has it there
+    if target == "sm_80":
+        launch.options.pop("maxnreg", None)  # likewise
     kernel = compiled(launch, target, patch)
     assert kernel.metadata.shared <= TARGETS[target][1]
     vectors = LAYERS[name][0] % 8 == 0

@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def test_scan_render_sheet_and_verify(
     assert code == cli.DONE
     assert "12 images, 10 units of 2 layers" in printed
     assert f"2 sheets in {out / 'sheets'}" in printed
-    assert sorted(p.name for p in out.iterdir()) == ["images.jsonl", "manifest.json", "sheets", "top.npz"]
+    files = ["gallery", "images.jsonl", "index.html", "manifest.json", "sheets", "top.npz"]
+    assert sorted(p.name for p in out.iterdir()) == files
     run = unitvis.load(out)
     assert run.layers == ["0", "2"]
     assert run["0"].values.shape == (6, 5)
@@ -206,6 +208,42 @@ def test_unreadable_images_are_skipped_listed_and_counted(
     code, _, error = call(capsys, "scan", model, folder, "-o", tmp_path / "other", "--on-error", "raise", *SIZE)
     assert code == cli.USAGE
     assert "'cut.jpg'" in error
+
+
+def test_failures_may_be_limited_and_truncated_files_allowed(
+    model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (300, 300), "red").save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:700])
+    (folder / "text.jpg").write_text("I am a text")
+    scan = ["scan", model, folder, *SIZE]
+    code, _, error = call(capsys, *scan, "-o", tmp_path / "a", "--max-failures", 1)
+    assert code == cli.USAGE
+    assert "2 images could not be used, more than max_failures=1; the last is 'text.jpg' (not an image" in error
+    assert call(capsys, *scan, "-o", tmp_path / "b", "--max-failures", 2)[0] == cli.SKIPPED
+    assert call(capsys, *scan, "-o", tmp_path / "c", "--max-failures", 1, "--allow-truncated")[0] == cli.SKIPPED
+    run = unitvis.load(tmp_path / "c")
+    assert run.manifest["images"] == 13
+    assert run.manifest["source"]["decoding"]["allow_truncated"]
+    assert call(capsys, "verify", tmp_path / "c", model)[0] == cli.DONE
+    assert call(capsys, *scan, "-o", tmp_path / "d", "--max-failures", -1)[0] == cli.USAGE
+
+
+def test_tar_archives_are_scanned_as_the_folder_was(
+    model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted(folder.rglob("*.png"))
+    for number, part in enumerate((files[:7], files[7:])):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            for path in part:
+                archive.add(path, path.name)
+    runs = []
+    for images in ([folder], [tmp_path / "0.tar", tmp_path / "1.tar"], [f"{tmp_path}/{{0..1}}.tar"]):
+        out = tmp_path / f"run{len(runs)}"
+        assert call(capsys, "scan", model, *images, "-o", out, *SIZE)[0] == cli.DONE
+        assert call(capsys, "verify", out, model)[0] == cli.DONE
+        runs.append((out / "top.npz").read_bytes())
+    assert runs[0] == runs[1] == runs[2]
 
 
 def refused(case: str, model: str, folder: Path, tmp: Path) -> tuple[list[object], str]:

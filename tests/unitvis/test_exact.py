@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,12 @@ import unitvis
 from half import rounded  # noqa: F401  # a fixture
 from unitvis import exact
 from unitvis.bound import upper_bound
-from unitvis.errors import UnitvisError
+from unitvis.errors import Interrupted, UnitvisError
 from unitvis.plan import plan, speed
 from unitvis.recorder import Recorder
 from unitvis.rescore import verify
 from unitvis.run import SEPARATED, TIED, UNSEPARATED, Run
-from unitvis.sample import SIZE, Sample, mixed
+from unitvis.sample import SIZE, mixed, sample
 from unitvis.sources import open_source
 
 
@@ -189,16 +191,13 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
     assert upper_bound(np.zeros(1000), 100) == 0
 
 
-def test_the_sample_does_not_depend_on_how_images_came() -> None:
-    ids = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
-    want = torch.arange(3000)[mixed(torch.arange(3000)).argsort()[:SIZE]].sort().values
-    for size in (1, 64, 999):
-        sample = Sample()
-        for part in ids.split(size)[: 100 if size == 1 else None]:
-            sample.see(part)
-        if size > 1:
-            assert torch.equal(sample.ids, want)
-    assert Sample().ids.numel() == 0
+def test_the_sample_is_of_the_smallest_hashes_however_ids_came() -> None:
+    ids = np.arange(2_500_000)
+    want = np.sort(ids[np.argsort(mixed(ids))[:SIZE]])
+    np.testing.assert_array_equal(sample(np.array([[0, 2_500_000]])), want)
+    np.testing.assert_array_equal(sample(np.array([[0, 7], [7, 1_200_000], [1_200_000, 2_500_000]])), want)
+    np.testing.assert_array_equal(sample(np.array([[5, 9], [20, 21]])), [5, 6, 7, 8, 20])
+    assert len(np.unique(mixed(ids))) == len(ids)
 
 
 def test_the_plan_is_by_measurement_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,3 +230,41 @@ def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         assert decided.mean() > 0.9
         for part in ("values", "images", "positions", "boxes", "status"):
             np.testing.assert_array_equal(getattr(top, part)[decided], getattr(want[name], part)[decided])
+
+
+@pytest.mark.usefixtures("rounded")
+def test_shards_scanned_in_half_precision_merge_into_an_exact_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: 6.0)
+    images, model = pictures(900), net(7)
+    shards = [unitvis.scan(model, images, ["6", "8"], k=3, shard=(i, 3), progress=False) for i in (1, 2, 3)]
+    assert all(run.manifest["scan"]["precision"] == "fp16" for run in shards)
+    run = unitvis.merge(shards[::-1], model, images=images)
+    assert run.manifest["precision"] == "exact"
+    assert run.manifest["images"] == 900
+    assert run.manifest["rescored"]["sample"] == SIZE
+    assert wrong(run, model, images) == 0
+    assert np.mean(np.concatenate([top.status for top in run.tops.values()]) != UNSEPARATED) > 0.9
+
+
+@pytest.mark.usefixtures("rounded")
+def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: 6.0)
+    images, model, options = pictures(900), net(8), {"k": 3, "progress": False, "layers": ["6", "8"]}
+    stopped = []
+
+    def stop(recorder: Recorder, *batch: Tensor) -> None:
+        if recorder.images >= 320 and not stopped:
+            stopped.append(recorder.images)
+            signal.raise_signal(signal.SIGTERM)
+        called(recorder, *batch)
+
+    called = Recorder.__call__
+    monkeypatch.setattr(Recorder, "__call__", stop)
+    with pytest.raises(Interrupted, match="go on with"):
+        unitvis.scan(model, images, out=tmp_path / "run", **options)
+    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: 0.5)  # would now be planned otherwise
+    run = unitvis.scan(model, images, out=tmp_path / "run", resume=True, **options)
+    assert stopped == [320]
+    assert run.manifest["scan"]["precision"] == "fp16"
+    assert run.manifest["images"] == 900
+    assert wrong(run, model, images) == 0

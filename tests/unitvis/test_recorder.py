@@ -172,6 +172,22 @@ def test_nan_takes_no_place_and_is_counted() -> None:
     assert run.manifest["layers"]["tap"]["nan"] == {"responses": 2, "units": 1, "first_image": 2}
 
 
+def test_infinite_responses_are_counted_with_their_first_image() -> None:
+    pixels = planted([1, math.inf, 3, math.inf, -math.inf])
+    pixels[1, 0, 1, 0] = 7
+    info = recorded(pixels, 2).manifest["layers"]["tap"]["infinite"]
+    assert info == {"responses": 5, "units": 3, "first_image": 1}
+    assert recorded(planted([-math.inf, 1]), 1).manifest["layers"]["tap"]["infinite"] is None
+
+
+@pytest.mark.parametrize(("odd", "message"), [(math.nan, "NaN responses in 3 units"), (math.inf, "infinite responses")])
+def test_odd_responses_stop_a_scan_that_is_to_stop_at_errors(odd: float, message: str) -> None:
+    pixels = planted([1, 2, odd, 4])
+    assert scan(Constant(), pixels, "tap", 2).manifest["images"] == 4
+    with pytest.raises(UnitvisError, match=f"layer tap: .*{message}.*; first: image 2; on_error='skip'"):
+        scan(Constant(), pixels, "tap", 2, on_error="raise")
+
+
 def test_dead_units_and_what_did_not_fire() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU()).eval()
     model[0].weight.data[:] = torch.tensor([1.0, 1.0, -1.0])[:, None, None, None]

@@ -336,14 +336,14 @@ def test_what_cannot_be_opened(tmp_path):
     (tmp_path / "words").mkdir()
     for i in range(3):
         (tmp_path / "words" / f"{i}.doc").write_text("x")
-    (tmp_path / "x.tar").write_bytes(b"x")
+    (tmp_path / "x.zip").write_bytes(b"x")
     picture = write(tmp_path / "cat.JPG", 1)
     for images, message in (
         (tmp_path / "nothing", "there is no file or folder '.*nothing'"),
         (tmp_path / "empty", "no image .* below '.*empty', which holds nothing"),
         (tmp_path / "words", "no image .* below '.*words', which holds 3 other files"),
         (picture, r"'.*cat.JPG' is one image; give the folder that holds it"),
-        (tmp_path / "x.tar", r"'.*x.tar' is neither a folder, a .txt list of paths nor a .npy array"),
+        (tmp_path / "x.zip", r"'.*x.zip' is neither a folder, a .txt list of paths, a .tar archive nor a .npy array"),
         (7, "no images can be read from int; give a folder"),
         (Image.new("RGB", (3, 3)), "no images can be read from Image"),
         ({"a": 1}, "no images can be read from dict"),

@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from unitvis.decoding import Decoding
 from unitvis.errors import UnitvisError
 from unitvis.sources.arrays import ArraySource
 from unitvis.sources.base import Batch, Failure, Source
 from unitvis.sources.files import FileSource, folder_source, is_image_name, list_source, paths_source
 from unitvis.sources.streams import DatasetSource, LoaderSource, StreamSource, first_of, loader_source
+from unitvis.sources.tar import TarSource, is_tar_name, tar_source
 from unitvis.transform import Transform
 
 __all__ = [
@@ -27,42 +29,60 @@ __all__ = [
     "LoaderSource",
     "Source",
     "StreamSource",
+    "TarSource",
     "open_source",
     "reopen_source",
 ]
 
 _WANTED = (
-    "a folder, a .txt list of paths, a .npy array, a tensor or array (uint8 [N, H, W, 3] or normalised float "
-    "[N, C, H, W]), a Dataset, a DataLoader or an iterable of batches"
+    "a folder, a .txt list of paths, .tar archives, a .npy array, a tensor or array (uint8 [N, H, W, 3] or normalised "
+    "float [N, C, H, W]), a Dataset, a DataLoader or an iterable of batches"
 )
 
 
 def open_source(
-    images: Any, transform: Transform | None = None, *, on_error: str = "skip", allow_truncated: bool = False
+    images: Any,
+    transform: Transform | None = None,
+    *,
+    on_error: str = "skip",
+    max_failures: int | None = None,
+    decoder: str = "pillow",
+    scaled: bool = False,
+    allow_truncated: bool = False,
 ) -> Source:
     """The images as a Source; nothing is read yet but the names.
 
-    images: a folder (searched through, sorted), a .txt list (one path a line, relative to the list), a .npy file, a
-        list of paths, a tensor or array (uint8 [N, H, W, 3] or float [N, C, H, W], taken as already normalised), a
-        map-style dataset or sequence of images, a DataLoader that keeps the order, or an iterable of batches. An item
-        or batch may be a tuple or dict, of which the first entry counts.
+    images: a folder (searched through, sorted), a .txt list (one path a line, relative to the list), .tar archives (one
+        path, with braces as in train-{000..146}.tar, or a list), a .npy file, a list of paths, a tensor or array (uint8
+        [N, H, W, 3] or float [N, C, H, W], taken as already normalised), a map-style dataset or sequence of images, a
+        DataLoader that keeps the order, or an iterable of batches. An item or batch may be a tuple or dict, of which
+        the first entry counts.
     transform: what turns pixels into the model's input; image files, PIL images and uint8 need one.
     on_error: "skip" lists an image that cannot be used in `failures`, "raise" stops at it.
-    allow_truncated: take what is there of files that end early.
+    max_failures: stop at the next one after so many.
+    decoder, scaled, allow_truncated: how files are decoded, see `Decoding`.
     Raises UnitvisError for what cannot be opened.
     """
+    source = _opened(images, transform, on_error, Decoding(decoder, scaled, allow_truncated))
+    if max_failures is not None:
+        if max_failures < 0:
+            raise UnitvisError(f"max_failures={max_failures}; at least 0 is needed")
+        source.max_failures = max_failures
+    return source
+
+
+def _opened(images: Any, transform: Transform | None, on_error: str, decoding: Decoding) -> Source:
     if isinstance(images, Source):
         return images
     if isinstance(images, str | os.PathLike):
-        path = os.fsdecode(images)
-        return _open_path(path, transform, on_error=on_error, allow_truncated=allow_truncated)
+        return _open_path(os.fsdecode(images), transform, on_error, decoding)
     if isinstance(images, np.ndarray | Tensor):
         return ArraySource(images, transform, on_error=on_error)
     if isinstance(images, DataLoader):
         return loader_source(images, transform, on_error=on_error)
     if isinstance(images, list | tuple) and images:
         if all(isinstance(one, str | os.PathLike) for one in images):
-            return paths_source(images, transform, on_error=on_error, allow_truncated=allow_truncated)
+            return _open_paths([os.fsdecode(one) for one in images], transform, on_error, decoding)
         if getattr(first_of(images[0]), "ndim", 3) == 4:
             return StreamSource(images, transform, on_error=on_error)
     indexed = hasattr(images, "__getitem__") and hasattr(images, "__len__")
@@ -80,20 +100,32 @@ def reopen_source(description: Mapping[str, Any], transform: Mapping[str, Any] |
         raise UnitvisError(f"the images came from a {description['kind']}, which has no path; give them as images=")
     values = None if transform is None else Transform.from_json(transform)
     try:
-        return open_source(description["path"], values, allow_truncated=description.get("allow_truncated", False))
+        return open_source(description["path"], values, **description.get("decoding", {}))
     except UnitvisError as error:
         raise UnitvisError(f"the images of the run are not where they were: {error}; give them as images=") from error
 
 
-def _open_path(path: str, transform: Transform | None, *, on_error: str, allow_truncated: bool) -> Source:
+def _open_paths(paths: list[str], transform: Transform | None, on_error: str, decoding: Decoding) -> Source:
+    tars = [path for path in paths if is_tar_name(path)]
+    if not tars:
+        return paths_source(paths, transform, on_error=on_error, decoding=decoding)
+    if len(tars) < len(paths):
+        other = next(path for path in paths if not is_tar_name(path))
+        raise UnitvisError(f"{tars[0]!r} is an archive and {other!r} is none; give archives alone, or files alone")
+    return tar_source(paths, transform, on_error=on_error, decoding=decoding)
+
+
+def _open_path(path: str, transform: Transform | None, on_error: str, decoding: Decoding) -> Source:
     ending = os.path.splitext(path)[1].lower()
+    if is_tar_name(path) and not os.path.isdir(path):
+        return tar_source(path, transform, on_error=on_error, decoding=decoding)
     if os.path.isdir(path):
-        return folder_source(path, transform, on_error=on_error, allow_truncated=allow_truncated)
+        return folder_source(path, transform, on_error=on_error, decoding=decoding)
     if not os.path.exists(path):
         raise UnitvisError(f"there is no file or folder {path!r}")
     try:
         if ending == ".txt":
-            return list_source(path, transform, on_error=on_error, allow_truncated=allow_truncated)
+            return list_source(path, transform, on_error=on_error, decoding=decoding)
         if ending == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             return ArraySource(array, transform, on_error=on_error, path=os.path.abspath(path))
@@ -101,4 +133,4 @@ def _open_path(path: str, transform: Transform | None, *, on_error: str, allow_t
         raise UnitvisError(f"cannot read {path!r}: {' '.join(str(error).split())}") from error
     if is_image_name(path):
         raise UnitvisError(f"{path!r} is one image; give the folder that holds it, or a .txt list with its path")
-    raise UnitvisError(f"{path!r} is neither a folder, a .txt list of paths nor a .npy array")
+    raise UnitvisError(f"{path!r} is neither a folder, a .txt list of paths, a .tar archive nor a .npy array")

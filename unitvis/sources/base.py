@@ -69,6 +69,7 @@ class Source(ABC):
     rereadable = True  # False: a stream, which is read once and in one order
     length: int | None  # number of images, None where only the end will tell
     kind: str  # what messages and the manifest call it
+    max_failures: int | None = None  # one more stops the scan; None: any number
     _changed = "is no longer the image that was scanned"
 
     def __init__(self, transform: Transform | None, length: int | None, on_error: str) -> None:
@@ -100,6 +101,15 @@ class Source(ABC):
     def failures(self) -> list[Failure]:
         """What could not be used so far, by id; kept as one number and one shared string each."""
         return [Failure(id, self.name(id), self._reasons[id]) for id in sorted(self._reasons)]
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Why each image that could not be used so far could not, by id."""
+        return dict(self._reasons)
+
+    def take_failures(self, reasons: Mapping[int, str]) -> None:
+        """Count what an earlier part of the same scan could not use."""
+        self._reasons.update((id, sys.intern(reason)) for id, reason in reasons.items())
 
     def name(self, id: int) -> str:
         """What messages and the manifest call the image."""
@@ -185,7 +195,7 @@ class Source(ABC):
 
     def _ids(self, ids: Iterable[int] | None) -> Iterable[int]:
         if ids is None:
-            return range(self.length or 0)  # a shard of the source is a choice of ids here
+            return range(self.length or 0)
         return (self._valid(id) for id in ids)
 
     def _valid(self, id: int) -> int:
@@ -210,6 +220,11 @@ class Source(ABC):
         if self.on_error == "raise":
             raise UnitvisError(f"{self.name(id)!r} cannot be used: {reason}")
         self._reasons.setdefault(id, sys.intern(reason))
+        if self.max_failures is not None and len(self._reasons) > self.max_failures:
+            raise UnitvisError(
+                f"{len(self._reasons)} images could not be used, more than max_failures={self.max_failures}; the last "
+                f"is {self.name(id)!r} ({reason})"
+            )
 
     @contextmanager
     def _named(self, id: int) -> Iterator[None]:

@@ -2,87 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
-from array import array
+import time
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from unitvis.decode import decode
 from unitvis.errors import ImageError, UnitvisError
-from unitvis.sources.base import ItemSource, Picture, Seen, needed
+from unitvis.sources.encoded import MAX_BYTES, EncodedSource
+from unitvis.sources.names import LARGE, SETTLED, Names, keep_listing, load_listing
 from unitvis.transform import Transform
 
-MAX_BYTES = 1 << 29  # a file is read whole; below the limit of pixels no sensible image needs more
-_IMAGE = re.compile(rb"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[bgpn]m)$", re.IGNORECASE)
+IMAGE = re.compile(rb"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[bgpn]m)$", re.IGNORECASE)
 
 
-class FileSource(ItemSource):
-    """Files named relative to a folder. A pass reads each once: its bytes are hashed, then decoded from memory.
-
-    `others` counts the folder's files that are no images by their name; they are not read.
-    """
-
-    _changed = "is no longer the file that was scanned"
+class FileSource(EncodedSource):
+    """Files named relative to a folder."""
 
     def __init__(
-        self,
-        kind: str,
-        path: str | None,
-        root: bytes,
-        names: Names,
-        transform: Transform | None,
-        *,
-        on_error: str = "skip",
-        allow_truncated: bool = False,
-        others: int = 0,
+        self, kind: str, path: str | None, root: bytes, names: Names, transform: Transform | None, **options: Any
     ) -> None:
-        self.kind, self.path, self.others = kind, path, others
-        super().__init__(transform, len(names), on_error)
-        self._transform, self._allow_truncated = needed(transform), allow_truncated
-        self._root, self._names = root, names
+        super().__init__(kind, names, transform, **options)
+        self.path, self._root = path, root
 
-    def name(self, id: int) -> str:
-        """The path as the folder or the list has it."""
-        return os.fsdecode(self._names[id])
-
-    def picture(self, id: int, value_range: tuple[float, float] = (0.0, 1.0)) -> Picture:
-        """The file as it is, upright, and where a box of the model's pixels lies in it."""
-        with self._named(id):
-            image = decode(self._bytes(self._valid(id))[0], allow_truncated=self._allow_truncated)
-        return image, partial(self._transform.to_source, width=image.width, height=image.height)
-
-    def record(self, id: int) -> dict[str, Any]:
-        """id, name, width and height (upright), hash of the bytes that were ranked."""
-        seen = self._seen[self._valid(id)]
-        if seen is None:
-            with self._named(id):
-                seen = self._load(id)[1]
-        size = {"width": seen.width, "height": seen.height}
-        return {"id": id, "name": self.name(id), **size, "hash": seen.digest.hex()}
-
-    def describe(self) -> dict[str, Any]:
-        """Kind, absolute path (None for paths), what was found, hash of the names in order, how it is read."""
-        names = {"images": self.length, "names": self._names.hash(), "others": self.others}
-        return {"kind": self.kind, "path": self.path, **names, "allow_truncated": self._allow_truncated}
-
-    def _hash(self, id: int) -> str:
-        return _digest(self._contents(id)).hex()
-
-    def _load(self, id: int) -> tuple[Tensor, Seen]:
-        data, digest = self._bytes(id)
-        image = decode(data, allow_truncated=self._allow_truncated)
-        return torch.from_numpy(self._transform(image)), Seen(digest, *image.size)
-
-    def _bytes(self, id: int) -> tuple[bytes, bytes]:
-        data = self._contents(id)
-        return data, self._unchanged(id, _digest(data))
+    def _place(self) -> str | None:
+        return self.path
 
     def _contents(self, id: int) -> bytes:
         try:
@@ -97,49 +44,62 @@ class FileSource(ItemSource):
             raise ImageError(error.strerror or type(error).__name__) from error
 
 
-class Names:
-    """File names in order, in one block of bytes: a million of them as Python strings would cost 100 MB more."""
-
-    def __init__(self, names: Iterable[bytes]) -> None:
-        block, self._starts = bytearray(), array("q", [0])
-        for name in names:
-            block += name + b"\0"
-            self._starts.append(len(block))
-        self._block = bytes(block)
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, id: int) -> bytes:
-        return self._block[self._starts[id] : self._starts[id + 1] - 1]
-
-    def hash(self) -> str:
-        """Of all names and their order."""
-        return _digest(self._block).hex()
-
-
 def is_image_name(name: str) -> bool:
     """Whether a folder's file of this name would be taken for an image."""
-    return bool(_IMAGE.search(os.fsencode(name)))
+    return bool(IMAGE.search(os.fsencode(name)))
 
 
 def folder_source(folder: str, transform: Transform | None, **options: Any) -> FileSource:
     """All images below a folder, sorted by their relative path; the end of a name tells what is an image."""
-    root, others = os.fsencode(os.path.abspath(folder)), 0
+    root = os.fsencode(os.path.abspath(folder))
+    names, others = _kept(root) or _listed_anew(root)
+    if not names:
+        found = f"{others} other files" if others else "nothing"
+        raise UnitvisError(f"no image (.jpg .png .webp .bmp .gif .tif .ppm) below {folder!r}, which holds {found}")
+    return FileSource("folder", os.fsdecode(root), root, names, transform, others=others, **options)
+
+
+def _listed_anew(root: bytes) -> tuple[Names, int]:
+    """The names of all images below, and the number of other files; a long list is kept for the next run."""
+    others, folders, start = 0, dict[bytes, _Stamp](), time.time_ns()
 
     def images() -> Iterator[bytes]:
         nonlocal others
-        for name in _walk(root):
-            if _IMAGE.search(name):
+        for name in _walk(root, folders):
+            if IMAGE.search(name):
                 yield name
             else:
                 others += 1
 
     names = Names(images())
-    if not names:
-        found = f"{others} other files" if others else "nothing"
-        raise UnitvisError(f"no image (.jpg .png .webp .bmp .gif .tif .ppm) below {folder!r}, which holds {found}")
-    return FileSource("folder", os.fsdecode(root), root, names, transform, others=others, **options)
+    if len(names) + others >= LARGE and start - max(changed for _, _, changed in folders.values()) > SETTLED:
+        inside = {f"folder_{key}": value for key, value in Names(folders).arrays().items()}
+        stamps = np.array(list(folders.values()), np.int64)
+        keep_listing("folder", root, {**names.arrays(), **inside, "stamps": stamps, "others": np.array(others)})
+    return names, others
+
+
+def _kept(root: bytes) -> tuple[Names, int] | None:
+    """The list of an earlier run, if every folder is what it was: a folder changes when a name in it does."""
+    kept = load_listing("folder", root)
+    if kept is None:
+        return None
+    try:
+        folders = Names.from_arrays({"names": kept["folder_names"], "starts": kept["folder_starts"]})
+        same = all(
+            _stamp(os.path.join(root, folders[i])) == tuple(row) for i, row in enumerate(kept["stamps"].tolist())
+        )
+        return (Names.from_arrays(kept), int(kept["others"])) if same else None
+    except (OSError, KeyError):
+        return None
+
+
+_Stamp = tuple[int, int, int]  # device, inode, time of the last change in ns
+
+
+def _stamp(folder: bytes) -> _Stamp:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def list_source(path: str, transform: Transform | None, **options: Any) -> FileSource:
@@ -172,27 +132,36 @@ def _listed(
     return FileSource(kind, path, os.fsencode(root), Names(names), transform, **options)
 
 
-def _walk(root: bytes) -> Iterator[bytes]:
-    """Relative paths of all files below, sorted as bytes; nothing hidden, and no folder twice, whatever links to it."""
+def _walk(root: bytes, folders: dict[bytes, _Stamp]) -> Iterator[bytes]:
+    """Relative paths of all files below, sorted as bytes; nothing hidden, and no folder twice, whatever links to it.
+
+    folders: takes the stamp that each folder had before it was listed.
+    """
     been: set[tuple[int, int]] = set()
-    waiting = [b""]
+    waiting = [(b"", [b""])]  # folders that are being listed, each with what is left of it, the last name first
     while waiting:
-        name = waiting.pop()
+        folder, left = waiting[-1]
+        if not left:
+            waiting.pop()
+            continue
+        name = folder + left.pop()
         if name and not name.endswith(b"/"):
             yield name
             continue
-        folder = os.path.join(root, name)
+        path = os.path.join(root, name)
         try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in been:
+            stamp = _stamp(path)
+            if stamp[:2] in been:
                 continue
-            been.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
+            been.add(stamp[:2])
+            folders[name] = stamp
+            with os.scandir(path) as entries:
                 # the slash makes folders sort where their contents belong among the paths
                 inside = [entry.name + b"/" * _is_folder(entry) for entry in entries if entry.name[:1] != b"."]
         except OSError as error:
-            raise UnitvisError(f"cannot read the folder {os.fsdecode(folder)!r}: {error.strerror}") from error
-        waiting.extend(name + entry for entry in sorted(inside, reverse=True))
+            raise UnitvisError(f"cannot read the folder {os.fsdecode(path)!r}: {error.strerror}") from error
+        inside.sort(reverse=True)
+        waiting.append((name, inside))
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -204,7 +173,3 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # or a pipe named like an image would hang the scan
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()

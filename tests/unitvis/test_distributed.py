@@ -1,0 +1,123 @@
+"""Processes that torchrun starts, on the CPU: the run of one process, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import photos
+from unitvis import cli
+
+ROOT = Path(__file__).parents[2]
+NETS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))
+"""
+
+
+def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["--max-restarts", str(restarts)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        [*command, "-m", "unitvis", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+
+
+def check_equal(one: Path, other: Path) -> None:
+    """Byte for byte."""
+    for name in ("top.npz", "images.jsonl"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (one, other)]
+    for key in ("images", "coverage", "failures", "layers", "source", "model", "transform"):
+        assert manifests[0][key] == manifests[1][key], key
+
+
+def test_two_processes_are_one_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(37):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number:03}.png")
+    (tmp_path / "images" / "030.png").write_bytes(b"broken")
+    (tmp_path / "nets.py").write_text(NETS)
+    scan = ["scan", f"{tmp_path / 'nets.py'}:net", tmp_path / "images", "--mean", 0, 0, 0, "-o"]
+    assert cli.main([str(argument) for argument in [*scan, tmp_path / "one"]]) == cli.SKIPPED
+    done = torchrun(2, *scan, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("36 images, 11 units of 2 layers") == 1
+    assert "'030.png': not an image" in done.stdout
+    check_equal(tmp_path / "one", tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "nets.py", "one", "two"]
+    refused = torchrun(2, *scan, tmp_path / "two")
+    assert refused.returncode != 0
+    assert "two holds a run already" in refused.stderr
+    assert "another process failed and says why" in refused.stderr
+    assert "unitvis/cli.py" not in refused.stderr  # no traceback of ours
+
+
+DYING = """
+
+class Dying(nn.Conv2d):
+    passes = 0
+
+    def forward(self, x):
+        Dying.passes += 1
+        if os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and Dying.passes == 40:
+            os.kill(os.getpid(), 9)
+        return super().forward(x)
+
+def dying():
+    torch.manual_seed(0)
+    return nn.Sequential(Dying(3, 6, 3))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_started_again_and_goes_on(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 12, 12, 3), np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    (tmp_path / "nets.py").write_text("import os\n" + NETS + DYING)
+    scan = ["scan", f"{tmp_path / 'nets.py'}:dying", tmp_path / "x.npy", "--mean", 0, 0, 0, "--batch-size", 16]
+    scan += ["--checkpoint-every", 1e-6, "-o"]
+    assert cli.main([str(argument) for argument in [*scan, tmp_path / "one"]]) == cli.DONE
+    done = torchrun(2, *scan, tmp_path / "two", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "2,000 images, 6 units of 1 layers" in done.stdout
+    check_equal(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.photos
+@pytest.mark.skipif(not photos.PHOTOS.is_dir(), reason="UNITVIS_SHARED names no folder with data/photos")
+def test_four_processes_on_photographs_are_one_scan(tmp_path: Path) -> None:
+    model = photos.spec("small")
+    numbers = ["--resize", "224x224", "--mean", *[0.5] * 3, "--std", *[0.5] * 3]
+    scan = ["scan", model, photos.PHOTOS, *numbers, "--device", "cpu", "-o"]
+    assert cli.main([str(argument) for argument in [*scan, tmp_path / "one"]]) == cli.DONE
+    done = torchrun(4, *scan, tmp_path / "four")
+    assert done.returncode == 0, done.stderr
+    check_equal(tmp_path / "one", tmp_path / "four")
+
+
+def test_outside_of_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unitvis.distributed import processes
+
+    monkeypatch.setenv("WORLD_SIZE", "8")  # a batch system may set it
+    assert processes() == 1
+    assert torch.distributed.is_available()

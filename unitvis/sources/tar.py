@@ -1,0 +1,226 @@
+"""Images in tar archives (plain, or WebDataset shards), read at random through an index of where each one lies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import tarfile
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unitvis.decoding import Decoding
+from unitvis.errors import ImageError, UnitvisError, first_line, some
+from unitvis.sources.encoded import MAX_BYTES, EncodedSource
+from unitvis.sources.files import IMAGE
+from unitvis.sources.names import LARGE, SETTLED, Names, keep_listing, load_listing
+from unitvis.transform import Transform
+
+_OPEN = 64  # shards held open at once
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_NO_FILE = -1  # in place of a size: a link, or a member with holes
+
+
+class TarSource(EncodedSource):
+    """Members of tar archives whose names end as images do, in the order of the shards and in each as they lie.
+
+    An image is called SHARD.tar/MEMBER. Of a WebDataset sample every image counts, and its other entries (.cls, .json)
+    are left alone.
+    """
+
+    def __init__(
+        self, path: str | list[str], shards: Sequence[str], index: Index, transform: Transform | None, **options: Any
+    ) -> None:
+        super().__init__("tar", index.names, transform, others=index.others, **options)
+        self.path, self._shards, self._index = path, shards, index
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._lock = Lock()
+
+    def describe(self) -> dict[str, Any]:
+        """As for files; path is the pattern, or the list of the shards."""
+        return super().describe() | {"shards": len(self._shards)}
+
+    def _place(self) -> str | list[str]:
+        return self.path
+
+    def _contents(self, id: int) -> bytes:
+        offset, size = int(self._index.offsets[id]), int(self._index.sizes[id])
+        if size < 0:
+            raise ImageError("a link or a file with holes inside a tar; make it with tar --dereference")
+        if size > MAX_BYTES:
+            raise ImageError(f"a file of {size:,} bytes; more than {MAX_BYTES:,} are refused")
+        shard = int(np.searchsorted(self._index.ends, id, "right"))
+        try:
+            return self._descriptor(shard).read(offset, size)
+        except OSError as error:
+            raise ImageError(error.strerror or type(error).__name__) from error
+
+    def _descriptor(self, shard: int) -> _Descriptor:
+        with self._lock:
+            found = self._open.pop(shard, None) or _Descriptor(self._shards[shard])
+            self._open[shard] = found  # the one used last stands last
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+            return found
+
+
+class _Descriptor:
+    """An open file, closed once nobody holds it: a thread may still read from one that has left the table."""
+
+    def __init__(self, path: str) -> None:
+        self._number = os.open(path, os.O_RDONLY)
+        self._length = os.fstat(self._number).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        parts, size = [], min(size, self._length - offset)  # pread makes room for all that it is asked for
+        while size > 0 and (part := os.pread(self._number, size, offset)):
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            os.close(self._number)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the images lie."""
+
+    names: Names
+    offsets: NDArray[np.int64]  # [images], in bytes from the start of the shard
+    sizes: NDArray[np.int64]  # [images], in bytes
+    ends: NDArray[np.int64]  # [shards], one past the last id of each
+    others: int  # members that are no images by their name
+
+
+def is_tar_name(path: str) -> bool:
+    """Whether a path would be taken for an archive."""
+    return path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
+
+
+def expand(pattern: str) -> list[str]:
+    """The paths that a pattern with braces stands for: {000..146} counts (as wide as written), {a,b} names each."""
+    if os.path.exists(pattern):
+        return [pattern]
+    parts = _BRACES.split(pattern)  # text, inside of braces, text, ...
+    choices = [_choices(part, pattern) if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    if found := _RANGE.fullmatch(inside):
+        first, last = found.groups()
+        width = len(first) if first[0] == "0" or len(first) == len(last) else 0
+        if int(first) > int(last):
+            raise UnitvisError(f"{{{inside}}} in {pattern!r} counts down; write the smaller number first")
+        return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
+    if "," not in inside:
+        raise UnitvisError(f"{{{inside}}} in {pattern!r} is neither a range such as {{000..146}} nor a list {{a,b}}")
+    return inside.split(",")
+
+
+def tar_source(path: str | list[str], transform: Transform | None, *, decoding: Decoding, **options: Any) -> TarSource:
+    """The images in these archives; path: one with or without braces, or a list of such.
+
+    Where truncated images are allowed, an archive that ends early counts with the members that it still holds.
+    """
+    given = [path] if isinstance(path, str) else path
+    shards = [os.path.abspath(shard) for one in given for shard in expand(one)]
+    if missing := [shard for shard in shards if not os.path.isfile(shard)]:
+        raise UnitvisError(f"{len(missing)} of {len(shards)} archives are not there: {some(missing)}")
+    if len(set(shards)) < len(shards):
+        twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
+        raise UnitvisError(f"the archive {twice!r} is named twice")
+    index = _index(shards, decoding.allow_truncated)
+    if not len(index.names):
+        raise UnitvisError(f"no image in {given[0]!r}, which holds {index.others} other members")
+    whole = [os.path.abspath(one) for one in given]
+    return TarSource(
+        whole[0] if isinstance(path, str) else whole, shards, index, transform, decoding=decoding, **options
+    )
+
+
+def _index(shards: list[str], allow_truncated: bool) -> Index:
+    """The index of an earlier run while the archives are what they were, else a new one."""
+    key = "\0".join([str(allow_truncated), *shards]).encode("utf-8", "surrogateescape")
+    status = [os.stat(shard) for shard in shards]
+    stamps = np.array([(one.st_size, one.st_mtime_ns) for one in status], np.int64)
+    kept = load_listing("tar", key)
+    if kept is not None and np.array_equal(kept["stamps"], stamps):
+        places = {name: kept[name].astype(np.int64) for name in ("offsets", "sizes", "ends")}
+        return Index(Names.from_arrays(kept), **places, others=int(kept["others"]))
+    offsets, sizes, ends = array("q"), array("q"), array("q")
+    others = 0
+
+    def images() -> Iterator[bytes]:
+        nonlocal others
+        root = os.path.dirname(shards[0]) if len(shards) == 1 else os.path.commonpath(shards)
+        for shard in shards:
+            prefix = os.fsencode(os.path.relpath(shard, root)) + b"/"
+            for member, name in _members(shard, allow_truncated):
+                hidden = any(part[:1] == b"." for part in name.split(b"/") if part not in (b".", b".."))
+                if hidden or not IMAGE.search(name):  # hidden is the ._NAME that a Mac puts beside NAME
+                    others += 1
+                    continue
+                offsets.append(member.offset_data)
+                sizes.append(member.size if member.isreg() and not member.issparse() else _NO_FILE)
+                yield prefix + name
+            ends.append(len(offsets))
+
+    names = Names(images())
+    places = {"offsets": np.array(offsets), "sizes": np.array(sizes), "ends": np.array(ends)}
+    settled = time.time_ns() - max(one.st_mtime_ns for one in status) > SETTLED
+    if len(names) + others >= LARGE and settled:
+        keep_listing("tar", key, {**names.arrays(), **places, "stamps": stamps, "others": np.array(others)})
+    return Index(names, **places, others=others)
+
+
+def _members(shard: str, allow_truncated: bool) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """The files of an archive, with their names; UnitvisError where it is none, or none whole."""
+    count = 0
+    try:
+        with open(shard, "rb", buffering=1 << 16) as file:
+            start = file.read(2)
+            if start in _COMPRESSED:
+                raise UnitvisError(f"{shard!r} is compressed ({_COMPRESSED[start]}); unpack it to a plain tar")
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                    if not member.isdir():
+                        count += 1
+                        yield member, os.fsencode(member.name).removeprefix(b"./")
+                _check_end(file, archive.offset)
+    except UnitvisError:
+        raise
+    except Exception as error:  # a hostile archive makes tarfile raise nearly anything
+        early = "unexpected end" in str(error) and count > 0
+        if not (early and allow_truncated):
+            hint = "; --allow-truncated takes what is there" if early else ""
+            raise UnitvisError(
+                f"the archive {shard!r} is broken after {count} files: {first_line(error)}{hint}"
+            ) from error
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """An archive ends with zeros; tarfile takes a damaged header for the end as well, and would lose what follows."""
+    file.seek(offset)
+    first = file.read(tarfile.BLOCKSIZE)
+    if len(first) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("unexpected end of data")
+    if first.strip(b"\0"):
+        raise tarfile.ReadError(f"no header of a file at byte {offset:,}")
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("something follows its end; archives joined into one file must be named one by one")
