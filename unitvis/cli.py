@@ -234,6 +234,25 @@ def _demo(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from unitvis.bench import bench
+
+    if arguments.model is None:
+        from unitvis.demo import network
+        from unitvis.demo.pictures import SIZE
+
+        own = Transform(crop=SIZE, mean=network.MEAN, std=network.STD)
+        loaded = models.Loaded("the demo's network", network.load(), own)
+    else:
+        loaded = _load(arguments)
+    transform = loaded.transform or Transform()
+    if arguments.crop is not None:
+        transform = replace(transform, crop=arguments.crop)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{loaded.spec}: {bench(loaded.model, transform, device, arguments.count)}")
+    return DONE
+
+
 def _size(text: str) -> int | tuple[int, int]:
     """224 is a length, 224x256 height x width."""
     parts = text.lower().split("x")
@@ -258,8 +277,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
-    def model_argument(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("model", metavar="MODEL", help=models.FORMS)
+    def model_argument(sub: argparse.ArgumentParser, nargs: str | None = None) -> None:
+        sub.add_argument("model", metavar="MODEL", nargs=nargs, help=models.FORMS)
         weights_options(sub)
 
     def weights_options(sub: argparse.ArgumentParser) -> None:
@@ -355,6 +374,12 @@ def _parser() -> argparse.ArgumentParser:
     model_argument(sub)
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
     images_option(sub)
+
+    sub = command("bench", _bench, "Time a scan against a naive hook and others, after checking that they agree.")
+    model_argument(sub, "?")
+    sub.add_argument("--count", type=int, metavar="N", help="images; default: as many as a minute allows")
+    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the images (the model's own, or 224)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     return parser
 
 
