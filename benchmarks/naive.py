@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import zoos
 from unitvis import models
 from unitvis.baselines import DeviceHook, Forward, HostHook
 
 __all__ = ["DeviceHook", "Forward", "HostHook", "cut", "fold", "network"]
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "unitvis"))
-
 
 @functools.cache
 def network(name: str) -> models.Loaded:
     """One of torchvision's networks with random weights, the same every time, in eval mode, with its preprocessing."""
-    import zoos
-
     zoos.importable()
     torch.manual_seed(0)
     loaded = models.load(f"torchvision:{name}", pretrained=False)

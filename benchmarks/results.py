@@ -14,6 +14,7 @@ from unitvis.bench import BARE, DEVICE, HOST
 
 FORMAT = 1
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+LONG = RESULTS / "long"  # what takes long and is not about speed alone: a file a command
 START, END = "<!-- python -m benchmarks writes from here -->", "<!-- to here -->"
 PERCENTILES = (20, 50, 80)
 NAMES = {"alexnet": "AlexNet", "vgg16": "VGG16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
@@ -48,11 +49,15 @@ def rows(benchmarks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A results file; empty where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write(path: Path, **parts: Any) -> None:
     """Write parts of a results file: the others, measured by hand or at another time, stay."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"format": FORMAT} | known | parts, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"format": FORMAT} | read(path) | parts, indent=1) + "\n")
 
 
 def headline(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
