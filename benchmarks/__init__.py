@@ -1,0 +1,8 @@
+"""How fast it is, measured: `python -m benchmarks` (the suite), `.convolutions` (measured.json), and by hand `.long`,
+`.exactness`, `.million` and `.start`.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "unitvis"))  # networks and emulations that the tests use

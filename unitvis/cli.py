@@ -261,6 +261,25 @@ def _demo(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from unitvis.bench import bench
+
+    if arguments.model is None:
+        from unitvis.demo import network
+        from unitvis.demo.pictures import SIZE
+
+        own = Transform(crop=SIZE, mean=network.MEAN, std=network.STD)
+        loaded = models.Loaded("the demo's network", network.load(), own)
+    else:
+        loaded = _load(arguments)
+    transform = loaded.transform or Transform()
+    if arguments.crop is not None:
+        transform = replace(transform, crop=arguments.crop)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{loaded.spec}: {bench(loaded.model, transform, device, arguments.count)}")
+    return DONE
+
+
 COMMANDS: dict[str, Command] = {
     "demo": _demo,
     "layers": _layers,
@@ -270,6 +289,7 @@ COMMANDS: dict[str, Command] = {
     "render": _render,
     "sheet": _sheet,
     "verify": _verify,
+    "bench": _bench,
 }
 
 

@@ -27,8 +27,8 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         sub.set_defaults(command=run[name])
         return sub
 
-    def model_argument(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("model", metavar="MODEL", help=models.FORMS)
+    def model_argument(sub: argparse.ArgumentParser, nargs: str | None = None) -> None:
+        sub.add_argument("model", metavar="MODEL", nargs=nargs, help=models.FORMS)
         weights_options(sub)
 
     def weights_options(sub: argparse.ArgumentParser) -> None:
@@ -142,6 +142,12 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     model_argument(sub)
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
     images_option(sub)
+
+    sub = command("bench", "Time a scan against a naive hook and others, after checking that they agree.")
+    model_argument(sub, "?")
+    sub.add_argument("--count", type=int, metavar="N", help="images; default: as many as a minute allows")
+    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the images (the model's own, or 224)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     return whole
 
 

@@ -1,10 +1,12 @@
 """How often the bound errs by which a scan in half precision decides: against float32, on real and random networks.
 
-    PYTHONPATH=.:kernels:tests/unitvis python tests/unitvis/exactness.py --images 10000 small large alexnet vgg16
+    UNITVIS_SHARED=FOLDER python -m benchmarks.exactness --images 10000 small large
+    python -m benchmarks.exactness --images 2000 alexnet vgg16 resnet18
 
 The MobileNets on photographs and augmented copies of them, the others with random weights on made-up pictures. A line
-each: `decided` units by the bound alone, whatever was computed besides, and `wrong`, those of them with a winner that
-is no candidate, which the bound said cannot be. Half precision is emulated in float32, see half.py.
+each, kept in results/long/exactness.json: units `decided` by the bound alone, whatever was computed besides, and
+`wrong`, those of them with a winner that is no candidate, which the bound said cannot be. Half precision is emulated
+in float32 (tests/unitvis/half.py).
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 
 import half
 import photos
-import unitvis
 import unitvis.recorder
-import zoos
+from benchmarks import machine, naive, results
 from unitvis.exact import Rescorer
 from unitvis.recorder import Recorder
 from unitvis.sources import open_source
@@ -70,17 +70,11 @@ class MadeUp(torch.utils.data.Dataset[Tensor]):
 
 
 def network(name: str) -> nn.Module:
-    if name in photos.NETWORKS:
-        return photos.model(name)
-    zoos.importable()
-    import torchvision
-
-    torch.manual_seed(0)
-    return torchvision.models.get_model(name, weights=None).eval()
+    return photos.model(name) if name in photos.NETWORKS else naive.network(name).model
 
 
 def measure(name: str, count: int, precision: str) -> dict[str, Any]:
-    """How many units the bound decides, how many of those wrongly, and how many the scan as it is decides."""
+    """How many units the bound decides once all candidates are known, and how many of those wrongly."""
     model = network(name)
     images = Augmented(photos.images(), count) if name in photos.NETWORKS else MadeUp(count, 64)
     source = open_source(images, None)
@@ -91,7 +85,7 @@ def measure(name: str, count: int, precision: str) -> dict[str, Any]:
         again.compute_sample(source)
         again.compute_candidates(source, np.ones(len(again.rows), bool))
         computed = len(again.computed)
-        again.decided |= again.kth > again.outsiders() + again.margins()
+        decided = again.kth > again.outsiders() + again.margins()
     truth = unitvis.scan(model, images, precision="fp32", progress=False)
     winners = np.concatenate([top.images for top in truth.tops.values()])
     inside = (winners[:, :, None] == again.candidates[:, None, :]).any(axis=2).all(axis=1)
@@ -99,27 +93,39 @@ def measure(name: str, count: int, precision: str) -> dict[str, Any]:
         "network": name,
         "images": count,
         "precision": recorder.precision,
-        "candidates computed": computed,
+        "computed again": computed,
         "units": len(winners),
-        "decided": int(again.decided.sum()),
-        "wrong": int((again.decided & ~inside).sum()),
-        "undecided but right": int((~again.decided & inside).sum()),
+        "decided": int(decided.sum()),
+        "wrong": int((decided & ~inside).sum()),
+        "undecided but right": int((~decided & inside).sum()),
     }
 
 
-def main() -> Iterator[dict[str, Any]]:
+def keep(line: dict[str, Any]) -> None:
+    """Write it down, in place of what was measured of the same before."""
+    path = results.LONG / "exactness.json"
+    same = ("network", "images", "precision")
+    others = [one for one in results.read(path).get("lines", []) if any(one[key] != line[key] for key in same)]
+    results.write(path, lines=[*others, line])
+
+
+def main() -> None:
+    """Measure one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+", help="small, large, or a name of torchvision's")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"], choices=("fp16", "bf16"))
     arguments = parser.parse_args()
-    unitvis.recorder.Step = half.Rounded
+    unitvis.recorder.Step = half.Rounded  # type: ignore[misc]
+    device = machine.describe(torch.device("cpu"))
+    told = {"commit": device["commit"], "date": device["date"], "torch": device["versions"]["torch"]}
     for name in arguments.networks:
         for precision in arguments.precision:
             start = time.perf_counter()
-            yield measure(name, arguments.images, precision) | {"seconds": round(time.perf_counter() - start)}
+            line = measure(name, arguments.images, precision) | {"seconds": round(time.perf_counter() - start)} | told
+            print(json.dumps(line), flush=True)
+            keep(line)
 
 
 if __name__ == "__main__":
-    for line in main():
-        print(json.dumps(line), flush=True)
+    main()

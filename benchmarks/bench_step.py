@@ -1,0 +1,164 @@
+"""The scan's step against the bare forward pass of the same layers, amax + topk on the device, and the naive hook.
+
+Every convolution is tapped. All take the same batch, normalised already, in the step's precision, from the device's
+memory, and stop after the last layer that is tapped. The state is that of a long scan (`stream.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import unitvis_kernels as uk
+from benchmarks import stream
+from benchmarks.naive import DeviceHook, HostHook, cut, fold, network
+from benchmarks.sizes import Sizes
+from benchmarks.timing import Timer, captured
+from unitvis.bench import BARE, BASELINES, DEVICE, HOST, pictures
+from unitvis.canonical import BATCH, compute_batch
+from unitvis.recorder import Recorder
+from unitvis.step import HALF
+
+UNITVIS, CAPTURED, COMPILED = "unitvis", ", captured", ", torch.compile"
+HALF_OR_FULL = {"fp32": torch.float32} | HALF
+
+
+def _contenders(form: Sizes, kind: str) -> list[str]:
+    """One after the other what is compared with one another."""
+    names = [BARE, UNITVIS, DEVICE, HOST]
+    if kind == "cuda":
+        names[1:1] = [BARE + CAPTURED]
+        names.append(DEVICE + CAPTURED)
+    return names + ([BARE + COMPILED, DEVICE + COMPILED] if form.compiled else [])
+
+
+CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
+    "test_step": lambda form, kind: [
+        (who, *shape, turn)
+        for *shape, turn in itertools.product(form.networks, form.precisions, form.batches, range(form.turns))
+        for who in _contenders(form, kind)
+    ]
+}
+
+
+@cache
+def prepared(name: str, precision: str, size: int, side: int, device: torch.device) -> tuple[Any, ...]:
+    """(model in the precision, layers, batch, Recorder), once the step and the baselines agree on the batch."""
+    loaded = network(name)
+    model, transform = loaded.model.to(device), loaded.transform
+    assert transform is not None
+    pixels = torch.from_numpy(pictures(size, (side, side))).to(device)
+    dtype = HALF_OR_FULL[precision]
+    recorder = Recorder(model, precision=precision, batch_size=size).__enter__()
+    recorder.prepare((3, side, side))
+    batch = transform.normalize(pixels, dtype)
+    recorder(batch, torch.arange(size, device=device))
+    recorder.flush()
+    layers = [layer.name for layer in recorder.layers]
+    own = model if precision == "fp32" else copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last)
+    check(recorder, own, layers, batch)
+    return own, layers, batch, recorder
+
+
+def keys_of(recorder: Recorder, batch: Tensor) -> Tensor:
+    """Keys int64 [N, units]: what the step ranks."""
+    if recorder._step is not None:
+        return recorder._step.keys(batch)
+    recorder.state.copy_(recorder._empty())  # so that positions are looked for
+    return torch.cat([recorder._keys(compute_batch(part))[: len(part)] for part in batch.split(BATCH)])
+
+
+def check(recorder: Recorder, model: torch.nn.Module, layers: list[str], batch: Tensor) -> None:
+    """The step's values and images are those of amax + topk and of the naive hook, in the same precision.
+
+    To rounding of that precision, since a rewritten copy, or another batch, sums in another order: images may differ
+    only where their values are that close.
+    """
+    ids = torch.arange(len(batch), device=batch.device)
+    own, _, _ = uk.topk_read(recorder.state)
+    found = uk.unpack(keys_of(recorder, batch))[0]  # [N, units]
+    with DeviceHook(model, layers) as strong, HostHook(model, layers) as host:
+        strong(batch, ids)
+        host(batch, ids)
+    start, k = 0, 9
+    for index in range(len(layers)):
+        values, places = strong.tops[index]
+        units = slice(start, start + len(values))
+        live = min(k, len(batch))
+        slack = float(values[:, :live].abs().max()) * max(1e-4, 16 * torch.finfo(batch.dtype).eps)
+        top = [found[:, units].T.topk(live).values, own[units, :live], host.tops[index][0][:, :live].to(batch.device)]
+        top.append(found[:, units].T.gather(1, places[:, :live]))  # what the step says of the images of amax + topk
+        for one in top:
+            torch.testing.assert_close(one.float(), values[:, :live].float(), rtol=0.0, atol=slack)
+        start = units.stop
+
+
+def compiled(
+    maps: Callable[[Tensor], list[Tensor]], recorder: Recorder, batch: Tensor, ids: Tensor
+) -> Callable[[], None]:
+    """The forward through torch.compile, with amax and a running top-k of all layers at once where all are read."""
+    found = uk.unpack(keys_of(recorder, batch))[0].to(batch.dtype)  # [N, units]
+    best = found.new_full((found.shape[1], 9), -torch.inf)
+    best_ids = ids.new_full(best.shape, -1)
+
+    def ranked(batch: Tensor) -> None:
+        fold(best, best_ids, torch.cat([one.amax((2, 3)) for one in maps(batch)], dim=1), ids)
+
+    every = len(maps(batch)) > 1
+    ahead = torch.compile(ranked if every else maps, dynamic=False)
+
+    def run() -> None:
+        with torch.inference_mode():
+            ahead(batch)
+
+    run()
+    if every:
+        live = min(best.shape[1], len(batch))
+        slack = float(found.abs().max()) * max(1e-4, 16 * torch.finfo(batch.dtype).eps)
+        torch.testing.assert_close(best[:, :live], found.T.topk(live).values, rtol=0.0, atol=slack)
+    return run
+
+
+@cache
+def contender(
+    who: str, name: str, precision: str, size: int, side: int, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], object] | None, dict[str, Any]]:
+    """(one step, what comes before it untimed, what the row says of it); made once and warm for all its turns."""
+    model, layers, batch, recorder = prepared(name, precision, size, side, device)
+    ids = torch.arange(size, device=device)
+    if who == UNITVIS:
+        state = recorder._empty()
+        share = stream.fill(state, keys_of(recorder, batch))
+
+        def run() -> None:
+            recorder(batch, ids)
+            recorder.flush()
+
+        how = {key: value for key, value in recorder.how.items() if key != "candidates"}
+        return run, lambda: recorder.state.copy_(state), {"entered": share, "how": how}
+    if who.endswith(COMPILED):
+        maps = cut(model, layers if who.startswith(DEVICE) else layers[-1:])
+        return compiled(maps, recorder, batch, ids), None, {}
+    kind = BASELINES[who.removesuffix(CAPTURED)]
+    hooks = kind(model, layers)
+
+    def hooked() -> None:
+        with hooks:
+            hooks(batch, ids)
+
+    return captured(hooked, device) if who.endswith(CAPTURED) else hooked, None, {}
+
+
+def test_step(case: tuple[str, str, str, int, int], timer: Timer, form: Sizes, device: torch.device) -> None:
+    who, name, precision, size, turn = case
+    run, setup, extra = contender(who, name, precision, size, form.side, device)
+    row = {"kind": "step", "network": name, "precision": precision, "images": size, "contender": who}
+    if device.type == "cpu":
+        timer.rounds = 1
+    timer(run, setup=setup, warm=turn > 0, **row, **extra)

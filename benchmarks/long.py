@@ -1,0 +1,179 @@
+"""Long measurements, by hand: `python -m benchmarks.long memory` and `python -m benchmarks.long exact`.
+
+memory: does a scan's own memory grow with the number of images? exact: AlexNet's five convolutions on 50,000 images in
+memory, exact by way of half precision, against the bare forward passes and the naive hook; where half precision is not
+fast this is not what a scan does, and that is what is written down. Results go into benchmarks/results/<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import machine, results
+from benchmarks.memory import Peak
+from benchmarks.naive import network
+from benchmarks.ring import Ring
+from unitvis.baselines import Forward, HostHook
+from unitvis.bench import fastest_half, interleaved
+from unitvis.plan import speed
+from unitvis.recorder import Recorder
+from unitvis.run import UNSEPARATED
+from unitvis.scan import scan
+from unitvis.step import HALF
+from unitvis.transform import Transform
+
+COUNTS, SMALL = (4_000, 100_000), 32
+TIMED = 2_000  # images that the baselines are timed on
+RING = 2**33
+
+
+def small_net() -> nn.Module:
+    """Two convolutions, 48 units."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2)).eval()
+
+
+def growth(path: str, count: int, precision: str) -> dict[str, Any]:
+    """The peak of anonymous memory during a scan of `count` small images of a .npy file, beyond what a scan of one
+    batch took before it.
+    """
+    pixels = np.load(path, mmap_mode="r")[:count]
+    transform, model = Transform(mean=(0.5,) * 3, std=(0.25,) * 3), small_net()
+
+    def scanned(images: np.ndarray) -> dict[str, Any]:
+        if precision == "exact":
+            return scan(model, images, transform=transform, progress=False).manifest
+        with Recorder(model, transform=transform, precision=precision, batch_size=64) as recorder:
+            for start in range(0, len(images), 64):
+                part = torch.from_numpy(np.ascontiguousarray(images[start : start + 64]))
+                recorder(part, torch.arange(start, start + len(part)))
+        return recorder.result(images).manifest
+
+    scanned(pixels[:64])
+    start = time.perf_counter()
+    with Peak() as peak:
+        manifest = scanned(pixels)
+    return {
+        "images": count,
+        "beyond_a_batch_mib": round(peak.added / 2**20, 2),
+        "rescored": manifest.get("rescored", {}).get("images", 0),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def memory(counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Growth of each, in a process of its own; `exact` as the scan plans it, and by way of float16."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.npy"
+        pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(max(counts), SMALL, SMALL, 3))
+        rng = np.random.default_rng(0)
+        for start in range(0, len(pixels), 4096):
+            part = pixels[start : start + 4096]
+            part[:] = rng.integers(0, 256, part.shape, dtype=np.uint8)
+        pixels.flush()
+        for precision in ("exact", "fp16"):
+            for count in counts:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    found.append({"precision": precision} | pool.apply(growth, (str(path), count, precision)))
+                print(found[-1], flush=True)
+    return found
+
+
+def exact(count: int) -> dict[str, Any]:
+    """Scan and rescoring of `count` images, and the speeds they are compared with, images a second."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    half = fastest_half(device)
+    if half is None:
+        speeds = {precision: round(speed(device, precision), 2) for precision in HALF}
+        return {"not measured": "half precision is slower than float32 here", "times_as_fast_as_float32": speeds}
+    loaded = network("alexnet")
+    model, transform = loaded.model.to(device), loaded.transform
+    assert transform is not None
+    ring = Ring(count, 224, RING, pinned=device.type == "cuda")
+    with Recorder(model, transform=transform) as examined:
+        examined.prepare((3, 224, 224))
+    layers = [layer.name for layer in examined.layers]
+    fast = network.__wrapped__("alexnet").model.to(device, HALF[half], memory_format=torch.channels_last)
+    timed = min(count, TIMED)
+
+    def passed(kind: type[Forward], own: nn.Module, dtype: torch.dtype) -> Any:
+        def run() -> None:
+            with torch.inference_mode(), kind(own, layers) as hooks:
+                for ids, pixels in ring.batches(64, timed):
+                    hooks(transform.normalize(pixels.to(device), dtype), ids.to(device))
+
+        return lambda: run
+
+    def prepared(images: int) -> Recorder:
+        recorder = Recorder(model, layers, transform=transform, precision=half, batch_size=64)
+        recorder.prepare((3, 224, 224))
+        return recorder
+
+    def scanned(recorder: Recorder, images: int) -> None:
+        with recorder:
+            for ids, pixels in ring.batches(64, images):
+                recorder(pixels, ids)
+
+    def alone() -> Any:
+        recorder = prepared(timed)
+        return lambda: scanned(recorder, timed)
+
+    contenders = {
+        "bare half": passed(Forward, fast, HALF[half]),
+        "scan alone": alone,
+        "bare float32": passed(Forward, model, torch.float32),
+        "naive host hook": passed(HostHook, model, torch.float32),
+    }
+    rates = {name: timed / seconds for name, seconds in interleaved(contenders, 3, device).items()}
+    recorder = prepared(count)
+    start = time.perf_counter()
+    scanned(recorder, count)
+    middle = time.perf_counter()
+    run = recorder.result(ring)
+    both = time.perf_counter() - start
+    again = run.manifest["rescored"]["images"]
+    units = sum(len(top) for top in run.tops.values())
+    undecided = sum(int((top.status == UNSEPARATED).sum()) for top in run.tops.values())
+    return {
+        "images": count,
+        "precision": half,
+        "images_s": {name: round(rate, 1) for name, rate in rates.items()},
+        "scan_seconds": round(middle - start, 1),
+        "rescoring_seconds": round(start + both - middle, 1),
+        "rescored": again,
+        "separated_or_tied": round(1 - undecided / units, 4),
+        "scan_alone_x_bare_half_time": round(rates["bare half"] / rates["scan alone"], 3),
+        "total_x_expected_time": round(both / (count / rates["bare half"] + again / rates["bare float32"]), 3),
+        "x_naive_hook": round(count / both / rates["naive host hook"], 2),
+    }
+
+
+def main() -> int:
+    """Measure, print, and keep it in the device's results file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.long", description=__doc__)
+    parser.add_argument("what", choices=("memory", "exact"))
+    parser.add_argument("--images", type=int, default=50_000, help="of `exact` (50,000)")
+    arguments = parser.parse_args()
+    found = memory(COUNTS) if arguments.what == "memory" else exact(arguments.images)
+    print(json.dumps(found, indent=1))
+    target = results.RESULTS / machine.file_name(machine.device_name())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results.write(target, **{arguments.what: {"machine": machine.describe(device), "found": found}})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""From what pytest-benchmark timed to a results file, and from results files to the README's table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import ROOT
+from unitvis.bench import BARE, DEVICE, HOST
+
+FORMAT = 1
+RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+LONG = RESULTS / "long"  # what takes long and is not about speed alone: a file a command
+START, END = "<!-- python -m benchmarks writes from here -->", "<!-- to here -->"
+PERCENTILES = (20, 50, 80)
+NAMES = {"alexnet": "AlexNet", "vgg16": "VGG16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def row(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """One timed callable: what it was, seconds a call (percentiles of all turns' rounds), what follows from them."""
+    found = dict(turns[-1]["extra_info"])
+    calls, times = found.pop("calls"), [seconds for turn in turns for seconds in turn["stats"]["data"]]
+    found["rounds"] = len(times)
+    found["seconds"] = {f"p{p}": float(f"{np.percentile(times, p) / calls:.4g}") for p in PERCENTILES}
+    median = found["seconds"]["p50"]
+    for amount, rate, unit in (("bytes", "gb_s", 1e9), ("flops", "tflop_s", 1e12), ("images", "images_s", 1)):
+        if amount in found:
+            found[rate] = float(f"{found[amount] / median / unit:.4g}")
+    return found
+
+
+def rows(benchmarks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every timed callable; operators also as a share of the ceiling that was measured beside them."""
+    turns: dict[str, list[dict[str, Any]]] = {}
+    for one in benchmarks:
+        own = {key: value for key, value in one["extra_info"].items() if key not in ("rescored", "undecided")}
+        turns.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(one)
+    found = [row(one) for one in turns.values()]
+    ceilings = {one["name"]: one for one in found if one["kind"] == "ceiling"}
+    for one in found:
+        for rate, ceiling in (("gb_s", "copy"), ("tflop_s", "product")):
+            if one["kind"] == "operator" and rate in one and ceiling in ceilings:
+                one["of_ceiling"] = round(one[rate] / ceilings[ceiling][rate], 3)
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file; empty where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path: Path, **parts: Any) -> None:
+    """Write parts of a results file: the others, measured by hand or at another time, stay."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"format": FORMAT} | read(path) | parts, indent=1) + "\n")
+
+
+def headline(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was compared with one another: {what, unitvis, and per family of baselines its fastest form}, images/s."""
+    groups: dict[tuple[Any, ...], dict[str, float]] = {}
+    for one in found:
+        if one["kind"] not in ("step", "scan"):
+            continue
+        batch = one["images"] if one["kind"] == "step" else one["batch"]
+        rates = groups.setdefault((one["network"], one["precision"], one["kind"], batch), {})
+        family = next((f for f in (BARE, DEVICE, HOST) if one["contender"].startswith(f)), one["contender"])
+        rates[family] = max(rates.get(family, 0.0), one["images_s"])
+    lines = []
+    for (network, precision, kind, batch), rates in groups.items():
+        what = f"{NAMES.get(network, network)}, {PRECISIONS[precision]}, "
+        what += f"a step of {batch}" if kind == "step" else f"a scan from host memory, {batch} at once"
+        for who in rates:
+            if who.startswith("unitvis"):
+                own = what + who.removeprefix("unitvis")
+                lines.append({"what": own, "unitvis": rates[who]} | {f: rates[f] for f in (BARE, DEVICE, HOST)})
+    return lines
+
+
+def render(files: Iterable[Path]) -> str:
+    """The README's part, in Markdown, from results files."""
+    loaded = [json.loads(path.read_text()) for path in files]
+    text = [
+        f"Images a second; behind each, how many times as fast as that unitvis is. Where {BARE} and {DEVICE} were also "
+        f"compiled or captured, the fastest form counts.",
+        "",
+    ]
+    for one in loaded:
+        machine = one["machine"]
+        driver = f", driver {machine['driver']}" if machine["driver"] else ""
+        place = f"{machine['name']}, {machine['cores']} cores" if machine["kind"] == "cpu" else machine["name"]
+        text += [
+            f"**{place}**{driver}, torch {machine['versions']['torch']}, commit {machine['commit']}, "
+            f"{machine['date']}, load {machine['load']} before the start:",
+            "",
+            f"| | unitvis | {BARE} | {DEVICE} | {HOST} |",
+            "|---|---|---|---|---|",
+        ]
+        for line in headline(one["rows"]):
+            cells = [f"{line[f]:,.0f} ({line['unitvis'] / line[f]:.2f}x)" for f in (BARE, DEVICE, HOST)]
+            text.append(f"| {line['what']} | {line['unitvis']:,.0f} | {' | '.join(cells)} |")
+        text.append("")
+    if not any(one["machine"]["kind"] == "cuda" for one in loaded):
+        text += ["Not yet measured on a GPU.", ""]
+    return "\n".join(text)
+
+
+def files() -> list[Path]:
+    """Those that are committed."""
+    return sorted(RESULTS.glob("*.json"))
+
+
+def block(readme: str) -> str:
+    """What stands between the markers."""
+    return readme.partition(START + "\n")[2].partition(END)[0]
+
+
+def update_readme() -> None:
+    """Put the table between the markers."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START + "\n")
+    _, _, behind = rest.partition(END)
+    README.write_text(f"{before}{START}\n{render(files())}{END}{behind}", encoding="utf-8")

@@ -1,0 +1,38 @@
+"""Many images from little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unitvis.bench import pictures
+
+
+class Ring:
+    """`count` images, uint8 [H, W, 3], that repeat after those that fit into so many bytes of host memory."""
+
+    def __init__(self, count: int, side: int, memory: int, pinned: bool) -> None:
+        self.count = count
+        fit = max(1, min(count, memory // (3 * side**2)))
+        self.images = torch.from_numpy(pictures(min(fit, 1024), (side, side)))
+        self.images = torch.cat([self.images.roll(turn, 1) for turn in range(-(-fit // len(self.images)))])[:fit]
+        if pinned:
+            self.images = self.images.pin_memory()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.images[index % len(self.images)].numpy()
+
+    def batches(self, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids, uint8 [at most `size`, H, W, 3]) of the first images; views of the ring."""
+        start = 0
+        while start < count:
+            at = start % len(self.images)
+            part = self.images[at : at + min(size, count - start)]
+            yield torch.arange(start, start + len(part)), part
+            start += len(part)

@@ -1,0 +1,30 @@
+"""The state of a long scan without the long scan: what a batch finds when images come in random order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+IMAGES = 1_280_000
+
+
+def entries(places: int, batch: int) -> float:
+    """How many images of a batch enter a unit's places, on average over a scan of IMAGES in random order."""
+    return min(1.0, places * (1 + math.log(IMAGES / places)) * batch / IMAGES)
+
+
+def fill(state: Tensor, keys: Tensor) -> float:
+    """Fill a state, in place, so that of keys int64 [N, C] the best enters as many units as `entries` says, no other.
+
+    Gives the share of units.
+    """
+    places = (state.shape[1] - 2) // 2
+    g = torch.Generator().manual_seed(0)
+    share = entries(places, len(keys))
+    entered = (torch.rand(keys.shape[1], generator=g) < share).to(keys.device)
+    best, second = keys.topk(2, dim=0).values
+    state[:, :places] = (((torch.where(entered, second, best) >> 32) + 1) << 32)[:, None]
+    state[:, places : 2 * places] = 2**40 + torch.arange(places, device=state.device)
+    return share

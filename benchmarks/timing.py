@@ -1,0 +1,79 @@
+"""What a timed callable is: it ends when the device is done, and finds nothing of its operands in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unitvis.bench import synchronise
+
+
+class Timer:
+    """Hands callables to pytest-benchmark, with what a row of the results has to say about them."""
+
+    def __init__(self, benchmark: Any, device: torch.device, rounds: int, flushed: int) -> None:
+        self.benchmark, self.device, self.rounds = benchmark, device, rounds
+        self._flush = torch.empty(flushed, dtype=torch.uint8, device=device)
+
+    def __call__(
+        self,
+        run: Callable[[], object],
+        *,
+        calls: int = 1,
+        setup: Callable[[], object] | None = None,
+        warm: bool = False,
+        **row: Any,
+    ) -> None:
+        """Time `run`, which makes `calls` calls of what is measured; before each round `setup`, untimed; first, unless
+        it is warm already, once for nothing.
+        """
+
+        def prepare() -> None:
+            if setup is not None:
+                setup()
+            self._flush.zero_()
+            synchronise(self.device)
+
+        def timed() -> None:
+            run()
+            synchronise(self.device)
+
+        self.benchmark.extra_info.update(row, calls=calls)
+        self.benchmark.pedantic(timed, setup=prepare, rounds=self.rounds, warmup_rounds=0 if warm else 1)
+
+
+def rotating(
+    call: Callable[..., object], operands: Sequence[tuple[Any, ...]], device: torch.device
+) -> tuple[Callable[[], object], int]:
+    """(a callable that calls with each of the operands in turn, how many calls that is).
+
+    On a GPU it replays a CUDA graph, so that a launch from Python is not part of the time.
+    """
+
+    def run() -> None:
+        for one in operands:
+            call(*one)
+
+    return (captured(run, device) if device.type == "cuda" else run), len(operands)
+
+
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The replay of a CUDA graph of `run`, after what it compiles and chooses the first times."""
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside), torch.inference_mode():
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.inference_mode():
+        run()
+    return graph.replay
+
+
+def copies(tensors: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
+    """The tensors, and count - 1 copies of each in memory of their own, in the same layout."""
+    return [tuple(tensors), *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]

@@ -1,0 +1,164 @@
+"""The benchmarks run, in their smallest form; what they write down is whole; the README shows what is written down."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import unitvis_kernels as uk
+from benchmarks import convolutions, long, machine, results, stream
+from benchmarks.__main__ import MODULES
+from unitvis_kernels import choice
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The suite at its smallest, timed."""
+    raw = tmp_path_factory.mktemp("benchmarks") / "raw.json"
+    files = [f"benchmarks/{name}" for name in MODULES]
+    options = ["--sizes", "tiny", "--benchmark-enable", f"--benchmark-json={raw}", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *files, *options, "-W", "default"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return json.loads(raw.read_text())["benchmarks"]
+
+
+def test_what_the_suite_times_becomes_rows(timed: list[dict]) -> None:
+    found = results.rows(timed)
+    assert {row["kind"] for row in found} == {"ceiling", "operator", "step", "scan"}
+    operators = {row["name"] for row in found if row["kind"] == "operator"}
+    assert operators == {"spatial_argmax", "epilogue", "topk_merge_", "normalize", "conv_argmax"}
+    for row in found:
+        assert 0 < row["seconds"]["p20"] <= row["seconds"]["p50"] <= row["seconds"]["p80"]
+        assert len({"gb_s", "tflop_s", "images_s"} & set(row)) == 1
+    lines = results.headline(found)
+    assert [line["what"] for line in lines] == [
+        "AlexNet, float32, a step of 2",
+        "AlexNet, float32, a scan from host memory, 64 at once, the scan alone",
+    ]
+
+
+def test_rows_and_ratios_are_computed_right(tmp_path: Path) -> None:
+    def one(seconds: list[float], **extra: object) -> dict:
+        return {"extra_info": {"calls": 2, **extra}, "stats": {"data": seconds}}
+
+    shape = {"kind": "step", "network": "vgg16", "precision": "fp16", "images": 100}
+    found = results.rows(
+        [
+            one([1.0, 3.0, 2.0], kind="ceiling", name="copy", bytes=10**10),
+            one([4.0], kind="operator", name="spatial_argmax", contender="unitvis", bytes=10**10),
+            one([0.5], contender="unitvis", **shape),
+            one([0.7, 0.1], contender="unitvis", **shape),
+            one([1.0], contender="bare forward", **shape),
+            one([0.25], contender="bare forward, captured", **shape),
+            one([1.0], contender="amax + topk hook", **shape),
+            one([50.0], contender="naive host hook", **shape),
+        ]
+    )
+    assert found[0]["seconds"] == {"p20": 0.7, "p50": 1.0, "p80": 1.3}
+    assert found[0]["gb_s"] == 10.0
+    assert found[1]["of_ceiling"] == 0.5
+    device = {"name": "Some GPU", "kind": "cuda", "driver": "1.2", "cores": 4, "load": 0.1, "versions": {"torch": "9"}}
+    device |= {"commit": "abc", "date": "2030-01-02"}
+    path = tmp_path / "x.json"
+    results.write(path, machine=device, rows=found)
+    results.write(path, memory=[1])
+    assert set(json.loads(path.read_text())) == {"format", "machine", "rows", "memory"}
+    text = results.render([path])
+    assert "**Some GPU**, driver 1.2, torch 9, commit abc, 2030-01-02" in text
+    assert "| VGG16, float16, a step of 100 | 400 | 800 (0.50x) | 200 (2.00x) | 4 (100.00x) |" in text
+    assert "Not yet measured on a GPU" not in text
+
+
+def test_the_readme_shows_what_is_committed() -> None:
+    files = results.files()
+    assert files
+    assert results.block(results.README.read_text(encoding="utf-8")) == results.render(files)
+    for path in files:
+        found = json.loads(path.read_text())
+        assert found["format"] == results.FORMAT
+        assert path.name == machine.file_name(found["machine"]["name"])
+        assert {"name", "driver", "kind", "cores", "versions", "commit", "date"} <= set(found["machine"])
+        assert re.fullmatch(r"[0-9a-f]{12}\+?", found["machine"]["commit"])
+        assert results.headline(found["rows"])
+        for line in results.headline(found["rows"]):  # never a ratio to the naive hook without one to amax + topk
+            assert {"unitvis", "bare forward", "amax + topk hook", "naive host hook"} <= set(line)
+
+
+def test_a_device_s_name_makes_a_file_s() -> None:
+    assert machine.file_name("NVIDIA H200") == "nvidia-h200.json"
+    assert (
+        machine.file_name("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz")
+        == "intel-xeon-platinum-8481c-cpu-2.70ghz.json"
+    )
+    assert machine.file_name("a/../b:\0c") == "a-..-b-c.json"
+
+
+def test_the_steady_state_lets_in_as_many_as_a_long_stream() -> None:
+    keys = uk.pack(torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)), torch.zeros(64, 5000).long())
+    state = uk.topk_state(5000, 32)
+    share = stream.fill(state, keys)
+    uk.topk_merge_(state, keys, torch.arange(64))
+    entered = (uk.topk_read(state)[1] < 64).sum(dim=1)
+    assert entered.max() == 1
+    assert abs(float(entered.float().mean()) - share) < 0.005
+    # 1.28 million images, 9 places: 9 (1 + ln(1.28e6 / 9)) entries in all
+    assert stream.entries(9, 64) * stream.IMAGES / 64 == pytest.approx(115.8, abs=0.1)
+
+
+def test_convolutions_are_the_ones_that_a_scan_chooses_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    chain = [torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(8, 8, 3, padding=1)]
+    model = torch.nn.Sequential(*chain, torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1))
+    found = convolutions.layers(model.eval(), 21)
+    assert list(found) == ["8-8 k3x3 s1x1 g1 5x5 float16"]  # the first is pooled; the last is the second again
+    one = next(iter(found.values()))
+    times = convolutions.measure(one, 2, torch.float32, torch.device("cpu"), 2)
+    assert set(times) == {"fused_us", "separate_us"}
+    assert min(times.values()) > 0
+    table = tmp_path / "measured.json"
+    table.write_text(convolutions.TABLE.read_text())
+    convolutions.fill(table, "sm_75", {one.key(torch.float16): times | {"rival_us": 3.0}})
+    assert json.loads(table.read_text())["layers"]["sm_75"] == {"8-8 k3x3 s1x1 g1 5x5 float16": times}
+    assert set(choice.measured()) <= set(json.loads(table.read_text())["layers"])
+
+
+def test_a_wrong_convolution_is_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = torch.nn.Conv2d(3, 4, 3)
+    right = uk.conv_argmax
+    monkeypatch.setattr(uk, "conv_argmax", lambda x, *args, **options: right(x * 1.01, *args, **options))
+    with pytest.raises(SystemExit, match="fused_us is wrong"):
+        convolutions.measure(convolutions.Layer(conv, (8, 8)), 2, torch.float32, torch.device("cpu"), 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_convolutions_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["convolutions"])
+    assert convolutions.main() == 2
+    assert "a GPU is needed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_is_measured_for_both_precisions() -> None:
+    found = long.memory([320])
+    assert [(one["precision"], one["images"]) for one in found] == [("exact", 320), ("fp16", 320)]
+    assert all(0 <= one["beyond_a_batch_mib"] < 500 for one in found)
+    assert found[1]["rescored"] > 0
+
+
+def test_exact_says_where_half_precision_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.long.fastest_half", lambda device: None)
+    assert set(long.exact(10)) == {"not measured", "times_as_fast_as_float32"}
