@@ -191,7 +191,7 @@ class _Packing:
             height, width, _ = pixels.shape[1:]
             raise UnitvisError(
                 f"{self._source.name(int(batch.ids[0]))!r} gives {width} x {height} pixels, those before it give "
-                f"{self._row[1]} x {self._row[0]}; one size is needed: give resize=(height, width), or resize and crop"
+                f"{self._row[1]} x {self._row[0]}; one size is needed, with resize=(height, width), or resize and crop"
             )
         for id, row in zip(batch.ids.tolist(), pixels, strict=True):
             self._file.seek(self._bytes(id))

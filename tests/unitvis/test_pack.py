@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -273,11 +274,15 @@ def test_the_same_transform_or_none(given: unitvis.Transform, packed: Path) -> N
             {},
             "interpolation='bicubic' and resize=20, crop=(16, 16), interpolation='bilinear'",
         ),
-        (unitvis.Transform(20), {}, "and resize=20, crop=None, interpolation='bilinear' is asked for; leave that out"),
+        (
+            unitvis.Transform(20),
+            {},
+            "and resize=20, crop=None, interpolation='bilinear' is asked for, by you or by",
+        ),
         (unitvis.Transform(crop=16), {}, "and resize=None, crop=(16, 16) is asked for"),
         (unitvis.Transform(interpolation="box"), {}, "and resize=None, crop=None is asked for"),
         (NORMAL, {"scaled": True}, "scaled=False, allow_truncated=False and decoder='pillow', scaled=True"),
-        (None, {}, "need a transform and the model names none"),
+        (None, {}, "is a pack and needs mean and std"),
     ],
 )
 def test_another_transform_is_refused(
@@ -408,12 +413,19 @@ def test_a_signal_writes_a_checkpoint(
         pack(folder, tmp_path / "x.npy")
     assert stopped.value.code == 128 + number
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    left = {path: path.read_bytes() for path in tmp_path.glob("x.*")}
     for options, message in (
         ({"transform": unitvis.Transform(20, 18)}, "transform.crop is 16 and 18; *|interpolation"),
         ({"scaled": True}, "source.decoding.scaled is false and true"),
     ):
         with pytest.raises(UnitvisError, match=rf"x.npy cannot be gone on with \(there and now\): .*{message}"):
             pack(folder, tmp_path / "x.npy", resume=True, **options)
+    with open(tmp_path / "x.npy.part", "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(UnitvisError, match=r"another process is packing into .*x.npy; wait for its end"):
+                pack(folder, tmp_path / "x.npy", **options)
+    assert left == {path: path.read_bytes() for path in tmp_path.glob("x.*")}  # whoever is refused changes nothing
     progress = tmp_path / "x.npy.progress"
     progress.write_bytes(progress.read_bytes()[:-9])
     with pytest.raises(UnitvisError, match=r"x.npy.progress is damaged .*; start again with --overwrite"):
@@ -421,77 +433,87 @@ def test_a_signal_writes_a_checkpoint(
     pack(folder, tmp_path / "x.npy", overwrite=True)
 
 
-def test_processes_that_are_killed(folder: Path, packed: Path, tmp_path: Path) -> None:
-    """kill -9 wherever it strikes, again and again, until one of them is through."""
-    out = tmp_path / "out" / "whole.npy"
-    out.parent.mkdir()
-    code = (
-        "import sys, time, unitvis\n"
-        "packing = sys.modules['unitvis.pack']\n"
-        "packing.BATCH, add = 1, packing._Packing.add\n"
-        "def slowly(self, batch):\n"
-        "    add(self, batch), print(self.done, flush=True), time.sleep(0.02)\n"
-        "packing._Packing.add = slowly\n"
-        "transform = unitvis.Transform(20, 16, interpolation='bicubic')\n"
-        f"unitvis.pack({str(folder)!r}, {str(out)!r}, transform, resume=True, every=1e-9, progress=False)\n"
-    )
-    reached = []
-    for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())
-        lines = [process.stdout.readline() for _ in range(4)]
-        process.kill()
-        process.communicate()
-        reached.append(int(lines[-1]))
-    assert 0 < reached[0] < reached[1] < COUNT
-    pack(folder, out, resume=True)
-    assert files(out) == files(packed) | {"left": b"['whole.json', 'whole.npy', 'whole.npz']"}
+KILLED = """
+import io, os, signal, sys
+from pathlib import Path
+import unitvis
+packing = sys.modules["unitvis.pack"]
+packing.BATCH = 1
+os.fsync = lambda file: None  # slow, and of no matter while the system lives
+folder, out = sys.argv[1], Path(sys.argv[2])
+wanted, old = unitvis.Transform(20, 16, interpolation="bicubic"), unitvis.Transform(30, 18)
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+def pack(**options):
+    unitvis.pack(folder, out, options.pop("transform", wanted), every=1e-9, workers=0, progress=False, **options)
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_an_end_in_the_midst_of_finishing(
-    there: bool, folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between any two changes of a file FILE.npy is the old pack, the new one, or not there: never a plain array."""
-    out = tmp_path / "out" / "whole.npy"
-    out.parent.mkdir()
-    seen = set()
-    for last in range(20):
-        for path in out.parent.iterdir():
-            path.unlink()
-        if there:
-            pack(folder, out, transform=unitvis.Transform(30, 18))
-        with monkeypatch.context() as patch:
-            steps = iter(range(100))
+def files():
+    return {path.name: path.read_bytes() for path in out.parent.iterdir()}
 
-            def crashing(real: Callable[..., object], steps: object = steps, last: int = last) -> Callable[..., object]:
-                def call(*arguments: object, **options: object) -> object:
-                    if next(steps) == last:
-                        raise StoppedError
-                    return real(*arguments, **options)
 
-                return call
+def killed(last, **options):  # at the last one of the steps that change a file; a write ends in its midst
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL), status
+        return status == signal.SIGKILL
+    steps = iter(range(last))
 
-            patch.setattr(os, "replace", crashing(os.replace))
-            patch.setattr(Path, "unlink", crashing(Path.unlink))
-            try:
-                pack(folder, out, overwrite=True)
-                break
-            except StoppedError:
-                pass
-        if out.exists():
-            source = open_source(out, NORMAL)
-            seen.add((source.kind, source.transform.resize))
-        if there and last == 0:  # it had not yet begun, and the old pack is as it was
-            assert source.transform.resize == 30
-            pack(folder, out, overwrite=True)
-        pack(folder, out, resume=True)
-        assert files(out) == files(packed) | {"left": b"['whole.json', 'whole.npy', 'whole.npz']"}
-    assert last > 5
-    assert seen == ({("pack", 30), ("pack", 20)} if there else {("pack", 20)})
+    def dying(real, half=lambda *arguments: None):
+        def call(*arguments, **options):
+            if next(steps, None) is None:
+                half(*arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+        return call
+
+    class Dying(io.FileIO):
+        write = dying(io.FileIO.write, lambda file, data, write=io.FileIO.write: write(file, data[: len(data) // 2]))
+        truncate = dying(io.FileIO.truncate)
+
+    io.FileIO = Dying
+    os.replace, os.fsync, Path.unlink = dying(os.replace), dying(os.fsync), dying(Path.unlink)
+    packing.np.savez = dying(packing.np.savez, lambda file, **arrays: file.write(b"PK half"))
+    pack(**options)
+    os._exit(0)
+
+
+pack()
+whole, seen, last = files(), set(), 0
+while True:
+    for path in out.parent.iterdir():
+        path.unlink()
+    pack(transform=old)
+    before = files()
+    if not killed(last, overwrite=True):
+        break
+    begun = files() != before  # else --resume would be asked of the old pack
+    killed(last, resume=begun, overwrite=not begun)
+    if out.exists():
+        source = unitvis.sources.open_source(out, unitvis.Transform())
+        seen.add((source.kind, source.transform.resize))
+    begun = files() != before
+    pack(resume=begun, overwrite=not begun)
+    assert files() == whole, (last, files().keys())
+    last += 1
+print(last, sorted(seen))
+"""
+
+
+def test_kill_9_wherever_it_strikes(originals: Path, tmp_path: Path) -> None:
+    """Twice at each change of a file: FILE.npy is the old pack, the new one or not there, and goes on to its bytes."""
+    for name in ("images", "out"):
+        (tmp_path / name).mkdir()
+    for path in sorted((originals / "0").iterdir())[:6]:
+        shutil.copy(path, tmp_path / "images")
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, tmp_path / "images", tmp_path / "out" / "x.npy"]
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps, seen = done.stdout.split(maxsplit=1)
+    assert int(steps) > 20
+    assert seen == "[('pack', 20), ('pack', 30)]\n"
 
 
 def test_a_full_disk(folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,7 +218,7 @@ class Source(ABC):
             raise UnitvisError(
                 f"{self.name(first)!r} gives {_shape(known, dtype)}, {self.name(ids[0])!r} gives "
                 f"{_shape(shape, pixels.dtype)}; one size is needed: give the transform "
-                "resize=(height, width), or resize and crop"
+                "resize=(height, width), or resize and crop (--resize HxW, or --resize R and --crop S)"
             )
 
     def _fail(self, id: int, reason: str) -> None:

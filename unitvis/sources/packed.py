@@ -27,7 +27,7 @@ from torch import Tensor
 from unitvis.decoding import Decoding
 from unitvis.errors import UnitvisError, first_line, some
 from unitvis.sources.arrays import ArraySource
-from unitvis.sources.base import Chunks, Picture, SeenTable, Source, needed
+from unitvis.sources.base import Chunks, Picture, SeenTable, Source
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.files import FileSource
 from unitvis.sources.names import Names
@@ -155,13 +155,18 @@ def pack_source(
     about = read_about(path)
     if about is None:
         return None
+    if transform is None:
+        raise UnitvisError(
+            f"{path!r} is a pack and needs mean and std, which the model does not name: give "
+            "transform=unitvis.Transform(mean=, std=) (--mean M M M, --std S S S); Transform() alone divides by 255"
+        )
     asked = (decoding or Decoding()).to_json()
     if asked not in (Decoding().to_json(), about["source"]["decoding"]):
         raise UnitvisError(
             f"{path!r} was packed with {_told(about['source']['decoding'])} and {_told(asked)} is asked for; leave "
             "that out, or pack again"
         )
-    whole = with_baked(needed(transform), Transform.from_json(about["transform"]), path)
+    whole = _with_baked(transform, Transform.from_json(about["transform"]), path)
     pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     try:
         with open(Path(path).with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -202,7 +207,7 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
     return about
 
 
-def with_baked(given: Transform, baked: Transform, path: str) -> Transform:
+def _with_baked(given: Transform, baked: Transform, path: str) -> Transform:
     """The pack's resize, crop and interpolation, mean and std as given; UnitvisError where others are asked for."""
     nothing = given.resize is given.crop is None and given.interpolation in (
         Transform.interpolation,
@@ -210,8 +215,8 @@ def with_baked(given: Transform, baked: Transform, path: str) -> Transform:
     )
     if not nothing and _geometry(given) != _geometry(baked):
         raise UnitvisError(
-            f"{path!r} was packed with {_told(_geometry(baked))} and {_told(_geometry(given))} is asked for; leave "
-            "that out, or pack again"
+            f"{path!r} was packed with {_told(_geometry(baked))} and {_told(_geometry(given))} is asked for, by you or "
+            "by the model's weights; leave that out, or pack again"
         )
     return replace(baked, mean=given.mean, std=given.std)
 
