@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 import unitvis
+from half import rounded  # noqa: F401  # a fixture
 from unitvis import Interrupted, UnitvisError, cli
 from unitvis import pack as pack_function
 from unitvis.run import ARRAYS
@@ -242,6 +244,35 @@ def test_without_the_originals_patches_come_from_the_pack(kind: str, folder: Pat
     image = Image.fromarray(np.load(tmp_path / "x.npy")[run["2"].images[3, 0]])
     assert patch.tobytes() == image.resize((64, 64), Image.Resampling.BICUBIC).tobytes()
     assert unitvis.rescore.verify(run, net())["wrong"] == 0
+
+
+def test_files_count_as_gone_where_none_is_left(folder: Path, tmp_path: Path) -> None:
+    """An empty folder is where a disk was; a list may be gone while the files that it names are there."""
+    listing = tmp_path / "lists" / "list.txt"
+    listing.parent.mkdir()
+    listing.write_text("\n".join(str(path) for path in sorted(folder.rglob("*.*"))))
+    pack(listing, tmp_path / "x.npy")
+    run = scan(tmp_path / "x.npy")
+    shutil.rmtree(listing.parent)
+    want = run.patch("2", 3, 0, size=64)
+    for one in folder.iterdir():
+        shutil.rmtree(one)
+    run = scan(tmp_path / "x.npy")
+    with pytest.warns(UserWarning, match=rf"the originals of the pack .* are gone.*there is no '{folder}/0/00é.png'"):
+        assert run.patch("2", 3, 0, size=64).tobytes() != want.tobytes()
+
+
+@pytest.mark.usefixtures("rounded")
+def test_candidates_of_half_precision_are_read_again_from_the_pack(
+    packed: Path, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = importlib.import_module("unitvis.plan").Plan("fp16", "as the test wants it")
+    monkeypatch.setattr(importlib.import_module("unitvis.scan"), "plan", lambda *_, **__: half)
+    want = scan(originals, transform=TRANSFORM)
+    same(scan(packed, batch_size=16), want)
+    runs = [scan(packed, shard=(n, 2)) for n in (2, 1)]
+    same(unitvis.merge(runs, net()), want)
+    assert want.manifest["scan"]["precision"] == "fp16"
 
 
 # ---------------------------------------------------------------------------------------------- what is asked of a pack
@@ -479,6 +510,13 @@ def killed(last, **options):  # at the last one of the steps that change a file;
     os._exit(0)
 
 
+def going_on():  # and whether what there is meanwhile may be
+    if out.exists():
+        source = unitvis.sources.open_source(out, unitvis.Transform())
+        seen.add((source.kind, source.transform.resize))
+    return {"overwrite" if files() == before else "resume": True}  # not begun: --resume would be asked of the old pack
+
+
 pack()
 whole, seen, last = files(), set(), 0
 while True:
@@ -488,13 +526,8 @@ while True:
     before = files()
     if not killed(last, overwrite=True):
         break
-    begun = files() != before  # else --resume would be asked of the old pack
-    killed(last, resume=begun, overwrite=not begun)
-    if out.exists():
-        source = unitvis.sources.open_source(out, unitvis.Transform())
-        seen.add((source.kind, source.transform.resize))
-    begun = files() != before
-    pack(resume=begun, overwrite=not begun)
+    killed(last % 7, **going_on())
+    pack(**going_on())
     assert files() == whole, (last, files().keys())
     last += 1
 print(last, sorted(seen))
