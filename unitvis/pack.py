@@ -151,8 +151,9 @@ class _Packing:
         return about, seen
 
     def _refuse_another(self, what: str, about: Mapping[str, Any]) -> None:
+        aside = {"path": None, "others": None}  # files that are no images may come and go: the pack may be one of them
         there, here = (
-            {"source": {**one["source"], "path": None}, "transform": one["transform"]} for one in (about, self._about())
+            {"source": one["source"] | aside, "transform": one["transform"]} for one in (about, self._about())
         )
         refuse_differences(f"{what} (there and now)", there, json.loads(json.dumps(here)))
 
