@@ -1,4 +1,4 @@
-"""What a run's manifest says of a model, its layers and their responses."""
+"""What a run's manifest says of a model, and what it warns of."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from unitvis.receptive_field import ReceptiveField
 from unitvis.run import LayerTop
 
 
@@ -20,24 +19,6 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     parameters = sum(p.numel() for p in model.parameters())
     return {"class": type(model).__name__, "parameters": parameters, "weights": digest.hexdigest()}
-
-
-def field_info(field: ReceptiveField) -> dict[str, Any]:
-    """A layer's receptive field in plain numbers."""
-    return {
-        "size": list(field.size),
-        "stride": list(field.stride) if field.stride else None,
-        "whole_image": field.whole_image,
-        "method": field.method,
-        "note": field.note,
-    }
-
-
-def nan_info(nan: Any) -> dict[str, int] | None:
-    """How many responses were NaN, of how many units, and the first image with one; nan: [units, 2]."""
-    if not nan[:, 0].any():
-        return None
-    return {"responses": int(nan[:, 0].sum()), "units": int((nan[:, 0] > 0).sum()), "first_image": int(nan[:, 1].min())}
 
 
 def saturation(top: LayerTop) -> str | None:

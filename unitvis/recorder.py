@@ -19,8 +19,7 @@ from unitvis.canonical import BATCH, canonical_settings, compute_batch, evaluati
 from unitvis.coverage import Coverage
 from unitvis.device import copied, fingerprint, free_memory, on_device
 from unitvis.errors import UnitvisError
-from unitvis.manifest import describe_model, field_info, nan_info, saturation
-from unitvis.nonfinite import infinite_info
+from unitvis.manifest import describe_model, saturation
 from unitvis.partial import Identity, Partial, identity
 from unitvis.receptive_field import ReceptiveField, receptive_fields
 from unitvis.run import FORMAT, SEPARATED, TIED, UNSEPARATED, LayerTop, Run
@@ -29,6 +28,7 @@ from unitvis.sources import open_source
 from unitvis.step import HALF, Step
 from unitvis.taps import Examination, Layer, Taps
 from unitvis.transform import Transform
+from unitvis.winners import Top, layer_top
 
 SPARE = 55  # candidates beyond k that a scan in half precision keeps of every unit
 
@@ -343,14 +343,10 @@ class Recorder:
         nan = self.state[:, -2:].cpu().numpy()
         tops = {}
         for layer, part in zip(self.layers, self._units, strict=True):
-            info = asdict(layer) | {"unit": self.unit, "units": part.stop - part.start}
-            info |= {"receptive_field": field_info(self.fields[layer.name]), "effective_box": None}
-            info["nan"], info["infinite"] = nan_info(nan[part]), infinite_info(values[part], ids[part])
-            tied = (ids[part, self.k] >= 0) & (values[part, self.k] == values[part, self.k - 1])
-            shown = (values[part, : self.k], ids[part, : self.k], positions[part, : self.k])
+            places = Top(values[part], ids[part], positions[part], nan[part])
+            tied = (places.ids[:, self.k] >= 0) & (places.values[:, self.k] == places.values[:, self.k - 1])
             status = self._status(tied, part)
-            info["unseparated"] = int((status == UNSEPARATED).sum())
-            tops[layer.name] = self._top(layer, *shown, status, info)
+            tops[layer.name] = layer_top(layer, self.fields[layer.name], self.unit, self.k, places, status)
         run = Run(tops, self._manifest(tops), {})
         if images is not None:
             run.attach(open_source(images, self.transform))
@@ -359,18 +355,6 @@ class Recorder:
     def _status(self, tied: Any, units: slice) -> Any:
         """Of a layer's units; tied [units]: the k-th shares its value with the next."""
         return np.where(tied, TIED, SEPARATED) if self.precision == "fp32" else np.full(len(tied), UNSEPARATED)
-
-    def _top(self, layer: Layer, values: Any, ids: Any, flat: Any, status: Any, info: dict[str, Any]) -> LayerTop:
-        channels = np.arange(len(ids))[:, None]
-        if self.unit == "neuron":  # the unit is the position
-            channels, flat = channels // (layer.height * layer.width), channels % (layer.height * layer.width)
-        channels, flat, blank = np.broadcast_arrays(channels, flat, ids < 0)
-        positions = np.stack([flat // layer.width, flat % layer.width], axis=-1).astype(np.int32)
-        positions[blank] = -1
-        boxes = np.zeros((*ids.shape, 4), np.int32)
-        live = ~blank
-        boxes[live] = self.fields[layer.name].boxes(channels[live], positions[live][:, 0], positions[live][:, 1])
-        return LayerTop(layer.name, values, ids, positions, boxes, status, info)
 
     @cached_property
     def _described(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,11 @@ import torch
 import brute
 import photos
 import unitvis
+from half import rounded  # noqa: F401  # a fixture
+from unitvis import exact
 from unitvis.rescore import verify
+from unitvis.run import UNSEPARATED
+from unitvis.sources import open_source
 
 pytestmark = photos.needed
 
@@ -55,6 +61,23 @@ def test_a_plain_forward_ranks_the_same_but_for_near_ties(network: str) -> None:
         for name, unit, theirs in places:
             largest = abs(float(run[name].values[unit, 0]))
             assert abs(exact[ours][name][unit] - exact[theirs][name][unit]) <= 1e-5 * largest, (name, unit)
+
+
+@pytest.mark.usefixtures("rounded")
+def test_by_way_of_half_precision_decided_units_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "MOST", math.inf)  # nothing but the bound decides
+    layers, source = ["conv1.2", "dw3.1", "pw6.1"], open_source(photos.images(), None)
+    with unitvis.Recorder(photos.model("small"), layers, precision="fp16") as recorder:
+        for batch in source.batches(64):
+            recorder(batch.pixels, batch.ids)
+    run, want = recorder.result(source), photos.run("small")
+    decided = 0
+    for name in layers:
+        sure = run[name].status != UNSEPARATED
+        decided += int(sure.sum())
+        for key in ("values", "images", "positions", "boxes", "status"):
+            assert (getattr(run[name], key) == getattr(want[name], key))[sure].all(), (name, key)
+    assert decided >= 150  # of 168
 
 
 @pytest.mark.parametrize("how", ["batch size 7", "one thread", "one worker", "shuffled"])
