@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -77,12 +77,13 @@ def pack(
     packing = _Packing(target, source, every)
     with packing.explained(), Signals() as signals:
         if not (resume and packing.resume()):
-            silent = None if progress else True
-            with tqdm(
-                total=source.length, initial=packing.done, desc="pack", unit=" images", disable=silent, leave=False
-            ) as bar:
-                ids = range(packing.done, packing.images) if packing.done else None
-                for batch in source.batches(4 * BATCH, workers=workers, ids=ids):
+            ids = range(packing.done, packing.images) if packing.done else None
+            begin, off = packing.done, None if progress else True
+            with (
+                closing(source.batches(4 * BATCH, workers=workers, ids=ids)) as batches,
+                tqdm(total=packing.images, initial=begin, desc="pack", unit=" images", disable=off, leave=False) as bar,
+            ):
+                for batch in batches:
                     packing.add(batch)
                     bar.update(packing.done - bar.n)
                     if signals.came is not None:

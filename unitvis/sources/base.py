@@ -7,7 +7,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Source(ABC):
 
     def batches(
         self, batch_size: int, *, workers: int | None = None, ids: Iterable[int] | None = None
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """All images in the order of their ids, or those of `ids` in that order, each once.
 
         Every batch but the last has `batch_size` images, whatever failed. Files and arrays are read by `workers`
@@ -174,7 +174,7 @@ class Source(ABC):
     def _hash(self, id: int) -> str:
         """Of the image as it is now."""
 
-    def _batches(self, batch_size: int, workers: int, ids: Iterable[int] | None) -> Iterator[Batch]:
+    def _batches(self, batch_size: int, workers: int, ids: Iterable[int] | None) -> Generator[Batch]:
         found, filled = False, 0
         for numbers, pixels in self._chunks(ids, batch_size, workers):
             self._same_size(numbers, pixels)
