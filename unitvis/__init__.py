@@ -4,6 +4,7 @@ from unitvis.deconvnet import Projection, project
 from unitvis.errors import ImageError, Interrupted, UnitvisError
 from unitvis.gallery import gallery
 from unitvis.merge import merge
+from unitvis.pack import pack
 from unitvis.receptive_field import ReceptiveField, receptive_field
 from unitvis.recorder import Recorder
 from unitvis.responses import ResponseMap, response_map
@@ -25,6 +26,7 @@ __all__ = [
     "gallery",
     "load",
     "merge",
+    "pack",
     "project",
     "receptive_field",
     "response_map",

@@ -8,23 +8,24 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from unitvis import models, sheets
-from unitvis.decoding import DECODERS
 from unitvis.distributed import processes, scan_together
 from unitvis.errors import Interrupted, UnitvisError
-from unitvis.figures import DPI, FIGURES, figure
+from unitvis.figures import DPI, figure
 from unitvis.gallery import MOST_UNITS, gallery
 from unitvis.merge import merge
 from unitvis.nonfinite import odd_responses
-from unitvis.progress import EVERY
+from unitvis.options import Command, parser
+from unitvis.pack import pack
 from unitvis.recorder import Recorder
 from unitvis.rescore import verify
 from unitvis.run import Run, load, replacing
-from unitvis.scan import PRECISIONS, scan
+from unitvis.scan import scan
 from unitvis.transform import Transform
 
 DONE, WRONG, USAGE, SKIPPED = 0, 1, 2, 3
@@ -32,7 +33,7 @@ DONE, WRONG, USAGE, SKIPPED = 0, 1, 2, 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser(COMMANDS).parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"unitvis: warning: {message}", file=sys.stderr)
@@ -74,8 +75,6 @@ def _layers(arguments: argparse.Namespace) -> int:
 
 def _scan(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments)
-    fields = ("resize", "crop", "mean", "std", "interpolation")
-    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     together = processes() > 1 and arguments.shard is None
     shard = {} if together else {"shard": arguments.shard}
     run = (scan_together if together else scan)(
@@ -84,26 +83,51 @@ def _scan(arguments: argparse.Namespace) -> int:
         arguments.layer or None,
         arguments.k,
         out=arguments.output,
-        transform=replace(loaded.transform or Transform(), **given) if given else loaded.transform,
+        transform=_transform(arguments, loaded.transform, "mean", "std"),
         batch_size=arguments.batch_size,
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         precision=arguments.precision,
         unit=arguments.unit,
-        on_error=arguments.on_error,
-        max_failures=arguments.max_failures,
-        decoder=arguments.decoder,
-        scaled=arguments.scaled,
-        allow_truncated=arguments.allow_truncated,
-        overwrite=arguments.overwrite,
-        resume=arguments.resume,
-        every=arguments.checkpoint_every,
-        workers=arguments.workers,
+        **_reading(arguments),
         **shard,
     )
     if run is None:
         return DONE
     code = _done(run, arguments.output, loaded.model, arguments.device, project=arguments.project)
     return DONE if together else code  # torchrun would take any other code for a crash
+
+
+def _transform(arguments: argparse.Namespace, known: Transform | None, *more: str) -> Transform | None:
+    """What is known, with what the command line says instead."""
+    fields = ("resize", "crop", "interpolation", *more)
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    return replace(known or Transform(), **given) if given else known
+
+
+def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that say how images are read, when checkpoints come, and what becomes of what is there."""
+    names = ("on_error", "max_failures", "decoder", "scaled", "allow_truncated", "workers", "overwrite", "resume")
+    return {name: getattr(arguments, name) for name in names} | {"every": arguments.checkpoint_every}
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    known = Transform()
+    if arguments.like is not None:
+        like = models.load(arguments.like, pretrained=False).transform
+        if like is None:
+            raise UnitvisError(f"{arguments.like} names no transform; give --resize and --crop")
+        known = like
+    packed = pack(
+        arguments.images if len(arguments.images) > 1 else arguments.images[0],
+        arguments.output,
+        _transform(arguments, known),
+        **_reading(arguments),
+    )
+    images, height, width, _ = packed.describe()["shape"]
+    print(f"{packed.path}: {images:,} images, {width} x {height} pixels")
+    failures = [{"name": packed.name(id), "reason": reason} for id, reason in packed.unusable.items()]
+    _tell_failures(failures, Path(packed.path).with_suffix(".json").name)
+    return SKIPPED if packed.unusable else DONE
 
 
 def _done(
@@ -137,9 +161,12 @@ def _tell(run: Run) -> None:
         _tell_result(run)
     else:
         print(f"{run.manifest['images']:,} images; `unitvis merge` makes a run of all shards")
-    failures = run.manifest["failures"]
+    _tell_failures(run.manifest["failures"], "the manifest")
+
+
+def _tell_failures(failures: list[dict[str, Any]], where: str) -> None:
     if failures:
-        print(f"{len(failures)} images could not be read and were skipped (all are listed in the manifest):")
+        print(f"{len(failures)} images could not be read and were skipped (all are listed in {where}):")
         for failure in failures[:10]:
             print(f"  {failure['name']!r}: {failure['reason']}")  # !r: a name may hold anything
 
@@ -253,134 +280,17 @@ def _bench(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _size(text: str) -> int | tuple[int, int]:
-    """224 is a length, 224x256 height x width."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 224 or 224x256 (height x width)")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-
-
-def _square(text: str) -> tuple[int, int]:
-    size = _size(text)
-    return size if isinstance(size, tuple) else (size, size)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unitvis", description="For every unit of a ConvNet, the image patches that excite it most."
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=run)
-        return sub
-
-    def model_argument(sub: argparse.ArgumentParser, nargs: str | None = None) -> None:
-        sub.add_argument("model", metavar="MODEL", nargs=nargs, help=models.FORMS)
-        weights_options(sub)
-
-    def weights_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
-        sub.add_argument(
-            "--no-pretrained", dest="pretrained", action="store_false", help="random weights (by name only)"
-        )
-
-    def run_argument(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished scan")
-
-    def images_option(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--images", help="where the scanned images are now, if they moved")
-
-    sub = command("demo", _demo, "Draw pictures, scan them with the embedded network, and show what its units like.")
-    sub.add_argument("-o", "--output", type=Path, default=Path("unitvis-demo"), metavar="RUN", help="(unitvis-demo)")
-    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (a minute)")
-    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
-
-    sub = command("layers", _layers, "List layers that can be scanned, with what their neurons see.")
-    model_argument(sub)
-    sub.add_argument(
-        "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
-    )
-    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the input (the model's own, or 224)")
-
-    sub = command("scan", _scan, "Scan images for the patches that excite every unit most, and draw them.")
-    model_argument(sub)
-    sub.add_argument(
-        "images",
-        metavar="IMAGES",
-        nargs="+",
-        help="a folder, a text list of paths, tar archives ('train-{000..146}.tar'), or a uint8 .npy [N, H, W, 3]",
-    )
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
-    sub.add_argument(
-        "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
-    )
-    sub.add_argument("-k", type=int, default=9, help="patches a unit (9)")
-    sub.add_argument("--resize", type=_size, metavar="R|HxW", help="R: the shorter side; HxW: exactly")
-    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="cut the centre")
-    sub.add_argument("--mean", type=float, nargs=3, metavar="M", help="subtracted, of values in 0..1")
-    sub.add_argument("--std", type=float, nargs=3, metavar="S", help="divided by")
-    sub.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
-    sub.add_argument("--batch-size", type=int, metavar="N", help="images read at once; does not change the result")
-    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    sub.add_argument("--precision", choices=PRECISIONS, default="exact")
-    sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
-    sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
-    sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
-    sub.add_argument("--allow-truncated", action="store_true", help="take what is there of files that end early")
-    sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
-    sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
-    sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
-    sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
-    sub.add_argument("--resume", action="store_true", help="go on with the scan that was stopped in RUN")
-    sub.add_argument(
-        "--checkpoint-every", type=float, default=EVERY, metavar="SECONDS", help="a kill loses no more than that (60)"
-    )
-    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (slow)")
-    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
-
-    sub = command("merge", _merge, "Make one run of the runs of all shards, as if one scan had seen all images.")
-    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="made with scan --shard, or merged")
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
-    sub.add_argument("--model", metavar="MODEL", help="the model, where it is not found as it was scanned")
-    weights_options(sub)
-    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
-    sub.add_argument("--partial", action="store_true", help="merge what is there although images are missing")
-    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
-    images_option(sub)
-
-    sub = command("render", _render, "Draw the sheets and the gallery of a finished scan again.")
-    run_argument(sub)
-    images_option(sub)
-    sub.add_argument("--model", help="the network, to draw again what only it can: response maps, filters, projections")
-    sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
-    sub.add_argument("--project", action="store_true", help="with --model: draw deconvnet projections")
-    sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
-
-    sub = command("sheet", _sheet, "Draw one layer's units as a page of 3x3 tiles, or a figure of some layers.")
-    run_argument(sub)
-    sub.add_argument("layer", metavar="LAYER", nargs="+", help="with --figure also several")
-    sub.add_argument("--figure", choices=FIGURES, help="nine units a layer; paper: projections beside patches")
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
-    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all, of a figure nine")
-    sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
-    sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
-    images_option(sub)
-
-    sub = command("verify", _verify, "Recompute every winner of a run; exit code 1 if one does not come out again.")
-    run_argument(sub)
-    model_argument(sub)
-    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
-    images_option(sub)
-
-    sub = command("bench", _bench, "Time a scan against a naive hook and others, after checking that they agree.")
-    model_argument(sub, "?")
-    sub.add_argument("--count", type=int, metavar="N", help="images; default: as many as a minute allows")
-    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the images (the model's own, or 224)")
-    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    return parser
+COMMANDS: dict[str, Command] = {
+    "demo": _demo,
+    "layers": _layers,
+    "scan": _scan,
+    "merge": _merge,
+    "pack": _pack,
+    "render": _render,
+    "sheet": _sheet,
+    "verify": _verify,
+    "bench": _bench,
+}
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 from unitvis.coverage import Coverage
 from unitvis.errors import Interrupted, UnitvisError
@@ -18,6 +15,7 @@ from unitvis.partial import Identity, Partial, identity, read_partial, refuse_di
 from unitvis.recorder import Recorder
 from unitvis.run import PREVIOUS, PROGRESS, read_manifest, replacing
 from unitvis.shards import Shard
+from unitvis.signals import Signals
 from unitvis.sources import Source
 
 EVERY = 60.0  # seconds between checkpoints
@@ -46,24 +44,16 @@ class Progress:
         self.before = 0.0  # seconds of scanning in earlier attempts
         self.writing = 0.0  # seconds that checkpoints took
         self._identity: Identity | None = None
-        self._signal: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self._signals = Signals()
 
     def __enter__(self) -> Self:
         self._start = self._last = time.perf_counter()
-        if self._folder is not None and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._stop)
+        if self._folder is not None:
+            self._signals.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
-            raise Interrupted("interrupted twice; what was done since the last checkpoint is lost", number)
-        self._signal = number
+        self._signals.__exit__()
 
     def resume(self, batch_size: int | None = None) -> bool:
         """Go on with what the folder holds, if anything; True where the scan is finished already.
@@ -119,9 +109,9 @@ class Progress:
 
     def after_batch(self) -> None:
         """Write a checkpoint if it is time, or if a signal came."""
-        if self._signal is not None:
+        if self._signals.came is not None:
             self.checkpoint()
-            raise Interrupted(f"interrupted after {self._count()}; {HOW}", self._signal)
+            raise Interrupted(f"interrupted after {self._count()}; {HOW}", self._signals.came)
         if time.perf_counter() - self._last >= self._every:
             self.checkpoint()
 

@@ -174,6 +174,8 @@ def verify(run: Run, model: nn.Module, device: torch.device | str | None = None)
         raise UnitvisError(
             f"the run was ranked in {precision}, so its values are not canonical; scan with exact or fp32"
         )
+    for record in run.records.values() if run.source.apart else ():
+        run.source.check(record)
     with Comparison(model, run, device) as comparison:
         comparison.read(run.source, run.winners.tolist())
     winners, now = comparison.winners, comparison.again.values.astype(np.float64)

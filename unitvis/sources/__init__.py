@@ -16,6 +16,7 @@ from unitvis.errors import UnitvisError
 from unitvis.sources.arrays import ArraySource
 from unitvis.sources.base import Batch, Failure, Source
 from unitvis.sources.files import FileSource, folder_source, is_image_name, list_source, paths_source
+from unitvis.sources.packed import PackSource, pack_source
 from unitvis.sources.streams import DatasetSource, LoaderSource, StreamSource, first_of, loader_source
 from unitvis.sources.tar import TarSource, is_tar_name, tar_source
 from unitvis.transform import Transform
@@ -27,6 +28,7 @@ __all__ = [
     "Failure",
     "FileSource",
     "LoaderSource",
+    "PackSource",
     "Source",
     "StreamSource",
     "TarSource",
@@ -53,10 +55,10 @@ def open_source(
     """The images as a Source; nothing is read yet but the names.
 
     images: a folder (searched through, sorted), a .txt list (one path a line, relative to the list), .tar archives (one
-        path, with braces as in train-{000..146}.tar, or a list), a .npy file, a list of paths, a tensor or array (uint8
-        [N, H, W, 3] or float [N, C, H, W], taken as already normalised), a map-style dataset or sequence of images, a
-        DataLoader that keeps the order, or an iterable of batches. An item or batch may be a tuple or dict, of which
-        the first entry counts.
+        path, with braces as in train-{000..146}.tar, or a list), a .npy file or pack, a list of paths, a tensor or
+        array (uint8 [N, H, W, 3] or float [N, C, H, W], taken as already normalised), a map-style dataset or sequence
+        of images, a DataLoader that keeps the order, or an iterable of batches. An item or batch may be a tuple or
+        dict, of which the first entry counts.
     transform: what turns pixels into the model's input; image files, PIL images and uint8 need one.
     on_error: "skip" lists an image that cannot be used in `failures`, "raise" stops at it.
     max_failures: stop at the next one after so many.
@@ -122,11 +124,15 @@ def _open_path(path: str, transform: Transform | None, on_error: str, decoding: 
     if os.path.isdir(path):
         return folder_source(path, transform, on_error=on_error, decoding=decoding)
     if not os.path.exists(path):
-        raise UnitvisError(f"there is no file or folder {path!r}")
+        unfinished = os.path.exists(f"{path}.part") and ending == ".npy"
+        hint = "; that pack is not finished: go on with `unitvis pack --resume`" if unfinished else ""
+        raise UnitvisError(f"there is no file or folder {path!r}{hint}")
     try:
         if ending == ".txt":
             return list_source(path, transform, on_error=on_error, decoding=decoding)
         if ending == ".npy":
+            if packed := pack_source(path, transform, on_error=on_error, decoding=decoding):
+                return packed
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             return ArraySource(array, transform, on_error=on_error, path=os.path.abspath(path))
     except (OSError, ValueError, EOFError) as error:

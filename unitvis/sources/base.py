@@ -7,7 +7,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -67,10 +68,12 @@ class Source(ABC):
     """
 
     rereadable = True  # False: a stream, which is read once and in one order
+    apart = False  # True: pixels are not read from what the records describe, which may have changed unseen
     length: int | None  # number of images, None where only the end will tell
     kind: str  # what messages and the manifest call it
     max_failures: int | None = None  # one more stops the scan; None: any number
     _changed = "is no longer the image that was scanned"
+    _again = "scan again"  # what mends that
 
     def __init__(self, transform: Transform | None, length: int | None, on_error: str) -> None:
         if on_error not in ("skip", "raise"):
@@ -85,7 +88,7 @@ class Source(ABC):
 
     def batches(
         self, batch_size: int, *, workers: int | None = None, ids: Iterable[int] | None = None
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """All images in the order of their ids, or those of `ids` in that order, each once.
 
         Every batch but the last has `batch_size` images, whatever failed. Files and arrays are read by `workers`
@@ -141,13 +144,15 @@ class Source(ABC):
         id, name = record["id"], record["name"]
         changed = f"{name!r} {self._changed}"
         if self.length is None or not 0 <= id < self.length or self.name(id) != name:
-            raise UnitvisError(f"{changed}: image {id} is another one here; give the images of the scan, or scan again")
+            raise UnitvisError(
+                f"{changed}: image {id} is another one here; give the images of the scan, or {self._again}"
+            )
         try:
             same = self._hash(id) == record["hash"]
         except ImageError as error:
             raise UnitvisError(f"{changed}: {error}") from error
         if not same:
-            raise UnitvisError(f"{changed}: its content has changed; restore it, or scan again")
+            raise UnitvisError(f"{changed}: its content has changed; restore it, or {self._again}")
 
     def value_range(self, ids: Iterable[int]) -> tuple[float, float]:
         """The smallest and the largest finite value of these images where `picture` needs them, else 0 and 1."""
@@ -169,7 +174,7 @@ class Source(ABC):
     def _hash(self, id: int) -> str:
         """Of the image as it is now."""
 
-    def _batches(self, batch_size: int, workers: int, ids: Iterable[int] | None) -> Iterator[Batch]:
+    def _batches(self, batch_size: int, workers: int, ids: Iterable[int] | None) -> Generator[Batch]:
         found, filled = False, 0
         for numbers, pixels in self._chunks(ids, batch_size, workers):
             self._same_size(numbers, pixels)
@@ -213,7 +218,7 @@ class Source(ABC):
             raise UnitvisError(
                 f"{self.name(first)!r} gives {_shape(known, dtype)}, {self.name(ids[0])!r} gives "
                 f"{_shape(shape, pixels.dtype)}; one size is needed: give the transform "
-                "resize=(height, width), or resize and crop"
+                "resize=(height, width), or resize and crop (--resize HxW, or --resize R and --crop S)"
             )
 
     def _fail(self, id: int, reason: str) -> None:
@@ -252,24 +257,31 @@ class Seen(NamedTuple):
 class SeenTable:
     """A Seen for each id read, in an unnamed temporary file: a million images cost 24 MB of disk and no memory."""
 
-    _ROW = np.dtype([("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
+    ROW = np.dtype([("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 
     def __init__(self, length: int) -> None:
-        size = length * self._ROW.itemsize
+        size = length * self.ROW.itemsize
         try:
             with tempfile.TemporaryFile(prefix="unitvis-") as file:
                 if hasattr(os, "posix_fallocate"):  # a full disk is an error now instead of a crash in the middle
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
                     file.truncate(size)
-                self._rows = np.asarray(np.memmap(file, self._ROW, "r+", shape=(length,)))
+                self._rows = np.asarray(np.memmap(file, self.ROW, "r+", shape=(length,)))
         except OSError as error:
             raise UnitvisError(
                 f"{size} bytes are needed in {tempfile.gettempdir()!r}: {error.strerror}; set TMPDIR"
             ) from error
 
+    @classmethod
+    def of(cls, rows: NDArray[np.void]) -> SeenTable:
+        """A table of what was noted before; rows: `ROW` [length], width 0 where nothing was."""
+        table = cls.__new__(cls)
+        table._rows = rows
+        return table
+
     def __setitem__(self, id: int, seen: Seen) -> None:
-        self._rows[id] = np.array((np.void(seen.digest), seen.width, seen.height), self._ROW)
+        self._rows[id] = np.array((np.void(seen.digest), seen.width, seen.height), self.ROW)
 
     def __getitem__(self, id: int) -> Seen | None:
         row = self._rows[id]
@@ -281,9 +293,9 @@ class ItemSource(Source):
 
     threads = True  # whether several images may be read at once
 
-    def __init__(self, transform: Transform | None, length: int, on_error: str) -> None:
+    def __init__(self, transform: Transform | None, length: int, on_error: str, seen: SeenTable | None = None) -> None:
         super().__init__(transform, length, on_error)
-        self._seen = SeenTable(length)
+        self._seen = SeenTable(length) if seen is None else seen
 
     def read(self, id: int) -> Tensor:
         """uint8 [H, W, 3], or float32 [C, H, W] already normalised."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unitvis.decoding import Decoding
-from unitvis.sources.base import ItemSource, Picture, Seen, needed
+from unitvis.sources.base import ItemSource, Picture, Seen, SeenTable, needed
 from unitvis.sources.names import Names
 from unitvis.transform import Transform
 
@@ -22,7 +22,7 @@ MAX_BYTES = 1 << 29  # a file is read whole; below the limit of pixels no sensib
 class EncodedSource(ItemSource):
     """Named image files. A pass reads each once: its bytes are hashed, then decoded from memory.
 
-    `others` counts what lies beside them and is no image by its name; it is not read.
+    `others` counts what lies beside them and is no image by its name; it is not read. seen: what the files must be.
     """
 
     _changed = "is no longer the file that was scanned"
@@ -36,9 +36,10 @@ class EncodedSource(ItemSource):
         on_error: str = "skip",
         decoding: Decoding | None = None,
         others: int = 0,
+        seen: SeenTable | None = None,
     ) -> None:
         self.kind, self.others = kind, others
-        super().__init__(transform, len(names), on_error)
+        super().__init__(transform, len(names), on_error, seen)
         self._transform, self._decoding = needed(transform), decoding or Decoding()
         self._names = names
 

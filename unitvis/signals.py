@@ -1,0 +1,36 @@
+"""SIGINT and SIGTERM as a request to end at the next place from where work can be gone on with."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+from unitvis.errors import Interrupted
+
+
+class Signals:
+    """While the block runs, a first signal is only noted, in `came`; a second one raises `Interrupted` at once.
+
+    Outside of the main thread, which alone may do so, signals are left alone.
+    """
+
+    def __init__(self) -> None:
+        self.came: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.came is not None:
+            raise Interrupted("interrupted twice; what was done since the last checkpoint is lost", number)
+        self.came = number
