@@ -28,6 +28,7 @@ def layer_top(layer: Layer, field: ReceptiveField, unit: str, k: int, top: Top, 
     info = asdict(layer) | {"unit": unit, "units": len(status)}
     info |= {"receptive_field": _field(field), "effective_box": None}
     info |= {"nan": _nan(top.nan), "infinite": infinite_info(top.values, top.ids)}
+    status = status.astype(f"<U{len(UNSEPARATED)}")  # as wide whatever a layer's units are
     info["unseparated"] = int((status == UNSEPARATED).sum())
 
     values, ids, flat = top.values[:, :k], top.ids[:, :k], top.positions[:, :k]

@@ -91,6 +91,12 @@ def test_where_the_bound_decides_nothing_all_images_do(monkeypatch: pytest.Monke
     run = by_half(model, images, "bf16")
     assert run.manifest["rescored"]["images"] == 600
     brute.check(run, brute.responses(model, run.layers, images, brute.canonical_batches(images)))
+    want = unitvis.scan(model, images, precision="fp32", progress=False)
+    for name in run.layers:  # to the byte, which types are part of
+        for key in ("values", "images", "positions", "boxes", "status"):
+            one, other = getattr(run[name], key), getattr(want[name], key)
+            assert one.dtype == other.dtype
+            assert one.tobytes() == other.tobytes()
 
 
 def test_half_precision_as_this_machine_computes_it() -> None:
