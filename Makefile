@@ -8,7 +8,7 @@ demo: install
 	$(BIN)/unitvis demo --overwrite
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
