@@ -10,16 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from unitvis import models, sheets
 from unitvis.decoding import DECODERS
 from unitvis.distributed import processes, scan_together
 from unitvis.errors import Interrupted, UnitvisError
+from unitvis.figures import DPI, FIGURES, figure
+from unitvis.gallery import MOST_UNITS, gallery
 from unitvis.merge import merge
+from unitvis.nonfinite import odd_responses
 from unitvis.progress import EVERY
 from unitvis.recorder import Recorder
 from unitvis.rescore import verify
-from unitvis.responses import odd_responses
 from unitvis.run import Run, load, replacing
 from unitvis.scan import PRECISIONS, scan
 from unitvis.transform import Transform
@@ -99,15 +102,17 @@ def _scan(arguments: argparse.Namespace) -> int:
     )
     if run is None:
         return DONE
-    code = _done(run, arguments.output)
+    code = _done(run, arguments.output, loaded.model, arguments.device, project=arguments.project)
     return DONE if together else code  # torchrun would take any other code for a crash
 
 
-def _done(run: Run, folder: Path) -> int:
+def _done(
+    run: Run, folder: Path, model: nn.Module | None = None, device: str | None = None, *, project: bool = False
+) -> int:
     """Say what a run holds and draw it, unless it is one to be merged first."""
     _tell(run)
     if run.tops:
-        _render_into(run, folder)
+        _render_into(run, folder, model=model, project=project, device=device)
     return SKIPPED if run.manifest["failures"] else DONE
 
 
@@ -150,18 +155,40 @@ def _tell_result(run: Run) -> None:
         f"({rate:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
         f"{seconds['second_pass']:.1f} s: {told}"
     )
+    if run.manifest["precision"] == "exact":
+        print(f"precision: {run.manifest['plan']}")
+    if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
+        layers = ", ".join(f"{count} of {name}" for name, count in unseparated.items())
+        print(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
     for sentence in odd_responses(run):
         print(sentence)
 
 
 def _render(arguments: argparse.Namespace) -> int:
-    _render_into(load(arguments.run, arguments.images), arguments.run, arguments.crop)
+    if arguments.model is None and (arguments.project or arguments.weights):
+        raise UnitvisError("--project and --weights need --model, the network that was scanned")
+    run = load(arguments.run, arguments.images)
+    model = models.load(arguments.model, arguments.weights).model if arguments.model else None
+    _render_into(run, arguments.run, arguments.crop, model=model, project=arguments.project)
     return DONE
 
 
-def _render_into(run: Run, folder: Path, crop: str | None = None) -> None:
+def _render_into(
+    run: Run,
+    folder: Path,
+    crop: str | None = None,
+    *,
+    model: nn.Module | None = None,
+    project: bool = False,
+    device: str | None = None,
+) -> None:
     written = sheets.render(run, folder, crop=crop)
     print(f"{len(written)} sheets in {written[0].parent}")
+    units = sum(len(top) for top in run.tops.values())
+    if units > MOST_UNITS:
+        print(f"no gallery: {units:,} units are too many ({MOST_UNITS:,} at most)")
+        return
+    print(f"gallery: open {gallery(run, folder, model, project=project, crop=crop, device=device)} in a browser")
 
 
 def _sheet(arguments: argparse.Namespace) -> int:
@@ -172,9 +199,16 @@ def _sheet(arguments: argparse.Namespace) -> int:
         raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
     run = load(arguments.run, arguments.images)
     units = sheets.parse_units(arguments.units) if arguments.units else None
-    page = run.sheet(arguments.layer, units, crop=arguments.crop, size=arguments.size)
+    if arguments.figure:
+        if arguments.size:
+            raise UnitvisError("a figure has patches of one size; leave out --size")
+        page = figure(run, arguments.layer, arguments.figure, units, crop=arguments.crop)
+    elif len(arguments.layer) > 1:
+        raise UnitvisError("several layers go on one page as a figure: --figure lecture or --figure paper")
+    else:
+        page = run.sheet(arguments.layer[0], units, crop=arguments.crop, size=arguments.size)
     with replacing(target) as part:
-        page.save(part, format={".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG"))
+        page.save(part, {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG"), dpi=(DPI, DPI))
     print(f"{target}: {page.width} x {page.height} pixels")
     return DONE
 
@@ -196,7 +230,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from unitvis.demo.command import demo  # what only the demo needs is loaded for it alone
 
-    print(demo(arguments.output, overwrite=arguments.overwrite))
+    print(demo(arguments.output, overwrite=arguments.overwrite, project=arguments.project))
     return DONE
 
 
@@ -242,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "Draw pictures, scan them with the embedded network, and show what its units like.")
     sub.add_argument("-o", "--output", type=Path, default=Path("unitvis-demo"), metavar="RUN", help="(unitvis-demo)")
+    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (a minute)")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
     sub = command("layers", _layers, "List layers that can be scanned, with what their neurons see.")
@@ -284,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--checkpoint-every", type=float, default=EVERY, metavar="SECONDS", help="a kill loses no more than that (60)"
     )
+    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (slow)")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
     sub = command("merge", _merge, "Make one run of the runs of all shards, as if one scan had seen all images.")
@@ -296,16 +332,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
     images_option(sub)
 
-    sub = command("render", _render, "Draw the sheets of a finished scan again.")
+    sub = command("render", _render, "Draw the sheets and the gallery of a finished scan again.")
     run_argument(sub)
     images_option(sub)
+    sub.add_argument("--model", help="the network, to draw again what only it can: response maps, filters, projections")
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
+    sub.add_argument("--project", action="store_true", help="with --model: draw deconvnet projections")
     sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
 
-    sub = command("sheet", _sheet, "Draw one layer's units as a page of 3x3 tiles.")
+    sub = command("sheet", _sheet, "Draw one layer's units as a page of 3x3 tiles, or a figure of some layers.")
     run_argument(sub)
-    sub.add_argument("layer", metavar="LAYER")
+    sub.add_argument("layer", metavar="LAYER", nargs="+", help="with --figure also several")
+    sub.add_argument("--figure", choices=FIGURES, help="nine units a layer; paper: projections beside patches")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
-    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all")
+    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all, of a figure nine")
     sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
     images_option(sub)

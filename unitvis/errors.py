@@ -41,3 +41,9 @@ def closest(name: str, names: Iterable[str]) -> str:
 def some(names: list[str]) -> str:
     """A list that stays readable."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def check_unit(layer: str, unit: int, units: int) -> None:
+    """UnitvisError unless the layer, which has so many, has this unit."""
+    if not 0 <= unit < units:
+        raise UnitvisError(f"layer {layer!r} has no unit {unit}; it has {units}, from 0")

@@ -16,8 +16,9 @@ import unitvis_kernels as uk
 from unitvis import models
 from unitvis.coverage import Coverage
 from unitvis.errors import UnitvisError
+from unitvis.manifest import describe_model
 from unitvis.partial import Partial, refuse_differences
-from unitvis.recorder import Recorder, describe_model
+from unitvis.recorder import Recorder
 from unitvis.run import Run, check_output, load
 from unitvis.scan import complete
 from unitvis.sources import Source, open_source, reopen_source
@@ -127,11 +128,13 @@ def _finished(
     ) as recorder:
         channels, height, width = manifest["input"]
         recorder.prepare((channels, height, width))
+        recorder.scan_in(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         recorder.go_on(part)
         source.take_failures(part.failures)
-        run = recorder.result()
+        run = recorder.result(source if manifest["precision"] == "exact" else None)
     run.attach(source, records)
     run.partial = part
+    run.manifest |= {"precision": manifest["precision"], "plan": manifest["plan"]}
     run.manifest["model"] |= place
     run.manifest["failures"] = [asdict(failure) for failure in source.failures]
     run.manifest["seconds"] |= {"scan": part.seconds, "merge": time.perf_counter() - start}

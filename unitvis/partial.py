@@ -71,7 +71,8 @@ def read_partial(path: Path) -> Partial:
 
 def identity(manifest: Mapping[str, Any]) -> Identity:
     """What of a manifest two scans must share to be parts of one; where the images lie may differ."""
-    shared = {key: manifest[key] for key in ("input", "k", "unit", "precision", "transform", "fingerprint")}
+    shared = {key: manifest[key] for key in ("input", "k", "unit", "transform", "fingerprint")}
+    shared["precision"] = manifest["scan"]["precision"]
     model = {key: manifest["model"][key] for key in ("class", "parameters", "weights")}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
     source = {key: value for key, value in manifest["source"].items() if key != "path"}

@@ -57,15 +57,22 @@ def drawn_box(top: LayerTop, unit: int, rank: int, crop: str, size: tuple[int, i
     return left, upper, right, lower
 
 
-def cut(picture: Any, to_picture: Any, box: Box, input_size: tuple[int, int], size: int) -> Image.Image:
+def cut(
+    picture: Any,
+    to_picture: Any,
+    box: Box,
+    input_size: tuple[int, int],
+    size: int,
+    fill: tuple[int, int, int] = FILL,
+) -> Image.Image:
     """`size` x `size` pixels of a box in model-input pixels, cut from the original picture (bicubic).
 
-    What lies outside the model's input is `FILL`, also where the photograph goes on: the network never saw it.
+    What lies outside the model's input is `fill`, also where the photograph goes on: the network never saw it.
     """
     left, upper, right, lower = box
     scale = size / max(right - left, lower - upper, 1)  # a neuron that sees only padding has an empty box
     width, height = max(1, round((right - left) * scale)), max(1, round((lower - upper) * scale))
-    canvas = Image.new("RGB", (size, size), FILL)
+    canvas = Image.new("RGB", (size, size), fill)
     seen = max(left, 0), max(upper, 0), min(right, input_size[1]), min(lower, input_size[0])
     if seen[0] >= seen[2] or seen[1] >= seen[3]:
         return canvas
@@ -76,6 +83,15 @@ def cut(picture: Any, to_picture: Any, box: Box, input_size: tuple[int, int], si
     region = _inside(to_picture(seen), picture.size)
     canvas.paste(picture.resize(extent, Image.Resampling.BICUBIC, box=region), start)
     return canvas
+
+
+def whole(picture: Any, to_picture: Any, input_size: tuple[int, int], size: int) -> Image.Image:
+    """All that the model sees of a picture, cut from the original, `size` pixels on its longer side."""
+    height, width = input_size
+    scale = size / max(height, width)
+    extent = max(1, round(width * scale)), max(1, round(height * scale))
+    region = _inside(to_picture((0, 0, width, height)), picture.size)
+    return picture.resize(extent, Image.Resampling.BICUBIC, box=region)
 
 
 def _inside(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -95,22 +111,26 @@ def places(run: Run, layer: str, units: Iterable[int]) -> dict[int, list[tuple[i
 
 
 def patches(run: Run, wanted: dict[str, tuple[list[int], str, int]]) -> Iterator[tuple[str, int, int, Image.Image]]:
-    """Cut patches, each picture opened once: {layer: (units, crop, size)} -> (layer, unit, rank, patch), any order.
-
-    Raises UnitvisError where an image file is no longer the one that was scanned.
-    """
+    """Cut patches, each picture opened once: {layer: (units, crop, size)} -> (layer, unit, rank, patch), any order."""
     per_layer = {layer: places(run, layer, units) for layer, (units, _, _) in wanted.items()}
-    drawn = sorted(set().union(*per_layer.values()))
-    shown = _value_range(run) if drawn else (0.0, 1.0)
-    for image in drawn:
-        if image in run.records:
-            run.source.check(run.records[image])
-        picture, to_picture = run.source.picture(image, shown)
+    for image, picture, to_picture in pictures(run, sorted(set().union(*per_layer.values()))):
         for layer, by_image in per_layer.items():
             _, crop, size = wanted[layer]
             for unit, rank in by_image.get(image, []):
                 box = drawn_box(run[layer], unit, rank, crop, input_size(run))
                 yield layer, unit, rank, cut(picture, to_picture, box, input_size(run), size)
+
+
+def pictures(run: Run, images: list[int]) -> Iterator[tuple[int, Any, Any]]:
+    """(image, picture, where a box of model-input pixels lies in it) for each of these; see `Source.picture`.
+
+    Raises UnitvisError where an image file is no longer the one that was scanned.
+    """
+    shown = _value_range(run) if images else (0.0, 1.0)
+    for image in images:
+        if image in run.records:
+            run.source.check(run.records[image])
+        yield image, *run.source.picture(image, shown)
 
 
 def _value_range(run: Run) -> tuple[float, float]:

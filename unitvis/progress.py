@@ -65,14 +65,17 @@ class Progress:
             raise Interrupted("interrupted twice; what was done since the last checkpoint is lost", number)
         self._signal = number
 
-    def resume(self) -> bool:
+    def resume(self, batch_size: int | None = None) -> bool:
         """Go on with what the folder holds, if anything; True where the scan is finished already.
 
-        UnitvisError that names the difference where it is another scan.
+        batch_size: given where the precision is free: the scan goes on in the one that it began with. UnitvisError that
+        names the difference where it is another scan.
         """
         if self._folder is None:
             raise UnitvisError(f"a {self._source.kind} is read once, so a scan of it cannot be resumed")
         if part := read_progress(self._folder):
+            if batch_size is not None:
+                self._recorder.scan_in(part.identity["precision"], batch_size)
             self._accept(f"the scan in {self._folder} cannot be gone on with (there and now)", part.identity)
             self._recorder.go_on(part)
             self._source.take_failures(part.failures)
@@ -82,6 +85,8 @@ class Progress:
             return False
         manifest = read_manifest(self._folder)
         found = identity(manifest) | {"shard": manifest.get("shard")}
+        if batch_size is not None:
+            self._recorder.scan_in(found["precision"], batch_size)
         self._accept(f"{self._folder} holds the run of another scan (there and now)", found)
         return True
 

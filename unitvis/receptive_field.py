@@ -170,7 +170,7 @@ def _maps(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, 
     def tap(name: str, module: nn.Module, output: object) -> None:
         if name in maps:
             raise UnitvisError(f"layer {name!r} runs more than once in a forward pass; its response is ambiguous")
-        found = as_map(name, module, output)
+        found = as_map(name, type(module), output)
         if len(found) != len(images):
             raise UnitvisError(f"layer {name!r} gives {len(found)} maps for {len(images)} images; name a layer outside")
         maps[name] = found.clone()  # what an in-place activation does next is not the layer's

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import platform
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -21,14 +17,20 @@ from torch import Tensor, nn
 import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings, compute_batch, evaluating
 from unitvis.coverage import Coverage
+from unitvis.device import copied, fingerprint, free_memory, on_device
 from unitvis.errors import UnitvisError
+from unitvis.manifest import describe_model, field_info, nan_info, saturation
+from unitvis.nonfinite import infinite_info
 from unitvis.partial import Identity, Partial, identity
 from unitvis.receptive_field import ReceptiveField, receptive_fields
-from unitvis.responses import infinite_info
-from unitvis.run import FORMAT, SEPARATED, TIED, LayerTop, Run
+from unitvis.run import FORMAT, SEPARATED, TIED, UNSEPARATED, LayerTop, Run
+from unitvis.sample import sample
 from unitvis.sources import open_source
+from unitvis.step import HALF, Step
 from unitvis.taps import Examination, Layer, Taps
 from unitvis.transform import Transform
+
+SPARE = 55  # candidates beyond k that a scan in half precision keeps of every unit
 
 
 class Recorder:
@@ -41,11 +43,10 @@ class Recorder:
 
     layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. unit:
     "channel" ranks the largest response over positions, "neuron" every element of the map. device: None is the
-    model's own. Responses are canonical (float32, compute batches of 16). State on the device is O(units x k); nothing
-    is copied to the host before `result`. The model is left as it was found.
+    model's own. precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what a copy of the model
+    gives in half precision, in batches of batch_size. State on the device is O(units x k); nothing is copied to the
+    host before `result`. The model is left as it was found.
     """
-
-    precision = "fp32"
 
     def __init__(
         self,
@@ -56,6 +57,8 @@ class Recorder:
         unit: str = "channel",
         device: torch.device | str | None = None,
         transform: Transform | None = None,
+        precision: str = "fp32",
+        batch_size: int = 4 * BATCH,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UnitvisError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
@@ -63,16 +66,22 @@ class Recorder:
             raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
         if unit not in ("channel", "neuron"):
             raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
-        self.model, self.device = _on_device(model, device)
+        self.model, self.device = on_device(model, device)
+        self.scan_in(precision, batch_size)
         self.k, self.unit, self.transform = k, unit, transform
         self.images = 0
         self.coverage = Coverage()  # the ids given; after `flush` all of them are in the state
         self.layers: list[Layer] = []
+        self.state: Tensor
+        self._units: list[slice]  # columns of each layer in the state
         self.fields: dict[str, ReceptiveField] = {}
         self._patterns = layers
-        self._shape: list[int] = []  # [C, H, W] of the first image
+        self._shape: list[int] = []  # [C, H, W] of the model's input
+        self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
-        self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than a compute batch: (float images, ids)
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than are computed at once: (images, ids)
+        self._step: Step | None = None  # in half precision
+        self._started = False
         self._stack = ExitStack()
         self._open = False
         self.preparation = 0.0  # seconds, once a model
@@ -88,6 +97,12 @@ class Recorder:
                 self.flush()
             self._open = False
 
+    def scan_in(self, precision: str, batch_size: int) -> None:
+        """Choose how the images are computed, before the first one is."""
+        if precision != "fp32" and precision not in HALF:
+            raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
+        self.precision, self._size = precision, BATCH if precision == "fp32" else batch_size
+
     def __call__(self, batch: Tensor, ids: Tensor | Sequence[int] | None = None) -> None:
         """Take a batch: float [N, C, H, W], already normalised, or uint8 [N, H, W, 3] where a transform was given.
 
@@ -95,7 +110,7 @@ class Recorder:
         """
         if not self._open:
             raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
-        images = self.as_images(batch)
+        images = self.as_images(batch) if self.precision == "fp32" else self._as_given(batch)
         if ids is None:
             ids = torch.arange(self._next_id, self._next_id + len(images))
         ids = torch.as_tensor(ids, dtype=torch.int64)
@@ -104,19 +119,19 @@ class Recorder:
         if ids.device.type == "cpu" and len(ids) and int(ids.min()) < 0:  # on a GPU a look would wait for it
             raise UnitvisError(f"an image came with the id {int(ids.min())}; ids are whole numbers from 0")
         known = ids.numpy().copy() if ids.device.type == "cpu" else ()  # ids that came on a GPU stay unknown
-        ids = ids.to(self.device)
-        self._shape = self._shape or list(images.shape[1:])
-        if list(images.shape[1:]) != self._shape:
+        if self._first_shape is None:
+            self._first_shape = images.shape[1:]
+        if images.shape[1:] != self._first_shape:
             raise UnitvisError(
-                f"images of {list(images.shape[1:])} came after images of {self._shape}; give them one size"
+                f"images of {list(images.shape[1:])} came after images of {list(self._first_shape)}; give them one size"
             )
         self._next_id += len(images)
         if self._waiting:
             waiting = self._waiting.pop()
             images, ids = torch.cat([waiting[0], images]), torch.cat([waiting[1], ids])
-        whole = len(images) - len(images) % BATCH
-        for start in range(0, whole, BATCH):
-            self._compute(images[start : start + BATCH], ids[start : start + BATCH])
+        whole = len(images) - len(images) % self._size
+        for start in range(0, whole, self._size):
+            self._compute(images[start : start + self._size], ids[start : start + self._size])
         if whole < len(images):
             self._waiting.append((images[whole:].clone(), ids[whole:]))
         self.coverage.add(np.asarray(known, np.int64))
@@ -127,48 +142,134 @@ class Recorder:
             self._compute(*self._waiting.pop())
 
     def as_images(self, batch: Tensor) -> Tensor:
+        batch = self._as_given(batch)
+        if batch.dtype == torch.uint8 and self.transform is not None:
+            return self.transform.normalize(batch.to(self.device))
+        return batch.to(self.device, torch.float32)
+
+    def input_shape(self, batch: Tensor) -> tuple[int, int, int]:
+        """[C, H, W] of what the model gets of a batch."""
+        shape = batch.shape[1:]
+        return (shape[2], shape[0], shape[1]) if batch.dtype == torch.uint8 else (shape[0], shape[1], shape[2])
+
+    @property
+    def units(self) -> int:
+        """Of all layers."""
+        return self._units[-1].stop
+
+    def _as_given(self, batch: Tensor) -> Tensor:
+        """A batch that can be computed, where and in what type it came."""
         if not isinstance(batch, Tensor):
             raise UnitvisError(f"a batch must be a tensor, not {type(batch).__name__}")
         if batch.dtype == torch.uint8 and self.transform is not None:
-            return self.transform.normalize(batch.to(self.device))
+            return batch
         if batch.ndim != 4 or not batch.is_floating_point():
             raise UnitvisError(
                 f"a batch must be float images [N, C, H, W], already normalised, not {batch.dtype} {list(batch.shape)}"
             )
-        return batch.to(self.device, torch.float32)
+        return batch
 
     def _compute(self, images: Tensor, ids: Tensor) -> None:
-        batch = compute_batch(images)
-        if not self.layers:
-            channels, height, width = batch.shape[1:]
-            self.prepare((channels, height, width))
-        keys = self._keys(batch)
-        if self.images == 0:
-            self._check_independence(batch, keys)
-        self._take(keys[: len(ids)], ids)
+        if not self._started:
+            self._start(images)
+        if self._step is None:
+            self._take(self._keys(compute_batch(self.as_images(images)))[: len(ids)], ids.to(self.device))
+        else:
+            self._step(images, ids)
+            if self.images == 0 and self._overflows(len(ids)):
+                self._start(images)
+                self._step(images, ids)
         self.images += len(ids)
+
+    def _start(self, images: Tensor) -> None:
+        """What the first images decide: the layers, and whether their responses can be ranked."""
+        batch = compute_batch(self.as_images(images[:BATCH]))
+        if not self.layers:
+            self.prepare(self.input_shape(images))
+        if self.images == 0:
+            self.state = self._empty()
+        taps = Taps(self.model, [layer.name for layer in self.layers])
+        if self.precision == "fp32":
+            self._taps = self._stack.enter_context(taps)
+            self._check_independence(batch)
+        else:
+            untapped = copied(self.model)
+            with taps as self._taps:
+                keys = self._check_independence(batch)
+            self._step = self._fast(untapped, batch, uk.unpack(keys)[0])
+        self._started = True
+
+    def _overflows(self, images: int) -> bool:
+        """After the first batch: where half of its images overflow a unit, another scan in bfloat16 begins."""
+        last = uk.unpack(self.state[:, min(self.k + SPARE, (images + 1) // 2) - 1])[0]
+        both = zip(self.layers, self._units, strict=True)
+        layers = [layer.name for layer, units in both if last[units].isinf().any()]
+        if not layers or self.precision == "bf16":
+            return False
+        warnings.warn(f"layer {layers[0]!r} overflows in float16; the images are scanned in bfloat16")
+        self.precision = "bf16"
+        return True
+
+    def _fast(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Step:
+        return Step(
+            model,
+            {layer.name: units for layer, units in zip(self.layers, self._units, strict=True)},
+            self.state,
+            dtype=HALF[self.precision],
+            size=self._size,
+            transform=self.transform,
+            neurons=self.unit == "neuron",
+            sample=sample,
+            responses=responses,
+        )
 
     def _floor(self) -> Tensor | None:
         """float32 [units]: what a response must reach to enter the top-k; NaN where there is room. None: all count."""
-        return uk.unpack(self.state[:, self.k])[0]
+        return uk.unpack(self.state[:, (self.state.shape[1] - 2) // 2 - 1])[0]
 
     def _take(self, keys: Tensor, ids: Tensor) -> None:
         uk.topk_merge_(self.state, keys, ids)
 
     def _keys(self, batch: Tensor) -> Tensor:
         """Keys [BATCH, units of all layers] of a compute batch."""
-        keys = torch.empty(len(batch), self._starts[-1], dtype=torch.int64, device=self.device)
-        floor = self._floor()
-
-        def read(index: int, maps: Tensor) -> None:
-            if self.unit == "neuron":
-                maps = maps.flatten(1)[:, :, None, None]
-            units = slice(self._starts[index], self._starts[index + 1])
-            keys[:, units] = uk.spatial_argmax(maps, None if floor is None else floor[units])
-
         with torch.inference_mode(), canonical_settings(self.device):
-            self._taps.run(batch, read)
-        return keys
+            return self._read(batch)
+
+    def _read(self, batch: Tensor) -> Tensor:
+        return self._taps.keys(batch, self._units, self._floor(), neurons=self.unit == "neuron")
+
+    def adopt(self, other: Recorder) -> None:
+        """Rank the units of another Recorder, from an empty state, without examining the model again."""
+        self.layers, self.fields, self._units = other.layers, other.fields, other._units
+        self._shape, self.preparation, self.state = other._shape, other.preparation, self._empty()
+        self._started = True
+
+    @property
+    def sample(self) -> Any:
+        """int64 ids, ascending, of the images on which half precision is compared with float32."""
+        if len(self.coverage) != self.images:
+            raise UnitvisError("ids must come on the CPU, or nothing tells which images can be computed again")
+        return sample(self.coverage.ranges)
+
+    def half_responses(self, images: Tensor) -> Any:
+        """float64 [N, units]: what half precision says of some images."""
+        if self._step is None:  # the scan was another process's
+            self._start(images)
+        assert self._step is not None  # noqa: S101  # for mypy
+        return uk.unpack(self._step.keys(images))[0].cpu().double().numpy()
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the images were computed, for the manifest."""
+        how: dict[str, Any] = {"precision": self.precision, "batch_size": self._size}
+        if self.precision != "fp32":
+            how["candidates"] = self.k + SPARE
+        return how | (self._step.how if self._step else {})
+
+    @property
+    def resolution(self) -> float:
+        """The distance from 1 to the next number in the precision of the scan."""
+        return torch.finfo(HALF[self.precision]).eps
 
     def prepare(self, shape: tuple[int, int, int]) -> None:
         """For inputs [C, H, W]: which layers, how large, what their neurons see; and an empty state for them."""
@@ -178,7 +279,8 @@ class Recorder:
             examination = Examination(self.model, torch.zeros(1, *shape, device=self.device))
         self.layers = [examination.layer(name) for name in examination.select(self._patterns)]
         units = [_units(layer, self.unit) for layer in self.layers]
-        self._starts = np.concatenate([[0], np.cumsum(units)]).tolist()
+        ends = np.cumsum(units).tolist()
+        self._units = [slice(end - own, end) for end, own in zip(ends, units, strict=True)]
         self._refuse_what_does_not_fit()
         names = [layer.name for layer in self.layers]
         self.fields = receptive_fields(self.model, names, shape)
@@ -188,28 +290,31 @@ class Recorder:
                     f"layer {layer.name!r} puts its channels last, [N, H, W, C] = [N, {layer.channels}, "
                     f"{layer.height}, {layer.width}]; name a Linear, LayerNorm or convolution beside it"
                 )
-        self.state = uk.topk_state(self._starts[-1], self.k + 1, self.device)  # one more than k: is the k-th tied?
-        self._taps = self._stack.enter_context(Taps(self.model, names))
         self.preparation = time.perf_counter() - start
 
+    def _empty(self) -> Tensor:
+        # One more than k in float32: is the k-th tied? In half precision the candidates.
+        return uk.topk_state(self._units[-1].stop, self.k + (1 if self.precision == "fp32" else SPARE), self.device)
+
     def _refuse_what_does_not_fit(self) -> None:
-        units = self._starts[-1]
+        units = self._units[-1].stop
         need = units * 8 * 6 * (self.k + 1 + BATCH)  # the first merge sorts that many keys and ids a unit, thrice
-        free = _free_memory(self.device)
+        free = free_memory(self.device)
         if need > free:
             raise UnitvisError(
                 f"the state of {units:,} units needs {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
                 f"name fewer layers, or rank channels instead of neurons"
             )
 
-    def _check_independence(self, batch: Tensor, keys: Tensor) -> None:
-        """The first compute batch again, reversed: what does not come out the same is no response to an image."""
+    def _check_independence(self, batch: Tensor) -> Tensor:
+        """Keys of a compute batch, and of it reversed: what does not come out the same is no response to an image."""
+        keys = self._keys(batch)
         again = self._keys(batch.flip(0).contiguous(memory_format=torch.channels_last)).flip(0)
         if torch.equal(keys, again):
-            return
+            return keys
         first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
-        for layer, start, stop in zip(self.layers, self._starts, self._starts[1:], strict=False):
-            a, b = first[:, start:stop], second[:, start:stop]
+        for layer, units in zip(self.layers, self._units, strict=True):
+            a, b = first[:, units], second[:, units]
             if not torch.allclose(
                 a, b, rtol=1e-4, atol=1e-4 * float(a.nan_to_num(0, 0, 0).abs().max()), equal_nan=True
             ):
@@ -219,33 +324,43 @@ class Recorder:
                     f"statistics, active dropout); such responses cannot be ranked"
                 )
         warnings.warn("on this device the last bits of responses depend on an image's place in its batch")
+        return keys
 
     def result(self, images: object = None) -> Run:
         """The run so far: float32 values, images, positions and boxes of the k winners of every unit.
 
-        images: whatever `scan` takes and can be read again by id, to cut patches from.
+        images: whatever `scan` takes and can be read again by id, to cut patches from; after half precision also to
+        compute again what can win. Without them such a run ranks what half precision said, and nothing is separated.
         """
         self.flush()
         if self.images == 0:
             raise UnitvisError("no image was recorded, so there is nothing to rank")
+        if self.precision != "fp32" and images is not None:
+            from unitvis.exact import rescored
+
+            return rescored(self, open_source(images, self.transform))
         values, ids, positions = (part.cpu().numpy() for part in uk.topk_read(self.state))
         nan = self.state[:, -2:].cpu().numpy()
         tops = {}
-        for layer, start, stop in zip(self.layers, self._starts, self._starts[1:], strict=False):
-            part = slice(start, stop)
-            info = asdict(layer) | {"unit": self.unit, "units": stop - start}
-            info |= {"receptive_field": _field_info(self.fields[layer.name]), "effective_box": None}
-            info["nan"], info["infinite"] = _nan_info(nan[part]), infinite_info(values[part], ids[part])
-            tops[layer.name] = self._top(layer, values[part], ids[part], positions[part], info)
+        for layer, part in zip(self.layers, self._units, strict=True):
+            info = asdict(layer) | {"unit": self.unit, "units": part.stop - part.start}
+            info |= {"receptive_field": field_info(self.fields[layer.name]), "effective_box": None}
+            info["nan"], info["infinite"] = nan_info(nan[part]), infinite_info(values[part], ids[part])
+            tied = (ids[part, self.k] >= 0) & (values[part, self.k] == values[part, self.k - 1])
+            shown = (values[part, : self.k], ids[part, : self.k], positions[part, : self.k])
+            status = self._status(tied, part)
+            info["unseparated"] = int((status == UNSEPARATED).sum())
+            tops[layer.name] = self._top(layer, *shown, status, info)
         run = Run(tops, self._manifest(tops), {})
         if images is not None:
             run.attach(open_source(images, self.transform))
         return run
 
-    def _top(self, layer: Layer, values: Any, ids: Any, flat: Any, info: dict[str, Any]) -> LayerTop:
-        k = self.k
-        tied = (ids[:, k] >= 0) & (values[:, k] == values[:, k - 1])
-        values, ids, flat = values[:, :k], ids[:, :k], flat[:, :k]
+    def _status(self, tied: Any, units: slice) -> Any:
+        """Of a layer's units; tied [units]: the k-th shares its value with the next."""
+        return np.where(tied, TIED, SEPARATED) if self.precision == "fp32" else np.full(len(tied), UNSEPARATED)
+
+    def _top(self, layer: Layer, values: Any, ids: Any, flat: Any, status: Any, info: dict[str, Any]) -> LayerTop:
         channels = np.arange(len(ids))[:, None]
         if self.unit == "neuron":  # the unit is the position
             channels, flat = channels // (layer.height * layer.width), channels % (layer.height * layer.width)
@@ -255,7 +370,6 @@ class Recorder:
         boxes = np.zeros((*ids.shape, 4), np.int32)
         live = ~blank
         boxes[live] = self.fields[layer.name].boxes(channels[live], positions[live][:, 0], positions[live][:, 1])
-        status = np.where(tied, TIED, SEPARATED)
         return LayerTop(layer.name, values, ids, positions, boxes, status, info)
 
     @cached_property
@@ -272,9 +386,11 @@ class Recorder:
             "k": self.k,
             "unit": self.unit,
             "precision": self.precision,
+            "plan": "as asked",
             "source": {"kind": "recorder"},
             "transform": self.transform.to_json() if self.transform else None,
             "fingerprint": fingerprint(self.device),
+            "scan": self.how,
         }
 
     def _manifest(self, tops: dict[str, LayerTop]) -> dict[str, Any]:
@@ -285,7 +401,7 @@ class Recorder:
             "coverage": self.coverage.ranges.tolist(),
             "failures": [],
             "seconds": {"preparation": self.preparation},
-            "warnings": [w for top in tops.values() if (w := _saturation(top))],
+            "warnings": [w for top in tops.values() if (w := saturation(top))],
         }
 
     def partial(self, seconds: float = 0.0, **entries: Any) -> Run:
@@ -311,86 +427,10 @@ class Recorder:
 
     def go_on(self, part: Partial) -> None:
         """Take over what `part` gave; only in place of nothing, after `prepare`."""
-        self.state.copy_(part.state)
+        self.state = part.state.to(self.device, copy=True)
         self.coverage = part.coverage.copy()
         self.images = len(self.coverage)
 
 
-def _on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
-    """The model where it is to run, in float32: itself where it is so already, else a copy."""
-    tensors = [*model.parameters(), *model.buffers()]
-    own = tensors[0].device if tensors else torch.device("cpu")
-    try:
-        wanted = own if device is None else torch.device(device)
-    except RuntimeError:
-        raise UnitvisError(f"device {device!r} is unknown; give cpu, cuda or cuda:1") from None
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise UnitvisError(f"device {str(device)!r} is not there ({torch.cuda.device_count()} GPUs); give cpu, or none")
-    if wanted.type == "cuda" and wanted.index is None:
-        wanted = torch.device("cuda", torch.cuda.current_device())
-    foreign = any(t.device != wanted or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors)
-    return (copy.deepcopy(model).to(wanted, torch.float32) if foreign else model), wanted
-
-
-def _free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except OSError:  # only Linux tells; elsewhere the allocation itself has to
-        return float("inf")
-
-
 def _units(layer: Layer, unit: str) -> int:
     return layer.channels * (layer.height * layer.width if unit == "neuron" else 1)
-
-
-def _field_info(field: ReceptiveField) -> dict[str, Any]:
-    return {
-        "size": list(field.size),
-        "stride": list(field.stride) if field.stride else None,
-        "whole_image": field.whole_image,
-        "method": field.method,
-        "note": field.note,
-    }
-
-
-def _nan_info(nan: Any) -> dict[str, int] | None:
-    """How many responses were NaN, of how many units, and the first image with one; nan: [units, 2]."""
-    if not nan[:, 0].any():
-        return None
-    return {"responses": int(nan[:, 0].sum()), "units": int((nan[:, 0] > 0).sum()), "first_image": int(nan[:, 1].min())}
-
-
-def _saturation(top: LayerTop) -> str | None:
-    """A warning where a layer that takes a convolution's output reaches one same largest value again and again."""
-    full = top.fired.all(axis=1)
-    if top.info["fed_by"] is None or top.values.shape[1] < 2 or not full.any():
-        return None
-    flat = top.values[full, 0] == top.values[full, -1]
-    if flat.mean() < 0.1:
-        return None
-    return (
-        f"layer {top.name!r} saturates: in {flat.mean():.0%} of its units all {top.values.shape[1]} winners have the "
-        f"same value (up to {top.values[full, 0][flat].max():g}); rank what goes into it: layer {top.info['fed_by']!r}"
-    )
-
-
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """What the manifest says of a model: its class, its number of parameters, and a hash of all its tensors."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"class": type(model).__name__, "parameters": parameters, "weights": digest.hexdigest()}
-
-
-def fingerprint(device: torch.device) -> dict[str, str]:
-    """What the last bits of a response depend on besides model and image."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": device.type, "hardware": hardware, "torch": torch.__version__, "layout": "channels_last"}

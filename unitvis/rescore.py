@@ -14,11 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import unitvis_kernels as uk
 from unitvis.canonical import BATCH, canonical_settings
-from unitvis.recorder import Recorder, fingerprint
+from unitvis.device import fingerprint
+from unitvis.errors import UnitvisError
+from unitvis.places import Places
+from unitvis.recorder import Recorder
 from unitvis.run import LayerTop, Run
 from unitvis.sources import Source
+from unitvis.step import HALF
 from unitvis.taps import Taps
 
 SAMPLE = 8  # winners a layer whose gradients give its effective box; their activations are all held at once
@@ -48,7 +51,7 @@ class _Winners:
 
 
 class Comparison(Recorder):
-    """Recomputes a run's winners; `again` [places] holds what each response is now, NaN where it was not computed."""
+    """Recomputes a run's winners; `again` holds what each response is now."""
 
     def __init__(self, model: nn.Module, run: Run, device: torch.device | str | None = None) -> None:
         source = run.source
@@ -56,18 +59,13 @@ class Comparison(Recorder):
             model, run.layers, run.manifest["k"], unit=run.manifest["unit"], device=device, transform=source.transform
         )
         self.winners = _Winners(run)
-        self.again = np.full(len(self.winners.images), np.nan, np.float32)
-        self.positions = np.full(len(self.winners.images), -1, np.int64)
+        self.again = Places(self.winners.images, self.winners.columns)
 
     def _floor(self) -> None:
         return None  # a winner must be compared whatever it is now
 
     def _take(self, keys: Tensor, ids: Tensor) -> None:
-        images = self.winners.images
-        for image, row in zip(ids.tolist(), keys.cpu(), strict=True):
-            places = slice(np.searchsorted(images, image, "left"), np.searchsorted(images, image, "right"))
-            values, positions = uk.unpack(row[torch.from_numpy(self.winners.columns[places])])
-            self.again[places], self.positions[places] = values.numpy(), positions.numpy()
+        self.again.take(keys, ids)
 
     def read(self, source: Source, ids: Iterable[int], batch_size: int = 4 * BATCH) -> None:
         """Compute the responses of the images again."""
@@ -78,15 +76,15 @@ class Comparison(Recorder):
     @property
     def equal(self) -> NDArray[np.bool_]:
         """[places]: value and position came out again, bit for bit."""
-        same = self.again.view(np.int32) == self.winners.values.view(np.int32)
-        return same & (self.positions == self.winners.positions)
+        same = self.again.values.view(np.int32) == self.winners.values.view(np.int32)
+        return same & (self.again.positions == self.winners.positions)
 
     def describe(self, place: int) -> str:
         """One place in words: what the run says and what came out now."""
         winners = self.winners
         return (
             f"image {winners.images[place]} in layer {self.layers[winners.layer[place]].name!r}: "
-            f"{winners.values[place]:.9g} in the run, {self.again[place]:.9g} now"
+            f"{winners.values[place]:.9g} in the run, {self.again.values[place]:.9g} now"
         )
 
 
@@ -172,9 +170,13 @@ def verify(run: Run, model: nn.Module, device: torch.device | str | None = None)
     1e-5 of the layer's largest. worst: the largest distance, as a share of that. first_wrong: a sentence, or None.
     """
     run.need_winners()
+    if (precision := run.manifest["precision"]) in HALF:
+        raise UnitvisError(
+            f"the run was ranked in {precision}, so its values are not canonical; scan with exact or fp32"
+        )
     with Comparison(model, run, device) as comparison:
         comparison.read(run.source, run.winners.tolist())
-    winners, now = comparison.winners, comparison.again.astype(np.float64)
+    winners, now = comparison.winners, comparison.again.values.astype(np.float64)
     same = fingerprint(comparison.device) == run.manifest["fingerprint"]
     largest = np.zeros(len(run))
     np.maximum.at(largest, winners.layer, np.where(np.isfinite(winners.values), np.abs(winners.values), 0))

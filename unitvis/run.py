@@ -1,4 +1,10 @@
-"""A run: what a scan found, in memory and as a folder."""
+"""A run: what a scan found, in memory and as a folder.
+
+manifest.json, top.npz and images.jsonl are the run; all else in the folder is drawn from them and can be drawn again:
+sheets/LAYER.png; index.html and gallery/ (its script, style and data; images/ID.jpg, what the model sees of an image;
+layers/LAYER/UNIT.jpg, the unit's patches as one picture, and beside it, where the model was there to make them,
+UNIT-projections.jpg, UNIT-responses.png and UNIT-filter.png; drawn.json, which of these there are).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,15 @@ import urllib.parse
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, check_unit
+from unitvis.notebook import Unit, layer_html, run_html
 from unitvis.partial import Partial, read_partial
 
 if TYPE_CHECKING:
@@ -42,6 +49,18 @@ class LayerTop:
     boxes: NDArray[np.int32]  # [units, k, 4]: left, top, right, bottom in model-input pixels; 0 where blank
     status: NDArray[np.str_]  # [units]: separated | tied | unseparated
     info: Mapping[str, Any]  # the layer's entry in the manifest
+    run: Run | None = field(default=None, repr=False, compare=False)  # that it belongs to
+
+    def __getitem__(self, unit: int) -> Unit:
+        """One unit, which shows itself in a notebook."""
+        check_unit(self.name, unit, len(self))
+        return Unit(self, int(unit))
+
+    def __iter__(self) -> Iterator[Unit]:
+        return (Unit(self, unit) for unit in range(len(self)))
+
+    def _repr_html_(self) -> str:
+        return layer_html(self)
 
     @property
     def separated(self) -> NDArray[np.bool_]:
@@ -74,9 +93,11 @@ class Run:
         source: Source | None = None,
         partial: Partial | None = None,
     ) -> None:
-        self.tops, self.manifest, self.records = dict(tops), manifest, dict(records)
+        self.tops = {name: replace(top, run=self) for name, top in tops.items()}
+        self.manifest, self.records = manifest, dict(records)
         self._source = source
         self.partial = partial  # of a shard's run, which has nothing else, and of one that was merged
+        self.folder: Path | None = None  # where it was read from or written to last
 
     def __getitem__(self, layer: str) -> LayerTop:
         self.need_winners()
@@ -163,12 +184,14 @@ class Run:
             self._write(folder)
         except OSError as error:
             raise UnitvisError(f"the run could not be written into {folder}: {error.strerror}") from error
+        self.folder = folder
         return folder
 
     def _write(self, folder: Path) -> None:
-        for name in ("manifest.json", "top.npz", "state.npz"):
+        for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "sheets", ignore_errors=True)
+        for drawn in ("sheets", "gallery"):  # of the run that was there
+            shutil.rmtree(folder / drawn, ignore_errors=True)
         arrays = {f"{name}/{key}": getattr(top, key) for name, top in self.tops.items() for key in ARRAYS}
         if arrays:
             with replacing(folder / "top.npz") as target, open(target, "wb") as file:
@@ -181,6 +204,9 @@ class Run:
                 file.write(json.dumps(record) + "\n")
         with replacing(folder / "manifest.json") as target:
             target.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        return run_html(self)
 
     def __repr__(self) -> str:
         if not self.tops:
@@ -212,7 +238,9 @@ def load(path: str | Path, images: object = None) -> Run:
 
         transform = manifest["transform"]
         source = open_source(images, Transform.from_json(transform) if transform else None)
-    return Run(tops, manifest, records, source, partial)
+    run = Run(tops, manifest, records, source, partial)
+    run.folder = folder
+    return run
 
 
 def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerTop]:

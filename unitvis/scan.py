@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from unitvis import models
 from unitvis.canonical import BATCH
 from unitvis.errors import Interrupted, UnitvisError
+from unitvis.nonfinite import refuse_odd_responses
+from unitvis.plan import Plan, plan
 from unitvis.progress import EVERY, HOW, Progress, forget_progress
 from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
-from unitvis.responses import refuse_odd_responses
 from unitvis.run import Run, check_output, load
 from unitvis.shards import parse_shard
 from unitvis.sources import Source, open_source
+from unitvis.step import HALF
 from unitvis.transform import Transform
 
-PRECISIONS = ("exact", "fp32")
+logger = logging.getLogger("unitvis")
+PRECISIONS = ("exact", "fp32", *HALF)
 
 
 def scan(
@@ -60,7 +66,8 @@ def scan(
     images: a folder, a text list, tar archives, a uint8 .npy or array [N, H, W, 3], a float tensor [N, C, H, W] already
     normalised, a Dataset, a DataLoader or an iterable of batches; see `open_source`. layers, k, unit, device: as for
     `Recorder`. out: a folder for the run. precision: "exact" decides by canonical float32 responses, "fp32" computes
-    nothing else. batch_size: images read at once, which does not change the result. on_error: "skip" lists an
+    nothing else, "fp16" and "bf16" rank what half precision gives. batch_size: images read and scanned at once, which
+    does not change a float32 result. on_error: "skip" lists an
     unreadable image in the manifest and counts NaN and infinite responses there, "raise" stops; max_failures: more
     unreadable images stop the scan. decoder, scaled, allow_truncated: how files are decoded, see `Decoding`. workers:
     threads that decode. shard: (i, n) or "i/n", from 1: scan that part of the images into a run that holds what
@@ -96,8 +103,16 @@ def scan(
         with Progress(folder, recorder, source, share, every) as watch:
             if folder is not None and not resume:
                 forget_progress(folder)
-            if folder is not None and resume and watch.resume():
+            if precision != "exact":
+                recorder.scan_in(precision, batch_size)
+            if folder is not None and resume and watch.resume(batch_size if precision == "exact" else None):
                 return load(folder, source)
+            batches = source.batches(batch_size, workers=workers, ids=watch.left())
+            first = [batch for batch in [next(batches, None)] if batch is not None]
+            chosen = Plan(recorder.precision, "as it began" if recorder.images else "as asked")
+            if precision == "exact" and first and not recorder.images:
+                chosen = _plan(recorder, source, first[0].pixels, k)
+                recorder.scan_in(chosen.precision, batch_size)
             silent = None if progress else True  # None: a bar on a terminal, nothing in a log
             with tqdm(
                 total=source.length if watch.ids is None else len(watch.ids),
@@ -107,7 +122,7 @@ def scan(
                 disable=silent,
                 leave=False,
             ) as bar:
-                for batch in source.batches(batch_size, workers=workers, ids=watch.left()):
+                for batch in chain(first, batches):
                     recorder(batch.pixels, batch.ids)
                     watch.after_batch()
                     bar.update(len(batch.ids))
@@ -115,24 +130,46 @@ def scan(
         seconds = {"scan": watch.seconds, "checkpoints": watch.writing}
         failures = [asdict(failure) for failure in source.failures]
         if share is not None:
-            run = recorder.partial(watch.seconds, source=source.describe(), shard=str(share), failures=failures)
+            about = {"source": source.describe(), "shard": str(share), "failures": failures}
+            run = recorder.partial(watch.seconds, **about)
             run.attach(source)
         else:
-            run = recorder.result(source)
+            with _after_the_scan(folder, source):
+                run = recorder.result(source if precision == "exact" else None)
+                if precision != "exact":
+                    run.attach(source)
             run.manifest["failures"] = failures
+    run.manifest |= {"precision": precision, "plan": chosen.line}
     run.manifest["model"] |= place
     run.manifest["seconds"] |= seconds
-    try:
+    with _after_the_scan(folder, source):
         if share is None:
             complete(run, source, model, device, on_error)
         if folder is not None:
             run.write(folder)
             forget_progress(folder)
+    return run
+
+
+@contextmanager
+def _after_the_scan(folder: Path | None, source: Source) -> Iterator[None]:
+    """All images are in, and in a checkpoint: whoever interrupts what follows is told how to go on."""
+    try:
+        yield
     except KeyboardInterrupt:
         if folder is None or not source.rereadable:
             raise
         raise Interrupted(f"interrupted after the scan, before its run was written; {HOW}", signal.SIGINT) from None
-    return run
+
+
+def _plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> Plan:
+    recorder.prepare(recorder.input_shape(pixels))
+    ranks_channels = recorder.unit == "channel"
+    chosen = plan(
+        source.length, recorder.units, k, recorder.device, rereadable=source.rereadable, channels=ranks_channels
+    )
+    logger.info("%s", chosen.line)
+    return chosen
 
 
 def complete(
@@ -151,7 +188,7 @@ def complete(
 
 def _second_pass(run: Run, model: nn.Module, device: torch.device | str | None) -> None:
     """Effective boxes; and where the winners are few beside the images, every one of them computed again."""
-    if 2 * len(run.winners) <= run.manifest["images"]:
+    if run.manifest["scan"]["precision"] == "fp32" and 2 * len(run.winners) <= run.manifest["images"]:
         found = verify(run, model, device)
         if found["wrong"]:
             raise UnitvisError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, check_unit
 from unitvis.patches import crop_of, input_size, patches
 from unitvis.run import SEPARATED, LayerTop, Run, file_name, replacing
 
@@ -23,13 +23,13 @@ def patch(run: Run, layer: str, unit: int, rank: int, *, crop: str | None, size:
     top = _unit(run, layer, unit)
     if not 0 <= rank < top.values.shape[1]:
         raise UnitvisError(f"there is no rank {rank}: the run keeps {top.values.shape[1]} winners, from 0")
-    cells = _cut(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
-    return cells.get((unit, rank)) or _not_there(top, unit, rank, size)
+    cells = cut_cells(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
+    return cells.get((unit, rank)) or not_there(top, unit, rank, size)
 
 
 def tile(run: Run, layer: str, unit: int, *, crop: str | None, size: int) -> Image.Image:
     _unit(run, layer, unit)
-    cells = _cut(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
+    cells = cut_cells(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
     return compose(run[layer], unit, cells, size)
 
 
@@ -37,7 +37,7 @@ def sheet(run: Run, layer: str, units: Sequence[int] | None, *, crop: str | None
     chosen = _units(run, layer, units)
     size = size or _patch_size(len(chosen))
     crop = crop_of(run, layer, crop)
-    cells = _cut(run, {layer: (chosen, crop, size)})[layer]
+    cells = cut_cells(run, {layer: (chosen, crop, size)})[layer]
     return _sheet(run, layer, chosen, crop, size, cells)
 
 
@@ -46,9 +46,9 @@ def render(run: Run, folder: Path, *, crop: str | None = None) -> list[Path]:
     run.need_winners()
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     written = []
-    for group in _groups(run):
+    for group in grouped(run, {layer: _patch_size(len(run[layer])) for layer in run}):
         wanted = {n: (_units(run, n, None), crop_of(run, n, crop), _patch_size(len(run[n]))) for n in group}
-        cut = _cut(run, wanted)
+        cut = cut_cells(run, wanted)
         for layer, (units, kind, size) in wanted.items():
             path = folder / "sheets" / f"{file_name(layer)}.png"
             with replacing(path) as part:
@@ -57,11 +57,12 @@ def render(run: Run, folder: Path, *, crop: str | None = None) -> list[Path]:
     return written
 
 
-def _groups(run: Run) -> list[list[str]]:
+def grouped(run: Run, sizes: Mapping[str, int]) -> list[list[str]]:
+    """Layers whose patches, `sizes` pixels wide, are held at once."""
     groups: list[list[str]] = [[]]
     held = 0
     for layer in run:
-        need = run[layer].values.size * _patch_size(len(run[layer])) ** 2
+        need = run[layer].values.size * sizes[layer] ** 2
         if held + need > MOST_PIXELS and groups[-1]:
             groups.append([])
             held = 0
@@ -70,7 +71,8 @@ def _groups(run: Run) -> list[list[str]]:
     return groups
 
 
-def _cut(run: Run, wanted: dict[str, tuple[list[int], str, int]]) -> dict[str, dict[tuple[int, int], Image.Image]]:
+def cut_cells(run: Run, wanted: dict[str, tuple[list[int], str, int]]) -> dict[str, dict[tuple[int, int], Image.Image]]:
+    """{layer: (units, crop, size)} -> {layer: {(unit, rank): patch}}."""
     cells: dict[str, dict[tuple[int, int], Image.Image]] = {layer: {} for layer in wanted}
     for layer, unit, rank, image in patches(run, wanted):
         cells[layer][unit, rank] = image
@@ -82,7 +84,7 @@ def _patch_size(units: int) -> int:
     return 64 if units <= 64 else 48 if units <= 256 else 40
 
 
-def _not_there(top: LayerTop, unit: int, rank: int, size: int) -> Image.Image:
+def not_there(top: LayerTop, unit: int, rank: int, size: int) -> Image.Image:
     """The place of a blank (empty), or of a response that does not get through the ReLU (struck out)."""
     image = Image.new("RGB", (size, size), EMPTY)
     if top.images[unit, rank] >= 0:
@@ -97,7 +99,7 @@ def compose(top: LayerTop, unit: int, cells: dict[tuple[int, int], Image.Image],
     image = Image.new("RGB", (_side(across, size), _side(math.ceil(k / across), size)), PAPER)
     for rank in range(k):
         corner = (rank % across * (size + gap), rank // across * (size + gap))
-        image.paste(cells.get((unit, rank)) or _not_there(top, unit, rank, size), corner)
+        image.paste(cells.get((unit, rank)) or not_there(top, unit, rank, size), corner)
     return image
 
 
@@ -178,8 +180,7 @@ def _side(patches: int, size: int) -> int:
 
 def _unit(run: Run, layer: str, unit: int) -> LayerTop:
     top = run[layer]
-    if not 0 <= unit < len(top):
-        raise UnitvisError(f"layer {layer!r} has no unit {unit}; it has {len(top)}, from 0")
+    check_unit(layer, unit, len(top))
     return top
 
 

@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+import unitvis_kernels as uk
 from unitvis.errors import UnitvisError, closest, first_line, some
 
 
-def as_map(name: str, module: nn.Module, output: object) -> Tensor:
+def as_map(name: str, kind: type[nn.Module], output: object) -> Tensor:
     """The layer's output as [N, C, H, W], a view of it.
 
     [N, C] counts as a 1x1 map. `nn.Linear` and `nn.LayerNorm` put channels last: [N, L, C] becomes one row of L
@@ -30,7 +31,7 @@ def as_map(name: str, module: nn.Module, output: object) -> Tensor:
     shape = tuple(output.shape)
     if output.ndim == 2:
         return output[:, :, None, None]
-    channels_last = type(module) in (nn.Linear, nn.LayerNorm)
+    channels_last = kind in (nn.Linear, nn.LayerNorm)
     if channels_last and output.ndim == 3:
         return output.transpose(1, 2)[:, :, None, :]
     if output.ndim == 4:
@@ -125,14 +126,18 @@ class Examination:
             for handle in handles:
                 handle.remove()
 
-    def default_layers(self) -> list[str]:
-        """Each convolution that ran once, or the BatchNorm that directly follows it; in the order of the forward."""
-        normalised = {
+    def normalised(self) -> dict[str, str]:
+        """Of each module that a BatchNorm directly follows: that BatchNorm."""
+        return {
             source: name
             for name, sources in self._inputs.items()
             if isinstance(self.modules[name], nn.modules.batchnorm._BatchNorm)
             for source in sources
         }
+
+    def default_layers(self) -> list[str]:
+        """Each convolution that ran once, or the BatchNorm that directly follows it; in the order of the forward."""
+        normalised = self.normalised()
         convolutions = [n for n in self.runs if isinstance(self.modules[n], nn.Conv2d | nn.ConvTranspose2d)]
         names = dict.fromkeys(normalised.get(name, name) for name in convolutions if self.runs[name] == 1)
         repeated = [name for name in convolutions if self.runs[name] > 1]
@@ -165,7 +170,7 @@ class Examination:
 
     def layer(self, name: str) -> Layer:
         """What is known of one layer; raises UnitvisError where its output is no map."""
-        _, channels, height, width = as_map(name, self.modules[name], self._outputs[name]).shape
+        _, channels, height, width = as_map(name, type(self.modules[name]), self._outputs[name]).shape
         relus = self._watch.taken_by.get(name, [])
         linear = isinstance(self.modules[name], _LINEAR)
         roots = [] if linear else [s for s in self._inputs[name] if isinstance(self.modules[s], _LINEAR)]
@@ -222,11 +227,24 @@ class Taps:
                     f"layer {name!r} ran twice in one forward pass; only layers that run once can be ranked"
                 )
             self._seen.add(index)
-            self._read(index, as_map(name, module, output))
+            self._read(index, as_map(name, type(module), output))
             if len(self._seen) == len(self._layers):
                 raise _LastTapRead
 
         return hook
+
+    def keys(self, batch: Tensor, units: Sequence[slice], floor: Tensor | None, *, neurons: bool = False) -> Tensor:
+        """Keys int64 [N, units of all layers] of a batch; units: each layer's. floor: see `uk.spatial_argmax`."""
+        keys = torch.empty(len(batch), units[-1].stop, dtype=torch.int64, device=batch.device)
+
+        def read(index: int, maps: Tensor) -> None:
+            if neurons:
+                maps = maps.flatten(1)[:, :, None, None]
+            own = units[index]
+            keys[:, own] = uk.spatial_argmax(maps, None if floor is None else floor[own])
+
+        self.run(batch, read)
+        return keys
 
     def run(self, batch: Tensor, read: Callable[[int, Tensor], None]) -> None:
         """Forward `batch` and call `read(index of the layer, map [N, C, H, W])` for every layer."""

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import unitvis_kernels as uk
 from unitvis.decode import MAX_PIXELS, to_rgb
 from unitvis.errors import ImageError, UnitvisError
 
@@ -78,16 +79,11 @@ class Transform:
         x, y = width / wide, height / tall
         return (box[0] + left) * x, (box[1] + top) * y, (box[2] + left) * x, (box[3] + top) * y
 
-    def normalize(self, batch: Tensor) -> Tensor:
-        """The model's input, float32 [N, 3, H, W] in channels_last memory, from uint8 [N, H, W, 3] on any device."""
+    def normalize(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The model's input, float [N, 3, H, W] in channels_last memory, from uint8 [N, H, W, 3] on any device."""
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
             raise UnitvisError(f"pixels are uint8 [N, H, W, 3], not {batch.dtype} {list(batch.shape)}")
-        pixels = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
-        if self.mean is not None:
-            pixels.sub_(_per_channel(self.mean, batch.device))
-        if self.std is not None:
-            pixels.div_(_per_channel(self.std, batch.device))
-        return pixels
+        return uk.normalize(batch, self.mean or (0.0, 0.0, 0.0), self.std or (1.0, 1.0, 1.0), dtype)
 
     def denormalize(self, image: Tensor) -> np.ndarray:
         """A picture, uint8 [H, W, 3], of the model's input [3, H, W]: clipped to 0..255 and rounded; NaN is black."""

@@ -4,6 +4,7 @@ They are `torch.library` operators (namespace `unitvis`): fake tensors and `torc
 the plain PyTorch implementation of `reference.py` where it has no kernel of its own.
 """
 
+from unitvis_kernels.conv_argmax import conv_argmax
 from unitvis_kernels.epilogue import epilogue
 from unitvis_kernels.keys import BLANK, NAN_KEY, pack, unpack
 from unitvis_kernels.normalize import normalize
@@ -13,6 +14,7 @@ from unitvis_kernels.topk_merge import topk_merge_, topk_merge_states_, topk_rea
 __all__ = [
     "BLANK",
     "NAN_KEY",
+    "conv_argmax",
     "epilogue",
     "normalize",
     "pack",

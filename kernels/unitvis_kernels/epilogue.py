@@ -28,9 +28,9 @@ ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 @jit
 def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION > 0:
-        x = tl.where(x <= 0, 0.0, x)  # -0.0 becomes +0.0, NaN stays
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of -0.0 and +0.0 the latter
     if ACTIVATION == 2:
-        x = tl.where(x > 6, 6.0, x)
+        x = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
     return x
 
 

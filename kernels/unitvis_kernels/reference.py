@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unitvis_kernels.keys import BLANK, NAN_KEY, pack
+from unitvis_kernels.keys import BLANK, NAN_KEY, POSITION_MASK, pack
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -19,8 +21,9 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
     # `max` returns the first of equal values and lets NaN through, which is the order of the keys.
     if floor is not None:
         # Values alone take a sixth of the time; positions are looked for where a value matters, which is rare.
-        keys = x.new_full(x.shape[:2], BLANK, dtype=torch.int64)
-        images, channels = (~(x.amax((2, 3)) < floor)).nonzero().T  # not below: NaN stays in
+        values = x.amax((2, 3))
+        keys = pack(values, torch.full_like(values, POSITION_MASK, dtype=torch.int64))
+        images, channels = (~(values < floor)).nonzero().T  # not below: NaN stays in
         if len(images) * 4 < keys.numel():
             keys[images, channels] = pack(*x[images, channels].flatten(1).max(dim=1))
             return keys
@@ -82,8 +85,31 @@ def epilogue(
     return keys, torch.empty_like(y, memory_format=memory_format(x)).copy_(y)
 
 
+def conv_argmax(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+    activation: str | None,
+    store: bool,
+    key_after: bool,
+) -> tuple[Tensor, Tensor]:
+    SH, SW, PH, PW, DH, DW, groups = geometry
+    with torch.autocast(x.device.type, enabled=False):
+        v = F.conv2d(x.float(), weight.float(), None, (SH, SW), (PH, PW), (DH, DW), groups)
+    v = (v if bias is None else v + bias.float()[:, None, None]).to(x.dtype)
+    y = activate(v, activation)
+    keys = spatial_argmax(y if key_after else v)
+    return keys, torch.empty_like(y, memory_format=torch.channels_last).copy_(y) if store else x.new_empty(0)
+
+
 def normalize(x: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
-    # All three are tensors: a GPU divides by a plain number through its reciprocal, which rounds otherwise.
+    # All three are tensors: a GPU divides by a plain number through its reciprocal, which rounds otherwise. Rows of
+    # constants instead of three vectorise, and an image at a time stays in the cache.
+    N, H, W, _ = x.shape
     scale, shift, width = (torch.tensor(v, dtype=torch.float32, device=x.device) for v in ([255.0] * 3, mean, std))
-    y = ((x.float() / scale - shift) / width).to(dtype)  # [N, H, W, 3]
-    return y.contiguous().permute(0, 3, 1, 2)
+    scale, shift, width = scale.repeat(W), shift.repeat(W), width.repeat(W)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for image, normalised in zip(x.reshape(N, H, W * 3), y.view(N, H, W * 3), strict=True):
+        normalised.copy_(image.to(torch.float32).div_(scale).sub_(shift).div_(width))
+    return y.permute(0, 3, 1, 2)

@@ -173,8 +173,9 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
 
     Of equal values the lowest flattened position (row * W + column) wins; -0.0 equals +0.0. A map with a NaN gets the
     key `NAN_KEY`. Reads the map once; on a GPU the Triton kernels take contiguous and channels_last maps, other
-    strides go through the plain PyTorch operator. floor, float32 [C]: a map whose largest value lies below its
-    channel's may get the key `BLANK` instead; NaN is no floor. Raises ValueError for another dtype, rank or empty map.
+    strides go through the plain PyTorch operator. floor, float32 [C]: of a map whose largest value lies below its
+    channel's the position may be 2^31 - 1 instead, not looked for; NaN is no floor. Raises ValueError for another
+    dtype, rank or empty map.
     """
     if x.ndim != 4:
         raise ValueError(f"spatial_argmax takes maps [N, C, H, W], not a tensor of shape {tuple(x.shape)}")

@@ -26,8 +26,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-argmax, topk, epilogue, normalize = (
-    sys.modules[f"unitvis_kernels.{name}"] for name in ("spatial_argmax", "topk_merge", "epilogue", "normalize")
+argmax, topk, epilogue, conv, normalize = (
+    sys.modules[f"unitvis_kernels.{name}"]
+    for name in ("spatial_argmax", "topk_merge", "epilogue", "conv_argmax", "normalize")
 )
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -102,6 +103,45 @@ MORE: dict[str, tuple[Callable[[], Launch], bool]] = {
 LIMITS = {"argmax nchw fp16 55x55": 5.5, "argmax channels_last fp16": 6.0}
 
 
+# name: input channels, input size, output channels, kernel, stride, padding
+LAYERS = {
+    "AlexNet 1": (3, 224, 64, 11, 4, 2),
+    "AlexNet 2": (64, 27, 192, 5, 1, 2),
+    "AlexNet 3": (192, 13, 384, 3, 1, 1),
+    "AlexNet 4": (384, 13, 256, 3, 1, 1),
+    "AlexNet 5": (256, 13, 256, 3, 1, 1),
+    "VGG16 1_1": (3, 224, 64, 3, 1, 1),
+    **{
+        f"VGG16 {name}": (c, size, d, 3, 1, 1)
+        for name, c, size, d in (
+            *(("1_2", 64, 224, 64), ("2_1", 64, 112, 128), ("2_2", 128, 112, 128), ("3_1", 128, 56, 256)),
+            *(("3_2", 256, 56, 256), ("4_1", 256, 28, 512), ("4_2", 512, 28, 512), ("5", 512, 14, 512)),
+        )
+    },
+    "ResNet-50 1": (3, 224, 64, 7, 2, 3),
+    "ResNet-50 2 first": (64, 56, 64, 1, 1, 0),
+    **{
+        f"ResNet-50 {stage} {name}": layer
+        for stage, c, size in ((2, 64, 56), (3, 128, 28), (4, 256, 14), (5, 512, 7))
+        for name, layer in {
+            "3x3": (c, size, c, 3, 1, 1),
+            "expand": (c, size, 4 * c, 1, 1, 0),
+            "reduce": (4 * c, size, c, 1, 1, 0),
+            **(
+                {"3x3 stride 2": (c, 2 * size, c, 3, 2, 1), "reduce first": (2 * c, 2 * size, c, 1, 1, 0)}
+                if c > 64
+                else {}
+            ),
+            **({"shortcut": (2 * c, 2 * size, 4 * c, 1, 2, 0)} if c > 64 else {}),
+        }.items()
+    },
+}
+PRODUCTS = {"sm_80": "HMMA.16816.F32", "sm_90": "HGMMA.64x", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32"}
+# Instructions of a step of 64 products on sm_90: a tile of 128 x 128 occupies the tensor cores for 512 cycles, in which
+# each of its 8 warps can issue 256; one of 128 x 64 for 256, in which each of its 4 can issue 256.
+STEPS = {"ResNet-50 3 3x3": 140, "AlexNet 1": 310}
+
+
 class Stub:
     def __init__(self, target: GPUTarget, device: int) -> None:
         self.target, self.device = target, device
@@ -165,6 +205,80 @@ def check(name: str, launch: Launch, wide: bool, target: str, tmp_path: Path, pa
         shortest = min(bodies, key=len)
         elements = 8 * sum("LDG" in i and "128" in i for i in shortest)
         assert 0 < len(shortest) / elements <= LIMITS[name]
+
+
+def convolution(name: str, dtype: torch.dtype, activation: str | None, store: bool, key_after: bool) -> Launch:
+    C, size, D, kernel, stride, padding = LAYERS[name]
+    x = maps((256, C, size, size), dtype, torch.channels_last)
+    weight = maps((D, C, kernel, kernel), dtype, torch.channels_last)
+    rest = ((stride, stride, padding, padding, 1, 1, 1), activation, store, key_after)
+    return conv.plan(x, weight, x.new_empty(D), *rest, *conv.outputs(x, weight, None, *rest))
+
+
+def check_convolution(
+    name: str, launch: Launch, target: str, tmp_path: Path, patch: pytest.MonkeyPatch, store: bool = True
+) -> None:
+    if target == "gfx942":
+        launch.options["SIGNED_NAN"] = True  # as `plan` has it there
+    if target == "sm_80":
+        launch.options.pop("maxnreg", None)  # likewise
+    kernel = compiled(launch, target, patch)
+    assert kernel.metadata.shared <= TARGETS[target][1]
+    vectors = LAYERS[name][0] % 8 == 0
+    deep = launch.options["C"] * launch.options["KH"] * launch.options["KW"] > launch.options["BK"]
+    if target == "gfx942":
+        assembly = kernel.asm["amdgcn"]
+        assert set(re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)) == {"0"}
+        assert PRODUCTS[target] in assembly
+        assert f"load_dwordx{4 if vectors else 2} " in assembly
+        assert "load_ushort" not in assembly.split("v_mfma_f32")[1]
+        return
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin))))
+    sass = tool("nvdisasm", "-c", str(cubin))
+    steps = [len(body) for body in loop_bodies(sass) if any(PRODUCTS[target] in i for i in body)]
+    tile = "x".join(str(launch.options[b]) for b in ("BM", "BN", "BK"))
+    print(f"{name} | {target} | {tile} w{launch.options['num_warps']} | {usage['REG']} registers", end="")
+    print(f" | {kernel.metadata.shared} B shared | steps of {steps} instructions")
+    assert usage["STACK"] == usage["LOCAL"] == "0"
+    assert PRODUCTS[target] in sass
+    # Pixels and weights arrive in whole vectors, several steps ahead; a depth of one step has nothing to be ahead of.
+    copies = re.findall(r"LDGSTS\.E\.(?:BYPASS\.)?(\w+)", sass)
+    assert set(copies) == ({"128" if vectors else "64"} if deep else set())
+    assert deep or re.search(r"LDG\.E\.(\w+\.)*128", sass)
+    assert set(re.findall(r"STG\.E\.(?:\w+\.)*(128|U16)", sass)) == ({"128"} if store else set())
+    if target == "sm_90" and name in STEPS:
+        assert min(steps) <= STEPS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *[(name, "sm_90") for name in ("AlexNet 1", "ResNet-50 2 expand", "ResNet-50 3 3x3")],
+        *[("ResNet-50 3 3x3", target) for target in ("sm_80", "sm_100", "gfx942")],
+    ],
+)
+def test_a_convolution_compiles_to_the_tensor_cores(
+    name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_convolution(name, convolution(name, HALF, "relu", True, False), target, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_convolution_compiles(name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_convolution(name, convolution(name, HALF, "relu", True, False), target, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["AlexNet 1", "ResNet-50 2 expand", "ResNet-50 3 3x3", "ResNet-50 5 3x3"])
+def test_every_form_of_a_convolution(name: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype, *rest in ((BF16, None, True, False), (HALF, "relu6", True, True), (BF16, "relu", False, False)):
+        launch = convolution(name, dtype, *rest)
+        check_convolution(name, launch, target, tmp_path, monkeypatch, store=rest[1])
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import unitvis_kernels as uk
+from brute_conv import CASES, Case, convolution, operands
 from unitvis_kernels import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -94,6 +95,66 @@ def test_epilogue(layout: torch.memory_format, dtype: torch.dtype) -> None:
             assert same(got[1], want[1])
 
 
+LARGE = {
+    "AlexNet 1": Case((3, 3, 224, 224), 64, (11, 11), (4, 4), (2, 2)),
+    "ResNet 1x1": Case((4, 64, 56, 56), 256, (1, 1)),
+    "ResNet 3x3": Case((2, 128, 28, 28), 128, padding=(1, 1)),
+    "7x7": Case((2, 512, 7, 7), 512, padding=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", {**CASES, **LARGE})
+def test_conv_argmax(name: str, dtype: torch.dtype) -> None:
+    case = {**CASES, **LARGE}[name]
+    x, weight, bias = operands(case, dtype)
+    if name in LARGE:  # the loops of `convolution` take minutes here
+        geometry = dict(zip(("stride", "padding", "dilation", "groups"), case[3:], strict=True))
+        want = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), **geometry)
+    else:
+        want = convolution(case, x, weight, bias)
+    geometry = (case.stride, case.padding, case.dilation, case.groups)
+    on_gpu = [t.cuda() for t in (x, weight, bias)]
+    torch.full_like(want, math.nan, device="cuda")  # what a fresh allocation finds
+    keys, y = uk.conv_argmax(*on_gpu, *geometry)
+    ulp = 2.0**-11 if dtype == torch.float16 else 2.0**-8  # half a unit in the last place
+    torch.testing.assert_close(y.cpu().double(), want, rtol=ulp, atol=2e-3)  # the sum's own error, where terms cancel
+    assert torch.equal(keys.cpu(), reference.spatial_argmax(y.cpu()))
+    for activation, after in itertools.product((None, "relu", "relu6"), (False, True)):
+        got = uk.conv_argmax(*on_gpu, *geometry, activation=activation, key_after=after)
+        assert torch.equal(got[1].cpu(), reference.activate(y.cpu(), activation))
+        assert torch.equal(got[0], uk.spatial_argmax(got[1] if after else y))
+        assert torch.equal(
+            uk.conv_argmax(*on_gpu, *geometry, activation=activation, key_after=after, store=False)[0], got[0]
+        )
+    x[0, 0, 0, 0], x[-1, -1, -1, -1] = math.nan, -math.inf
+    bias[0], bias[1], bias[2] = math.inf, -math.inf, -math.nan
+    keys, y = uk.conv_argmax(x.cuda(), weight.cuda(), bias.cuda(), *geometry)
+    assert torch.equal(keys.cpu(), reference.spatial_argmax(y.cpu()))
+    assert (keys[:, 2] == uk.NAN_KEY).all()
+
+
+def test_conv_argmax_where_sums_are_exact_and_where_it_has_no_kernel() -> None:
+    case = LARGE["ResNet 3x3"]
+    x, weight, bias = operands(case, torch.float16, whole=True)
+    want = uk.conv_argmax(x, weight, bias, padding=1)
+    for layout in FORMATS:
+        got = uk.conv_argmax(x.contiguous(memory_format=layout).cuda(), weight.cuda(), bias.cuda(), padding=1)
+        assert torch.equal(got[0].cpu(), want[0])
+        assert same(got[1], want[1])
+    got = uk.conv_argmax(x.float().cuda(), weight.float().cuda(), bias.cuda(), padding=1)
+    assert torch.equal(got[0].cpu(), uk.conv_argmax(x.float(), weight.float(), bias, padding=1)[0])
+
+
+def test_conv_argmax_never_holds_the_map_it_does_not_store() -> None:
+    x, weight, bias = (t.cuda() for t in operands(Case((64, 64, 56, 56), 256, (1, 1)), torch.float16))
+    uk.conv_argmax(x, weight, bias, store=False)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    keys, _ = uk.conv_argmax(x, weight, bias, store=False)
+    assert torch.cuda.max_memory_allocated() - before < 2 * keys.nbytes + 4096  # the map would take 100 MB
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalize(dtype: torch.dtype) -> None:
     x = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 3).reshape(1, 16, 16, 3).repeat(5, 7, 11, 1)
@@ -104,6 +165,9 @@ def test_normalize(dtype: torch.dtype) -> None:
 def step(x: Tensor, state: Tensor, ids: Tensor) -> Tensor:
     keys, y = uk.epilogue(x, None, "relu", (2, 2))
     uk.topk_merge_(state, keys, ids)
+    weight = torch.linspace(-1, 1, 64 * 64 * 9, dtype=x.dtype, device=x.device).view(64, 64, 3, 3)
+    keys, y = uk.conv_argmax(y, weight, padding=1, activation="relu")
+    uk.topk_merge_(state, keys, ids + 16)
     return y
 
 

@@ -23,7 +23,9 @@ def kernels(path: Path) -> list[ast.FunctionDef]:
 
 
 def test_there_are_kernels_to_look_at() -> None:
-    assert {"spatial_argmax", "topk_merge", "epilogue", "normalize"} <= {p.stem for p in FILES if kernels(p)}
+    assert {"spatial_argmax", "topk_merge", "epilogue", "conv_argmax", "normalize"} <= {
+        p.stem for p in FILES if kernels(p)
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -55,6 +57,7 @@ def refuse(*args, **kwargs): raise SystemExit("a GPU was touched")
 torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
 import unitvis_kernels as uk
 x = torch.randn(2, 3, 4, 4)
+x, _ = uk.conv_argmax(x, torch.randn(3, 3, 1, 1))[::-1]
 keys, y = uk.epilogue(x, torch.zeros(3), "relu", (2, 2))
 uk.topk_merge_(uk.topk_state(3, 2), keys, torch.arange(2))
 """

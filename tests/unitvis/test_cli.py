@@ -80,7 +80,8 @@ def test_scan_render_sheet_and_verify(
     assert code == cli.DONE
     assert "12 images, 10 units of 2 layers" in printed
     assert f"2 sheets in {out / 'sheets'}" in printed
-    assert sorted(p.name for p in out.iterdir()) == ["images.jsonl", "manifest.json", "sheets", "top.npz"]
+    files = ["gallery", "images.jsonl", "index.html", "manifest.json", "sheets", "top.npz"]
+    assert sorted(p.name for p in out.iterdir()) == files
     run = unitvis.load(out)
     assert run.layers == ["0", "2"]
     assert run["0"].values.shape == (6, 5)

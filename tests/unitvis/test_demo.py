@@ -46,7 +46,8 @@ def test_the_line_tells_what_the_run_measured(shown: tuple[Path, str]) -> None:
     units = sum(len(top) for top in unitvis.load(folder).tops.values())
     assert re.fullmatch(
         rf"4,096 pictures, {units} units in [\d.]+ s; {units} of {units} equal brute force; "
-        rf"[\d.]+ times the naive hook; look at {re.escape(str(folder / 'overview.png'))}",
+        rf"[\d.]+ times the naive hook; look at {re.escape(str(folder / 'overview.png'))} "
+        rf"and {re.escape(str(folder / 'index.html'))}",
         line,
     )
     with Image.open(folder / "overview.png") as page:

@@ -299,7 +299,7 @@ class Mixing(nn.Module):
         (small_net(), torch.zeros(2, 3, 28, 28, dtype=torch.int64), {}, "int64"),
         (small_net(), images(2), {"k": 0}, "k must be a whole number of at least 1, not 0"),
         (small_net(), images(2), {"unit": "filter"}, "'channel' or 'neuron', not 'filter'"),
-        (small_net(), images(2), {"precision": "fp8"}, "exact, fp32, not 'fp8'"),
+        (small_net(), images(2), {"precision": "fp8"}, "exact, fp32, fp16, bf16, not 'fp8'"),
         (small_net(), images(2), {"batch_size": 0}, "batch_size must be at least 1, not 0"),
         (lambda x: x, images(2), {}, "must be a torch.nn.Module, not function"),
     ],
@@ -335,7 +335,7 @@ def test_images_of_another_size_are_refused() -> None:
 
 
 def test_neurons_that_do_not_fit_are_refused_with_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitvis.recorder._free_memory", lambda device: 2.0**30)
+    monkeypatch.setattr("unitvis.recorder.free_memory", lambda device: 2.0**30)
     with pytest.raises(UnitvisError, match=r"the state of 1,048,576 units needs 1.2 GiB, and 1.0 GiB are free"):
         scan(nn.Sequential(nn.Conv2d(1, 16, 1)), torch.zeros(1, 1, 256, 256), unit="neuron")
 

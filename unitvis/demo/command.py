@@ -14,6 +14,7 @@ from unitvis.canonical import canonical_settings, compute_batch
 from unitvis.demo import network
 from unitvis.demo.overview import overview
 from unitvis.demo.pictures import CLASSES, pictures
+from unitvis.gallery import gallery
 from unitvis.run import Run, check_output, replacing
 from unitvis.scan import scan
 from unitvis.sheets import render
@@ -23,7 +24,9 @@ COUNT, SEED = 4096, 2024
 TRANSFORM = Transform(mean=network.MEAN, std=network.STD)
 
 
-def demo(out: Path, *, count: int = COUNT, overwrite: bool = False, workers: int | None = None) -> str:
+def demo(
+    out: Path, *, count: int = COUNT, overwrite: bool = False, project: bool = False, workers: int | None = None
+) -> str:
     """Write a run of the embedded network on `count` drawn pictures into `out`, and say in one line how it went.
 
     The naive hook is compared with the scan's pass over the pictures; the preparation, once a model, has no like in it.
@@ -44,13 +47,15 @@ def demo(out: Path, *, count: int = COUNT, overwrite: bool = False, workers: int
     equal = units_equal(run, responses)
 
     render(run, folder)
+    page = gallery(run, folder, model, project=project)
     picture = folder / "overview.png"
     overview(run, labels, CLASSES).save(picture)
     units = sum(len(top) for top in run.tops.values())
     seconds = run.manifest["seconds"]
     return (
         f"{count:,} pictures, {units} units in {seconds['preparation'] + seconds['scan']:.1f} s; "
-        f"{equal} of {units} equal brute force; {naive / seconds['scan']:.2f} times the naive hook; look at {picture}"
+        f"{equal} of {units} equal brute force; {naive / seconds['scan']:.2f} times the naive hook; "
+        f"look at {picture} and {page}"
     )
 
 

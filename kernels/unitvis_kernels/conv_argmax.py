@@ -1,0 +1,297 @@
+"""conv_argmax: a convolution with the argmax of its channels, as an implicit matrix product on the tensor cores."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unitvis_kernels import reference
+from unitvis_kernels._triton import HAS_TRITON, Launch, jit, next_power_of_2, tl
+from unitvis_kernels.epilogue import ACTIVATIONS, _activate
+from unitvis_kernels.keys import BLANK, POSITION_MASK
+
+# The product is [pixels of one image, C * KH * KW] x [C * KH * KW, channels of one group]; both operands are read along
+# the input channels, where channels_last keeps them together. A lane beyond the last pixel or channel reads the last
+# one again instead of being masked, so only a padded border or a ragged end of the depth masks a load; such a pixel has
+# the last one's value at a later place and never wins.
+# A rounded value leaves at least 13 of its float32's low bits zero. Its magnitude, bits inverted where it is negative,
+# plus twice the pixel's place in the tile is an int32 whose maximum is the argmax. Inverted is negated less 1; places
+# being even, the 1 changes no order, and -0.0 ties with +0.0. (PTX rounds every NaN to one positive NaN.)
+# `geometry` is stride, padding and dilation, each of rows and of columns, then the groups: seven numbers.
+
+
+@jit
+def _taps(o, size, K: tl.constexpr, DILATION: tl.constexpr):
+    """Bit i: does o + i * DILATION lie in 0 .. size - 1, for i below K."""
+    first = tl.minimum((tl.maximum(-o, 0) + (DILATION - 1)) // DILATION, K)
+    stop = tl.minimum((tl.maximum(size - o, 0) + (DILATION - 1)) // DILATION, K)
+    return (1 << stop) - (1 << first)
+
+
+@jit
+def _conv_argmax_kernel(
+    x,  # [N, H, W, G * C], float16 | bfloat16, contiguous
+    weight,  # [G * D, KH, KW, C], as x
+    bias,  # [G * D], float32 | float16 | bfloat16; any pointer without HAS_BIAS
+    keys,  # [N, G * D], int64; holds BLANK where SPLIT
+    y,  # [N, P, G * D], as x; any pointer without STORE
+    H,
+    W,
+    OW,
+    P,  # OH * OW
+    steps,  # cdiv(K, BK), at run time: a constant that is small is unrolled, and 9 steps then spill on sm_80
+    G: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEY_AFTER: tl.constexpr,
+    STORE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SIGNED_NAN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    K: tl.constexpr = KH * KW * C
+    LOW: tl.constexpr = BM - 1
+    blocks = tl.cdiv(D, BN)  # neighbouring programs read the same pixels
+    i_d, i_g = tl.program_id(0) % blocks, tl.program_id(0) // blocks % G
+    i_m = tl.program_id(0) // (blocks * G) % tl.cdiv(P, BM)
+    i_n = (tl.program_id(0) // (blocks * G) // tl.cdiv(P, BM)).to(tl.int64)
+
+    lane = tl.arange(0, BM)
+    o_p = tl.minimum(i_m * BM + lane, P - 1)  # [BM]
+    o_h, o_w = o_p // OW * SH - PH, o_p % OW * SW - PW
+    o_x = (o_h * W + o_w)[:, None] * (G * C)  # [BM, 1]
+    inside = (_taps(o_h, H, KH, DH) | (_taps(o_w, W, KW, DW) << KH))[:, None]
+    o_d = i_d * BN + tl.arange(0, BN)  # [BN]
+    m_p, m_d = i_m * BM + lane < P, o_d < D
+    p_x = x + i_n * H * W * (G * C) + i_g * C
+    p_weight = weight + i_g * D * K + (tl.minimum(o_d, D - 1) * K)[None, :]  # [1, BN]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for i in range(steps):
+        k = i * BK + tl.arange(0, BK)  # [BK]
+        if C % BK == 0:  # one tap a step
+            tap, o_c = tl.full([BK], i // (C // BK), tl.int32), i % (C // BK) * BK + tl.arange(0, BK)
+        else:
+            tap, o_c = k // C, k % C
+        row = tap // KW
+        column = tap - row * KW
+        p_a = p_x + (o_x + ((row * DH * W + column * DW) * (G * C) + o_c)[None, :])  # [BM, BK]
+        if PH + PW > 0:
+            reach = (1 << row) | (1 << (KH + column))
+            if K % BK > 0:
+                reach = tl.where(k < K, reach, -1)  # never inside
+            a = tl.load(p_a, mask=(inside & reach[None, :]) == reach[None, :], other=0.0)
+        elif K % BK > 0:
+            a = tl.load(p_a, mask=(k < K)[None, :], other=0.0)
+        else:
+            a = tl.load(p_a)
+        if K % BK > 0:
+            b = tl.load(p_weight + k[:, None], mask=(k < K)[:, None], other=0.0)  # [BK, BN]
+        else:
+            b = tl.load(p_weight + k[:, None])
+        acc = tl.dot(a, b, acc)
+
+    if HAS_BIAS:
+        acc += tl.load(bias + i_g * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    v = acc.to(x.dtype.element_ty).to(tl.float32)
+    z = _activate(v, ACTIVATION)
+    if STORE:
+        p_y = y + i_n * P * (G * D) + i_g * D
+        p_y += (i_m * BM + lane)[:, None] * (G * D) + o_d[None, :]  # [BM, BN]
+        tl.store(p_y, z.to(x.dtype.element_ty), mask=m_p[:, None] & m_d[None, :])
+    if KEY_AFTER:
+        v = z
+    bits = v.to(tl.int32, bitcast=True)
+    rank = ((bits & 0x7FFFE000) ^ (bits >> 31)) + 2 * (LOW - lane)[:, None]
+    if SIGNED_NAN:
+        rank = tl.where(v != v, 0x7FFFE000, rank)
+    best = tl.max(rank, axis=0).to(tl.int64)  # [BN]; a lane has a few of them once they are 64 bits wide
+    best += best & 1
+    high = (best & (-2 * BM)) + (best >> 63)  # as `ordered32` of keys.py
+    found = (high << 32) | (0x7FFFFFFF - LOW - i_m * BM + (best >> 1 & LOW))
+    found = tl.where(best > 0x7F801FFF, 0x7FFFFFFF7FFFFFFF, found)  # above the largest rank of +inf
+    p_keys = keys + i_n * (G * D) + i_g * D + o_d
+    if SPLIT:
+        tl.atomic_max(p_keys, found, mask=m_d, sem="relaxed")
+    else:
+        tl.store(p_keys, found, mask=m_d)
+
+
+def tile(P: int, D: int, K: int) -> dict[str, int]:
+    """The tile for maps of P pixels, D channels a group and depth K: the least work, counting what is cut off."""
+
+    def least(size: int, penalty: dict[int, float], smallest: int) -> int:
+        blocks = {b: cost for b, cost in penalty.items() if b <= max(smallest, next_power_of_2(size))}
+        return min(blocks, key=lambda b: -(-size // b) * b * blocks[b])
+
+    BM = least(P, {128: 1.0, 64: 1.15}, 64)
+    BN = least(D, {128: 1.0, 64: 1.15, 32: 1.6, 16: 2.5}, 16)
+    BK = least(K, {64: 1.0, 32: 1.1, 16: 1.3}, 16)
+    return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BM * BN == 128 * 128 else 4, "num_stages": 3}
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether products read both operands from shared memory; of a device that is no GPU, too, for the tests."""
+    return device.type != "cuda" or (not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9)
+
+
+def whole_vectors(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """As the kernel reads them: the weight channels_last, input channels in whole vectors of at least 8 bytes."""
+    missing = -x.shape[1] % 4 if groups == 1 else 0
+    if missing:
+        x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (x, weight))
+    return x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
+
+
+def out_size(x: Tensor, weight: Tensor, geometry: Sequence[int]) -> tuple[int, int]:
+    """(OH, OW) of the convolution; below 1 where the kernel does not fit."""
+    (H, W), (KH, KW), (SH, SW, PH, PW, DH, DW, _) = x.shape[2:], weight.shape[2:], geometry
+    return (H + 2 * PH - DH * (KH - 1) - 1) // SH + 1, (W + 2 * PW - DW * (KW - 1) - 1) // SW + 1
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+    activation: str | None,
+    store: bool,
+    key_after: bool,
+    keys: Tensor,
+    y: Tensor,
+) -> Launch | None:
+    """The launch that fills `keys` and `y`; None for what has no kernel."""
+    if x.dtype == torch.float32 or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+        return None
+    SH, SW, PH, PW, DH, DW, G = geometry
+    x, weight = whole_vectors(x, weight, G)
+    (N, C, H, W), (D, _, KH, KW), (OH, OW) = x.shape, weight.shape, out_size(x, weight, geometry)
+    P = OH * OW
+    largest = max((H + 2 * PH) * (W + 2 * PW) * C, (P + 128) * D, weight.numel())
+    if largest >= 2**31 or (PH + PW > 0 and KH + KW > 31):
+        return None  # offsets inside an image are int32, and so are the taps of both axes together
+    options: dict[str, Any] = {
+        "G": G, "C": C // G, "D": D // G, "KH": KH, "KW": KW, "SH": SH, "SW": SW, "PH": PH, "PW": PW, "DH": DH,
+        "DW": DW, "HAS_BIAS": bias is not None, "ACTIVATION": ACTIVATIONS[activation], "KEY_AFTER": key_after,
+        "STORE": store, "SIGNED_NAN": x.is_cpu or bool(torch.version.hip), **tile(P, D // G, KH * KW * C // G),
+    }  # fmt: skip
+    options["SPLIT"] = options["BM"] < P
+    if options["num_warps"] == 8 and has_wgmma(x.device):
+        options["maxnreg"] = 128  # two programs fit, and one computes while the other stores; elsewhere this spills
+    steps = -(-(KH * KW * C // G) // options["BK"])
+    programs = N * -(-P // options["BM"]) * G * -(-options["D"] // options["BN"])
+    args = (x, weight, x if bias is None else bias.contiguous(), keys, y if store else x, H, W, OW, P, steps)
+    return Launch(_conv_argmax_kernel, (programs,), args, options)
+
+
+@torch.library.custom_op("unitvis::conv_argmax", mutates_args=())
+def _conv_argmax(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+    activation: str | None,
+    store: bool,
+    key_after: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `conv_argmax`; without `store` an empty tensor stands for y, because an operator returns no optional one."""
+    return reference.conv_argmax(x, weight, bias, geometry, activation, store, key_after)
+
+
+@_conv_argmax.register_fake
+def outputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+    activation: str | None,
+    store: bool,
+    key_after: bool,
+) -> tuple[Tensor, Tensor]:
+    N, D = x.shape[0], weight.shape[0]
+    keys = x.new_empty((N, D), dtype=torch.int64)
+    if not store:
+        return keys, x.new_empty(0)
+    shape = (N, D, *out_size(x, weight, geometry))
+    return keys, torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def launch(*arguments: Any, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    out = outputs(*arguments) if out is None else out
+    planned = plan(*(*arguments, *out))
+    if planned is None:
+        return reference.conv_argmax(*arguments)
+    if planned.options["SPLIT"]:
+        out[0].fill_(BLANK)
+    planned.run()
+    return out
+
+
+if HAS_TRITON:
+    _conv_argmax.register_kernel("cuda")(launch)
+
+
+def conv_argmax(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    store: bool = True,
+    key_after: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(keys int64 [N, D], y [N, D, OH, OW]) of `F.conv2d(x, weight, bias, stride, padding, dilation, groups)`.
+
+    x [N, C, H, W] and weight [D, C / groups, KH, KW] are both float16, bfloat16 or float32. v = products + bias[d],
+    summed in float32 and rounded once to x's dtype; y = activation(v), in x's dtype and channels_last, or None with
+    store=False; keys are those of v, or with `key_after` those of y; see `epilogue`. On a GPU half precision in
+    channels_last takes one pass, and a map that is not stored is not written at all; else the plain PyTorch operator
+    runs. In one pass each call copies a weight that is not channels_last, and x and the weight if C is no multiple of 4
+    (groups 1): hand both over with channels of zeros to save it. Raises ValueError for anything else.
+    """
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"conv_argmax takes float32, float16 or bfloat16 [N, C, H, W], not {x.dtype} {tuple(x.shape)}")
+    if weight.ndim != 4 or weight.dtype != x.dtype or not weight.numel():
+        raise ValueError(f"weight must be {x.dtype} [D, C, KH, KW], as x, not {weight.dtype} {tuple(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups or weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(f"weight {tuple(weight.shape)} in {groups} groups does not fit {x.shape[1]} input channels")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.dtype.is_floating_point):
+        raise ValueError(f"bias must be one float a channel [{weight.shape[0]}], not {bias.dtype} {tuple(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None, 'relu' or 'relu6', not {activation!r}")
+    geometry = (*_pair("stride", stride, 1), *_pair("padding", padding, 0), *_pair("dilation", dilation, 1), groups)
+    size = out_size(x, weight, geometry)
+    if min(size) < 1 or size[0] * size[1] > POSITION_MASK:
+        raise ValueError(f"a map of {size[0]} x {size[1]} from {tuple(x.shape[2:])}: it needs 1 to 2^31 - 1 positions")
+    keys, y = _conv_argmax(x, weight, bias, geometry, activation, store, key_after)
+    return keys, y if store else None
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be numbers, not {value!r}: 'valid' is 0, 'same' is dilation * (kernel - 1) / 2")
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name} must be a number or a pair of at least {least}, not {value}")
+    return pair[0], pair[1]

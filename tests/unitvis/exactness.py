@@ -1,0 +1,125 @@
+"""How often the bound errs by which a scan in half precision decides: against float32, on real and random networks.
+
+    PYTHONPATH=.:kernels:tests/unitvis python tests/unitvis/exactness.py --images 10000 small large alexnet vgg16
+
+The MobileNets on photographs and augmented copies of them, the others with random weights on made-up pictures. A line
+each: `decided` units by the bound alone, whatever was computed besides, and `wrong`, those of them with a winner that
+is no candidate, which the bound said cannot be. Half precision is emulated in float32, see half.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import half
+import photos
+import unitvis
+import unitvis.recorder
+import zoos
+from unitvis.exact import Rescorer
+from unitvis.recorder import Recorder
+from unitvis.sources import open_source
+
+
+class Augmented(torch.utils.data.Dataset[Tensor]):
+    """Copies of pictures, each cut, mirrored and lit otherwise by a hash of its number; the first ones as they are."""
+
+    def __init__(self, pictures: Tensor, count: int) -> None:
+        self._pictures, self._count = pictures, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Tensor:
+        picture = self._pictures[number % len(self._pictures)]
+        if number < len(self._pictures):
+            return picture
+        rng = np.random.default_rng(number)
+        height, width = picture.shape[1:]
+        side = int(rng.integers(height // 2, height + 1))
+        top, left = (int(rng.integers(0, size - side + 1)) for size in (height, width))
+        part = picture[:, top : top + side, left : left + side]
+        part = torch.nn.functional.interpolate(part[None], size=(height, width), mode="bilinear")[0]
+        part = part.flip(2) if rng.random() < 0.5 else part
+        return (part * float(rng.uniform(0.6, 1.2)) + float(rng.uniform(-0.2, 0.2))).clamp(-1, 1)
+
+
+class MadeUp(torch.utils.data.Dataset[Tensor]):
+    """Smooth random pictures of different contrast."""
+
+    def __init__(self, count: int, side: int) -> None:
+        self._count, self._side = count, side
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Tensor:
+        g = torch.Generator().manual_seed(number)
+        coarse = torch.randn(1, 3, 7, 7, generator=g) + 0.3 * torch.randn(1, 3, 1, 1, generator=g)
+        fine = torch.randn(1, 3, self._side, self._side, generator=g)
+        smooth = torch.nn.functional.interpolate(coarse, size=(self._side, self._side), mode="bicubic")
+        return (smooth + 0.3 * fine)[0] * float(0.3 + torch.rand(1, generator=g))
+
+
+def network(name: str) -> nn.Module:
+    if name in photos.NETWORKS:
+        return photos.model(name)
+    zoos.importable()
+    import torchvision
+
+    torch.manual_seed(0)
+    return torchvision.models.get_model(name, weights=None).eval()
+
+
+def measure(name: str, count: int, precision: str) -> dict[str, Any]:
+    """How many units the bound decides, how many of those wrongly, and how many the scan as it is decides."""
+    model = network(name)
+    images = Augmented(photos.images(), count) if name in photos.NETWORKS else MadeUp(count, 64)
+    source = open_source(images, None)
+    with Recorder(model, precision=precision) as recorder:
+        for batch in source.batches(64):
+            recorder(batch.pixels, batch.ids)
+    with Rescorer(recorder) as again:
+        again.compute_sample(source)
+        again.compute_candidates(source, np.ones(len(again.rows), bool))
+        computed = len(again.computed)
+        again.decided |= again.kth > again.outsiders() + again.margins()
+    truth = unitvis.scan(model, images, precision="fp32", progress=False)
+    winners = np.concatenate([top.images for top in truth.tops.values()])
+    inside = (winners[:, :, None] == again.candidates[:, None, :]).any(axis=2).all(axis=1)
+    return {
+        "network": name,
+        "images": count,
+        "precision": recorder.precision,
+        "candidates computed": computed,
+        "units": len(winners),
+        "decided": int(again.decided.sum()),
+        "wrong": int((again.decided & ~inside).sum()),
+        "undecided but right": int((~again.decided & inside).sum()),
+    }
+
+
+def main() -> Iterator[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="+", help="small, large, or a name of torchvision's")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"], choices=("fp16", "bf16"))
+    arguments = parser.parse_args()
+    unitvis.recorder.Step = half.Rounded
+    for name in arguments.networks:
+        for precision in arguments.precision:
+            start = time.perf_counter()
+            yield measure(name, arguments.images, precision) | {"seconds": round(time.perf_counter() - start)}
+
+
+if __name__ == "__main__":
+    for line in main():
+        print(json.dumps(line), flush=True)

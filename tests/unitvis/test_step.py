@@ -1,0 +1,228 @@
+"""The fast step: whatever computes it the candidates are the same, and nothing big leaves the device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import brute
+import unitvis
+import unitvis_kernels as uk
+import zoos
+from test_exact import by_half, net, pictures
+from unitvis import rewrite, step
+from unitvis.canonical import canonical_settings
+from unitvis.step import Step
+
+
+def stepping(model: nn.Module, images: Tensor, device: str = "cpu", size: int = 64, **options: Any) -> Step:
+    """A step over the default layers."""
+    layers = unitvis.scan(model, images[:2], k=1, progress=False).layers
+    sample = images[:16].to(device).contiguous(memory_format=torch.channels_last)
+    with canonical_settings(sample.device):
+        maps = brute.outputs(model, layers, sample)
+    ends = list(itertools.accumulate(maps[name].shape[1] for name in layers))
+    units = [slice(end - maps[name].shape[1], end) for name, end in zip(layers, ends, strict=True)]
+    responses = torch.cat([maps[name].flatten(2).amax(2) for name in layers], dim=1)
+    state = uk.topk_state(ends[-1], 32, device)
+    return Step(
+        model,
+        dict(zip(layers, units, strict=True)),
+        state,
+        dtype=torch.float16,
+        size=size,
+        neurons=False,
+        sample=sample,
+        responses=responses,
+        **({"transform": None} | options),
+    )
+
+
+def test_alexnet_with_conv_argmax_wherever_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    zoos.importable()
+    import torchvision
+
+    torch.manual_seed(0)
+    model, images = torchvision.models.alexnet(weights=None).eval(), pictures(48, 64)
+    calls: list[bool] = []
+    fused = uk.conv_argmax
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(options["store"])
+        return fused(*args, **options)
+
+    monkeypatch.setattr(uk, "conv_argmax", counted)
+    monkeypatch.setattr(rewrite, "prefer", lambda *shape, **options: (True, "measured"))
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass: rewrite.rewritten(*a, one_pass=True))
+    run = by_half(model, images)
+    assert calls[:5] == [True, True, True, True, False]  # the last map is not stored
+    brute.check(run, brute.responses(model, run.layers, images, brute.canonical_batches(images)))
+
+
+def test_padding_of_the_last_batch_is_no_image() -> None:
+    model, images = net(), pictures(70)
+    once = stepping(model, images)
+    once(images[:64], torch.arange(64))
+    once(images[64:], torch.arange(64, 70))
+    ids = uk.topk_read(once.state)[1]
+    assert ids.max() < 70
+    assert all(len(set(row.tolist())) == 32 for row in ids)
+
+
+class Leaving(TorchDispatchMode):
+    """Lists operations that read a device's memory from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        taken, given = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), result))
+        self.calls += 1
+        if any(t.device.type == "cuda" for t in taken):
+            written = given + ([args[0]] if "copy_" in str(func) else [])
+            if "_local_scalar_dense" in str(func) or any(t.device.type != "cuda" for t in written):
+                self.found.append(str(func))
+        return result
+
+
+def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass: rewrite.rewritten(*a, one_pass=True))
+    transform = unitvis.Transform(mean=(0.5, 0.5, 0.5))
+    one = stepping(net(), pictures(16), transform=transform)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that computes nothing
+        for module in one.model.modules():
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                holder = module._parameters if name in module._parameters else module._buffers
+                holder[name] = nn.Parameter(fake) if name in module._parameters else fake
+        one.state, one._device = torch.empty(one.state.shape, dtype=torch.int64, device="cuda"), torch.device("cuda")
+        pixels = torch.empty(64, 20, 20, 3, dtype=torch.uint8, device="cuda")
+        ids = torch.empty(64, dtype=torch.int64, device="cuda")
+        with Leaving() as leaving:
+            one._fold(pixels, ids)
+        assert leaving.calls > 10
+        assert leaving.found == []
+        with Leaving() as leaving:  # the judge sees what it is there for
+            pixels.cpu()
+            torch.empty(3).copy_(torch.empty(3, device="cuda"))
+        assert len(leaving.found) == 2
+
+
+def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the buffers of one are made of ordinary memory, and capturing fails as CUDA's does."""
+    from unitvis import capture
+
+    class Nothing:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    class Refuses(Nothing):
+        def __enter__(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    for name in ("Event", "Stream", "CUDAGraph", "device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    monkeypatch.setattr(torch.cuda, "current_stream", Nothing)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", Nothing)
+    monkeypatch.setattr(torch.cuda, "graph", Refuses)
+    monkeypatch.setattr(torch, "empty", functools.partial(_plain, torch.empty))
+    seen: list[tuple[Tensor, Tensor]] = []
+    images = torch.arange(10.0)[:, None].expand(10, 4)
+    replay = capture.Replay(lambda x, ids: seen.append((x.clone(), ids.clone())), 4, images, torch.device("cpu"))
+    assert replay.eager_because == "RuntimeError: operation not permitted when stream is capturing"
+    assert all((ids == -1).all() for _, ids in seen)  # warming up changes no state
+    seen.clear()
+    for start in (0, 4, 8):
+        replay(images[start : start + 4], torch.arange(10)[start : start + 4])
+    assert [ids.tolist() for _, ids in seen] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, -1, -1]]
+    assert [x[:, 0].tolist()[: 2 if n == 2 else 4] for n, (x, _) in enumerate(seen)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
+
+
+def _plain(empty: Callable[..., Tensor], *args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+    return empty(*args, **options)
+
+
+def on_gpu(model: nn.Module, images: Tensor, pin: bool = False) -> Step:
+    one = stepping(model, images, "cuda")
+    for start in range(0, len(images), 64):
+        part = images[start : start + 64]
+        one(part.pin_memory() if pin else part, torch.arange(start, start + len(part)))
+    torch.cuda.synchronize()
+    return one
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+class TestOnAGpu:
+    def test_captured_and_eager_steps_agree(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, images = net().cuda(), pictures(300)
+        captured = on_gpu(model, images)
+        assert captured.how["captured"] is True, captured.how
+        assert torch.equal(on_gpu(model, images, pin=True).state, captured.state)
+        monkeypatch.setattr("unitvis.capture.Replay._capture", lambda self: "asked not to")
+        eager = on_gpu(model, images)
+        assert eager.how["captured"] == "asked not to"
+        assert torch.equal(eager.state, captured.state)
+
+    def test_a_scan_is_exact(self) -> None:
+        model, images = net().cuda(), pictures(2000)
+        run = by_half(model, images.cuda())
+        want = unitvis.scan(model, images.cuda(), precision="fp32", progress=False)
+        for name, top in run.tops.items():
+            decided = top.status != "unseparated"
+            assert decided.mean() > 0.8
+            assert (top.images == want[name].images)[decided].all()
+            assert (top.values == want[name].values)[decided].all()
+
+    def test_no_copy_to_the_host_and_no_growth(self) -> None:
+        model, images = net().cuda(), pictures(640)
+        one = on_gpu(model, images[:128])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
+        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+            for start in range(128, 640, 64):
+                one(images[start : start + 64], torch.arange(start, start + 64))
+        names = [event.name for event in profile.events()]
+        assert any("Graph" in name for name in names)
+        assert not [n for n in names if "DtoH" in n or "cudaDeviceSynchronize" in n or "cudaStreamSynchronize" in n][1:]
+        assert torch.cuda.max_memory_allocated() == before
+
+    def test_a_model_that_looks_at_its_values_runs_eagerly(self) -> None:
+        class Choosy(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.conv(x) if float(x.sum()) > -1e9 else self.conv(-x)
+
+        one = on_gpu(Choosy().cuda(), pictures(128))
+        assert "cannot be traced" in one.how["rewritten"]
+        assert "capturing" in one.how["captured"]
+        assert (uk.topk_read(one.state)[1] >= 0).all()

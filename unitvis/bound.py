@@ -1,0 +1,35 @@
+"""How far a response may lie above what half precision said, beyond what was seen: a statistical bound."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+DOUBT = 1e-3  # the chance, a layer, that one of its outsiders lies above the bound
+FEWEST = 200  # errors a layer; with fewer nothing is bounded
+
+
+def upper_bound(errors: NDArray[np.float64], draws: float, doubt: float = DOUBT) -> float:
+    """What the largest of `draws` further errors stays below with probability 1 - doubt; infinite for few errors.
+
+    The largest errors follow a generalised Pareto distribution (Pickands 1975), fitted by probability-weighted moments
+    (Hosking & Wallis 1987, section 3) to the largest of them; a tail lighter than exponential counts as exponential,
+    and one standard error is added to the shape, which is the uncertain part.
+    """
+    if len(errors) < FEWEST:
+        return math.inf
+    count = max(40, math.isqrt(len(errors)))
+    tail = np.sort(np.partition(errors, len(errors) - count - 1)[-count - 1 :])
+    excess = tail[1:] - tail[0]
+    mean = float(excess.mean())
+    if mean == 0:
+        return float(tail[-1])
+    ranks = (np.arange(1, count + 1) - 0.35) / count
+    weighted = float(((1 - ranks) * excess).mean())
+    fitted = 2 - mean / (mean - 2 * weighted) if mean > 2 * weighted else 0.0
+    scale = mean if fitted <= 0 else 2 * mean * weighted / (mean - 2 * weighted)
+    shape = max(0.0, fitted) + 1 / math.sqrt(count)
+    rarity = max(1.0, count / len(errors) * draws / doubt)
+    return float(max(tail[0] + scale * (rarity**shape - 1) / shape, tail[-1]))

@@ -1,0 +1,41 @@
+"""From numbers to pictures: signed signals about grey, responses as heat over a photograph."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+GREY = (128, 128, 128)  # a signal of 0
+LEVELS = 16  # of heat: what a palette of 4 bits holds
+# [LEVELS, 4] red, green, blue, alpha: from nothing over orange to yellow
+HEAT = np.rint(
+    np.array([[255, 70 + 180 * x, 70 * x, 215 * x**0.7] for x in np.linspace(0, 1, LEVELS)]),
+).astype(np.uint8)
+
+
+def signed(signal: NDArray[np.float32], scale: float | None = None) -> Image.Image:
+    """A picture of [C, H, W]: 0 is grey, `scale` white and -`scale` black, one scale for all colours.
+
+    scale: None is the largest magnitude. Of more than three channels the first three are shown, of fewer the first.
+    """
+    shown = signal[:3] if len(signal) >= 3 else signal[:1].repeat(3, axis=0)
+    scale = (float(np.abs(signal).max(initial=0)) if scale is None else scale) or 1.0
+    levels = np.clip(np.rint(127.5 + 127.5 * (shown / scale)), 0, 255).astype(np.uint8)
+    levels[:, (shown == 0).all(axis=0)] = GREY[0]
+    return Image.fromarray(levels.transpose(1, 2, 0))
+
+
+def heat_levels(maps: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Each map [..., H, W] in `LEVELS` levels: 0 where it is at most 0 or NaN, the last where it is largest."""
+    positive = np.clip(np.where(np.isnan(maps), 0, maps), 0, np.finfo(np.float32).max)
+    largest = positive.max(axis=(-2, -1), keepdims=True)
+    return np.ceil(positive / np.where(largest > 0, largest, 1) * (LEVELS - 1)).astype(np.uint8)
+
+
+def heat(levels: NDArray[np.uint8]) -> Image.Image:
+    """Levels [H, W] as a picture with a palette and transparency."""
+    image = Image.fromarray(levels, "P")
+    image.putpalette(HEAT[:, :3].tobytes(), "RGB")
+    image.info["transparency"] = HEAT[:, 3].tobytes()
+    return image

@@ -1,0 +1,59 @@
+"""Where a model runs, and what the last bits of its responses depend on."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unitvis.errors import UnitvisError, named
+
+
+def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
+    """The model where it is to run, in float32: itself where it is so already, else a copy."""
+    tensors = [*model.parameters(), *model.buffers()]
+    own = tensors[0].device if tensors else torch.device("cpu")
+    try:
+        wanted = own if device is None else torch.device(device)
+    except RuntimeError:
+        raise UnitvisError(f"device {device!r} is unknown; give cpu, cuda or cuda:1") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise UnitvisError(f"device {str(device)!r} is not there ({torch.cuda.device_count()} GPUs); give cpu, or none")
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = torch.device("cuda", torch.cuda.current_device())
+    foreign = any(t.device != wanted or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors)
+    return (copied(model).to(wanted, torch.float32) if foreign else model), wanted
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model; UnitvisError where it refuses."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UnitvisError(
+            f"the model must be copied, for another device or precision, and cannot be ({named(error)}); give it in "
+            f"float32 on the device that is to compute, and precision='fp32'"
+        ) from error
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be had."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except OSError:  # only Linux tells; elsewhere the allocation itself has to
+        return float("inf")
+
+
+def fingerprint(device: torch.device) -> dict[str, str]:
+    """What the last bits of a response depend on besides model and image."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": device.type, "hardware": hardware, "torch": torch.__version__, "layout": "channels_last"}

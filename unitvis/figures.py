@@ -1,0 +1,112 @@
+"""Figures for slides and papers: some units of some layers on one page, in print resolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from unitvis import sheets
+from unitvis.errors import UnitvisError
+from unitvis.gallery.pictures import PATCH, filter_of, projections_of
+from unitvis.patches import crop_of, input_size
+from unitvis.run import LayerTop, Run
+from unitvis.sheets import FAINT, INK, PAPER, unit_name
+
+FIGURES = ("lecture", "paper")
+UNITS = 9
+DPI = 300
+GAP, MARGIN = 28, 72  # between tiles; around the page and between a layer's halves
+_HEAD = 140  # above a layer's tiles
+
+
+def figure(
+    run: Run, layers: Sequence[str], style: str, units: Sequence[int] | None = None, *, crop: str | None = None
+) -> Image.Image:
+    """A page of 3x3 tiles, nine units a layer unless units are named.
+
+    style: "lecture" has the patches, layers from left to right; "paper" (Zeiler & Fergus 2013, figure 2) projections
+    on the left of the same units' patches, or a first layer's filters where those were drawn. Raises UnitvisError for
+    projections that are not there or are cut otherwise.
+    """
+    if style not in FIGURES:
+        raise UnitvisError(f"a figure is one of {', '.join(FIGURES)}, not {style!r}")
+    blocks = [_block(run, layer, style, units or _chosen(run[layer]), crop) for layer in layers]
+    columns = len(blocks) if style == "lecture" else math.ceil(len(blocks) / 3)
+    rows = math.ceil(len(blocks) / columns)
+    wide, high = max(block.width for block in blocks), max(block.height for block in blocks)
+    foot = ImageFont.load_default(38)
+    note = _note(run, style)
+    apart = 2 * MARGIN if style == "paper" else MARGIN
+    width = max(columns * (wide + apart) - apart + 2 * MARGIN, math.ceil(foot.getlength(note)) + 2 * MARGIN)
+    page = Image.new("RGB", (width, rows * (high + MARGIN) + 2 * MARGIN), PAPER)
+    for number, block in enumerate(blocks):
+        # The paper's page is read down its columns.
+        column, row = (number, 0) if style == "lecture" else divmod(number, rows)
+        page.paste(block, (MARGIN + column * (wide + apart), MARGIN // 2 + row * (high + MARGIN)))
+    ImageDraw.Draw(page).text((MARGIN, page.height - MARGIN), note, FAINT, foot, anchor="lm")
+    return page
+
+
+def _chosen(top: LayerTop) -> list[int]:
+    """The first nine units that fire for all their images; the first of the others where those are fewer."""
+    return np.argsort(~top.fired.all(axis=1), kind="stable")[:UNITS].tolist()
+
+
+def _note(run: Run, style: str) -> str:
+    k, images = run.manifest["k"], run.manifest["images"]
+    what = "" if style == "lecture" else "; left: its projections, or its filter (grey is 0)"
+    return f"Each tile is one unit: its {k} strongest patches of {images:,} images, one an image{what}."
+
+
+def _block(run: Run, layer: str, style: str, units: Sequence[int], crop: str | None) -> Image.Image:
+    """A layer's name, what it sees, and its tiles."""
+    top, kind = run[layer], crop_of(run, layer, crop)
+    cells = sheets.cut_cells(run, {layer: (list(units), kind, PATCH)})[layer]
+    halves = [[sheets.compose(top, unit, cells, PATCH) for unit in units]]
+    if style == "paper":
+        halves.insert(0, [_beside(run, top, unit, kind) for unit in units])
+    side = halves[0][0].width, halves[0][0].height
+    columns = math.ceil(math.sqrt(len(units)))
+    rows = math.ceil(len(units) / columns)
+    text = ImageFont.load_default(32)
+    step = side[0] + GAP, side[1] + GAP + 36
+    half = columns * step[0] - GAP
+    block = Image.new("RGB", (len(halves) * (half + MARGIN) - MARGIN, _HEAD + rows * step[1]), PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((0, 0), layer, INK, ImageFont.load_default(64))
+    draw.text((0, 84), _sees(run, top, kind), FAINT, ImageFont.load_default(38))
+    for number, tiles in enumerate(halves):
+        for place, tile in enumerate(tiles):
+            x = number * (half + MARGIN) + place % columns * step[0]
+            y = _HEAD + place // columns * step[1]
+            block.paste(tile, (x, y))
+            draw.text((x, y + side[1] + 3), unit_name(top, units[place]), FAINT, text)
+    return block
+
+
+def _beside(run: Run, top: LayerTop, unit: int, crop: str) -> Image.Image:
+    """What stands left of a unit's patches: its filter in the first layer, else its projections."""
+    empty = sheets.compose(top, unit, {}, PATCH)
+    if (weights := filter_of(run, top.name, unit)) is not None:
+        scale = min(empty.width / weights.width, empty.height / weights.height)
+        size = round(weights.width * scale), round(weights.height * scale)
+        page = Image.new("RGB", empty.size, PAPER)
+        page.paste(weights.resize(size, Image.Resampling.NEAREST))
+        return page
+    found = projections_of(run, top.name, unit, crop)
+    if found is None:
+        raise UnitvisError(
+            f"the run has no projections of layer {top.name!r} that are cut as its patches are ({crop}); draw them: "
+            f"unitvis render RUN --model MODEL --project"
+        )
+    return sheets.compose(top, unit, {(unit, rank): found[rank] for rank in range(int(top.fired[unit].sum()))}, PATCH)
+
+
+def _sees(run: Run, top: LayerTop, crop: str) -> str:
+    field, (height, width) = top.info["receptive_field"], input_size(run)
+    size = "the whole image" if field["whole_image"] else f"{field['size'][1]} x {field['size'][0]}"
+    shown = {"rf": "", "effective": f"; {top.info['effective_box']} drawn", "image": "; the whole image drawn"}[crop]
+    return f"sees {size} of {width} x {height} pixels{shown}"

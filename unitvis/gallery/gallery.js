@@ -1,0 +1,268 @@
+// The whole gallery: one page, three views (#, #LAYER, #LAYER/UNIT). Data comes in scripts, because a page that was
+// opened from a disk may not read files. Names go through textContent or encodeURIComponent, never into markup.
+"use strict";
+
+const unitvis = (() => {
+  const $ = (id) => document.getElementById(id);
+  const layers = new Map();  // name -> entry of the index, with .data once its script has run
+  const waiting = new Map();  // name -> what to call when it has
+  let run, shown = {}, byValue = false;
+
+  // --- elements ---
+
+  function el(tag, attributes, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes || {})) {
+      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+      else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
+    }
+    element.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+    return element;
+  }
+
+  const link = (name, unit) => "#" + encodeURIComponent(name) + (unit === undefined ? "" : "/" + unit);
+  const file = (layer, name) => `gallery/layers/${layer.folder}/${name}`;
+  const label = (data, unit) => (data.labels ? data.labels[unit] : String(unit));
+  const number = (value) => String(Number(Number(value).toPrecision(4)));  // "Infinity" is not in JSON
+  const sight = (note) => (note ? el("em", { title: run.notes[note] }, note) : "");
+
+  /** One place of a picture that holds all of a unit's. */
+  function cell(source, data, rank, alt, extra) {
+    const rows = Math.ceil(data.k / data.across);
+    const at = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0) + "%";
+    const style = `background-image:url("${source}");background-size:${100 * data.across}% ${100 * rows}%;` +
+      `background-position:${at(rank % data.across, data.across)} ${at(Math.floor(rank / data.across), rows)};`;
+    return el("div", { class: "cell", role: "img", "aria-label": alt, title: alt, style: style + (extra || "") });
+  }
+
+  /** A unit's patches at once, with lines between them. */
+  function patches(layer, unit, across, alt) {
+    return el("span", { class: "patches", style: `--across:${across}` },
+      el("img", { src: file(layer, unit + ".jpg"), loading: "lazy", decoding: "async", alt }));
+  }
+
+  // --- the first page ---
+
+  function overview() {
+    const rows = run.layers.map((layer) => el("li", {},
+      el("h2", {}, el("a", { href: link(layer.name) }, layer.name)),
+      el("p", {}, layer.facts),
+      el("div", { class: "strip" }, ...layer.strip.map((unit) => el("a", { href: link(layer.name, unit) },
+        patches(layer, unit, run.across, `Patches of unit ${unit} of ${layer.name}`))))));
+    return [el("h1", {}, run.title), el("p", {}, run.run),
+      el("p", {}, "Each square below is one unit: the pieces of images that excite it most, strongest first. " +
+        "Layers stand in the order in which an image passes through them."),
+      el("ol", { class: "layers" }, ...rows)];
+  }
+
+  // --- a layer ---
+
+  function order(data) {
+    const units = data.winners.map((_, unit) => unit);
+    const best = (unit) => (data.winners[unit].length ? data.winners[unit][0][0] : -Infinity);
+    return byValue ? units.sort((a, b) => best(b) - best(a) || a - b) : units;
+  }
+
+  function tile(layer, unit) {
+    const data = layer.data, winner = data.winners[unit][0], note = data.notes[unit];
+    const text = `Unit ${label(data, unit)}: ` + (data.fired[unit] ? `its ${data.fired[unit]} strongest patches` : note);
+    return el("a", { class: "tile", href: link(layer.name, unit), id: "unit-" + unit },
+      patches(layer, unit, data.across, text),
+      data.filters ? filter(layer, unit) : "",
+      el("b", {}, label(data, unit)), sight(note),
+      el("span", { class: "value", title: "largest response" }, winner && note !== "dead" ? number(winner[0]) : ""));
+  }
+
+  function filter(layer, unit) {
+    return el("img", { class: "filter", src: file(layer, unit + "-filter.png"), loading: "lazy", width: 32, height: 32,
+      alt: `Weights of unit ${unit}`, title: "the unit's weights; grey is 0" });
+  }
+
+  function layerPage(layer) {
+    const data = layer.data;
+    const sort = (value, text) => el("label", {}, el("input", { type: "radio", name: "sort", value,
+      checked: (value === "value") === byValue ? "" : null,
+      onchange: () => { byValue = value === "value"; draw(); $("view").querySelector("input:checked").focus(); } }), text);
+    return [el("h1", {}, layer.name), el("p", {}, layer.facts),
+      el("details", { open: matchMedia("(min-width: 40rem)").matches ? "" : null }, el("summary", {}, "What is this?"),
+        el("dl", { class: "answers" }, ...data.answers.map(([question, answer]) =>
+          el("div", {}, el("dt", {}, question), el("dd", {}, answer))))),
+      el("fieldset", {}, el("legend", {}, "Units by"), sort("number", "number"), sort("value", "largest response")),
+      el("div", { class: "grid" }, ...order(data).map((unit) => tile(layer, unit)))];
+  }
+
+  // --- a unit ---
+
+  const percent = (share) => Math.min(100, Math.max(0, 100 * share)) + "%";
+
+  function frame(kind, box, data) {
+    const [width, height] = data.input, [left, top, right, bottom] = box;
+    return el("span", { class: "frame " + kind, style: `left:${percent(left / width)};top:${percent(top / height)};` +
+      `right:${percent(1 - right / width)};bottom:${percent(1 - bottom / height)}` });
+  }
+
+  function scene(data, image, alt, ...over) {
+    return el("div", { class: "scene", style: `aspect-ratio:${data.input[0]}/${data.input[1]}` },
+      el("img", { src: `gallery/images/${image}.jpg`, alt, loading: "lazy" }), ...over);
+  }
+
+  function winner(layer, unit, rank) {
+    const data = layer.data, [value, image, row, column, left, top, right, bottom] = data.winners[unit][rank];
+    const name = data.images[image], side = data.effective;
+    const boxes = [frame("field", [left, top, right, bottom], data)];
+    if (side) {
+      const x = Math.floor((left + right - side) / 2), y = Math.floor((top + bottom - side) / 2);
+      boxes.push(frame("effective", [x, y, x + side, y + side], data));
+    }
+    const pictures = [named("patch: " + data.shows, cell(file(layer, unit + ".jpg"), data, rank, `Patch of ${name}`))];
+    if (data.projections) pictures.push(named("projection",
+      cell(file(layer, unit + "-projections.jpg"), data, rank, `Projection of the response to ${name}`)));
+    pictures.push(named("whole image", scene(data, image, `Whole image ${name}`, ...boxes)));
+    if (data.responses) {
+      const [x, y, x2, y2] = data.responses.area;
+      pictures.push(named("response map", scene(data, image, `Whole image ${name}`,
+        cell(file(layer, unit + "-responses.png"), data, rank, `Response map for ${name}`,
+          `left:${100 * x}%;top:${100 * y}%;width:${100 * (x2 - x)}%;height:${100 * (y2 - y)}%`))));
+    }
+    return el("li", {}, el("div", { class: "pictures", "data-count": pictures.length }, ...pictures),
+      el("p", {}, el("b", {}, `${rank + 1}. ${number(value)}`), " ", el("span", { class: "name" }, name)),
+      el("p", { class: "where" }, `row ${row}, column ${column} of the map; box ${left}, ${top} to ${right}, ${bottom}`));
+  }
+
+  const named = (text, picture) => el("figure", {}, picture, el("figcaption", {}, text));
+
+  function unitView(layer, unit) {
+    const data = layer.data, fired = data.fired[unit], note = data.notes[unit];
+    const [before, after] = neighbours(data, unit);
+    const silent = data.winners[unit].slice(fired);
+    return [el("h1", {}, layer.name, " ", el("span", {}, "unit " + label(data, unit)), data.filters ? filter(layer, unit) : ""),
+      el("p", { class: "steps" },
+        before === undefined ? "" : el("a", { href: link(layer.name, before), rel: "prev" }, "← " + label(data, before)),
+        el("a", { href: link(layer.name) }, "↑ all units"),
+        after === undefined ? "" : el("a", { href: link(layer.name, after), rel: "next" }, label(data, after) + " →")),
+      note ? el("p", {}, sight(note), " ", run.notes[note], ".") : "",
+      fired ? el("p", { class: "legend" }, el("span", { class: "field" }, "box: the receptive field"), " ",
+        data.effective ? el("span", { class: "effective" }, "effective box: holds 90% of what moves a unit here") : "",
+        data.responses ? el("span", { class: "map" }, "response map: clear at 0, yellow where largest") : "",
+        data.projections ? `projection: grey is 0; ${data.projections}` : "") : "",
+      el("ol", { class: "winners" }, ...Array.from({ length: fired }, (_, rank) => winner(layer, unit, rank))),
+      silent.length ? el("p", {}, `Did not fire: ${silent.map((one) => `${data.images[one[1]]} (${number(one[0])})`).join(", ")}.`) : ""];
+  }
+
+  function neighbours(data, unit) {
+    const units = order(data), place = units.indexOf(unit);
+    return [units[place - 1], units[place + 1]];
+  }
+
+  // --- where we are ---
+
+  /** {layer, unit} of an address, or {problem}; the unit is what follows the last slash. */
+  function parse(hash) {
+    const [name, unit, more] = hash.replace(/^#/, "").split("/");
+    if (!name) return {};
+    let decoded;
+    try { decoded = decodeURIComponent(name); } catch { decoded = name; }
+    const layer = layers.get(decoded);
+    if (!layer) return { problem: `There is no layer ${decoded} here.` };
+    if (unit === undefined || unit === "") return { layer };
+    if (more !== undefined || !/^\d+$/.test(unit) || Number(unit) >= layer.units)
+      return { problem: `${decoded} has units 0 to ${layer.units - 1}, and no ${unit}.` };
+    return { layer, unit: Number(unit) };
+  }
+
+  function load(layer) {
+    if (layer.data) return Promise.resolve();
+    return new Promise((done, failed) => {
+      waiting.set(layer.name, done);
+      document.head.append(el("script", { src: file(layer, "layer.js"), onerror: failed }));
+    });
+  }
+
+  async function route() {
+    const hash = location.hash, to = parse(hash);
+    try { if (to.layer) await load(to.layer); }
+    catch { to.problem = `The file ${file(to.layer, "layer.js")} is missing; draw the gallery again.`; }
+    if (location.hash !== hash) return;  // somebody was faster
+    const from = shown;
+    shown = to;
+    draw();
+    const back = to.layer && to.layer === from.layer && to.unit === undefined && $("unit-" + from.unit);
+    if (back) { back.scrollIntoView({ block: "center" }); back.focus({ preventScroll: true }); }
+    else { window.scrollTo(0, 0); $("view").focus({ preventScroll: true }); }
+  }
+
+  function draw() {
+    const { layer, unit, problem } = shown;
+    const content = problem ? [el("p", { role: "alert" }, problem)]
+      : !layer ? overview() : unit === undefined ? layerPage(layer) : unitView(layer, unit);
+    $("view").replaceChildren(...content.filter((part) => part !== ""));
+    const trail = [el("a", { href: "#" }, "All layers")];
+    if (layer) trail.push(" / ", el("a", { href: link(layer.name) }, layer.name));
+    if (unit !== undefined) trail.push(" / ", el("a", { href: link(layer.name, unit) }, label(layer.data, unit)));
+    $("trail").replaceChildren(...trail);
+    document.title = [unit === undefined ? "" : `unit ${label(layer.data, unit)}`, layer && layer.name, run.title]
+      .filter(Boolean).join(" – ");
+    $("said").textContent = "";
+  }
+
+  /** A unit of the layer that is shown, layer, or layer/unit. */
+  function jump(text) {
+    const wanted = text.trim();
+    if (!wanted) return;
+    const place = wanted.lastIndexOf("/");
+    const known = layers.get(wanted) || layers.get(wanted.slice(0, Math.max(0, place)));
+    const unit = shown.layer && shown.layer.data.labels ? shown.layer.data.labels.indexOf(wanted) : -1;
+    let hash;
+    if (unit >= 0) hash = link(shown.layer.name, unit);
+    else if (layers.has(wanted)) hash = link(wanted);
+    else if (known) hash = link(known.name, wanted.slice(place + 1));
+    else if (shown.layer && /^\d+$/.test(wanted)) hash = link(shown.layer.name, Number(wanted));
+    const problem = hash ? parse(hash).problem
+      : `No layer is called ${wanted}` + (shown.layer ? "." : "; write layer/unit here.");
+    $("said").textContent = problem || "";
+    if (problem) return;
+    $("goto").value = "";
+    $("goto").blur();
+    location.hash = hash;
+  }
+
+  function key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) {
+      if (event.key === "Escape") event.target.blur();
+      return;
+    }
+    const { layer, unit } = shown;
+    if (event.key === "/") $("goto").focus();
+    else if (unit !== undefined && (event.key === "ArrowLeft" || event.key === "ArrowRight")) {
+      const next = neighbours(layer.data, unit)[event.key === "ArrowLeft" ? 0 : 1];
+      if (next !== undefined) location.hash = link(layer.name, next);
+    } else if (unit !== undefined && (event.key === "ArrowUp" || event.key === "Escape")) location.hash = link(layer.name);
+    else if (layer && (event.key === "ArrowLeft" || event.key === "ArrowRight")) step(event.key === "ArrowLeft" ? -1 : 1);
+    else if (layer && event.key === "Escape") location.hash = "";
+    else return;
+    event.preventDefault();
+  }
+
+  /** From tile to tile. */
+  function step(by) {
+    const tiles = [...document.querySelectorAll(".tile")], at = tiles.indexOf(document.activeElement);
+    const next = tiles[at < 0 ? 0 : at + by];
+    if (next) next.focus();
+  }
+
+  return {
+    index(data) {
+      run = data;
+      for (const layer of data.layers) layers.set(layer.name, layer);
+      $("layers").replaceChildren(...data.layers.map((layer) => el("option", { value: layer.name })));
+      $("jump").addEventListener("submit", (event) => { event.preventDefault(); jump($("goto").value); });
+      document.addEventListener("keydown", key);
+      window.addEventListener("hashchange", route);
+      route();
+    },
+    layer(data) {
+      layers.get(data.name).data = data;
+      waiting.get(data.name)();
+    },
+  };
+})();
