@@ -29,6 +29,7 @@ from unitvis.run import Run, check_output, load
 from unitvis.shards import parse_shard
 from unitvis.sources import Source, open_source
 from unitvis.step import HALF
+from unitvis.threads import Threads
 from unitvis.transform import Transform
 
 logger = logging.getLogger("unitvis")
@@ -114,16 +115,18 @@ def scan(
                 chosen = _plan(recorder, source, first[0].pixels, k)
                 recorder.scan_in(chosen.precision, batch_size)
             silent = None if progress else True  # None: a bar on a terminal, nothing in a log
-            with tqdm(
+            bar = tqdm(
                 total=source.length if watch.ids is None else len(watch.ids),
                 initial=recorder.images,
                 desc="scan",
                 unit=" images",
                 disable=silent,
                 leave=False,
-            ) as bar:
+            )
+            with bar, Threads(recorder, source) as threads:
                 for batch in chain(first, batches):
                     recorder(batch.pixels, batch.ids)
+                    threads.choose(batch.pixels)
                     watch.after_batch()
                     bar.update(len(batch.ids))
             watch.checkpoint()

@@ -392,3 +392,29 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
     run = scan(folder, out, resume=True)
     assert run.manifest["seconds"]["scan"] > 0
     assert run.manifest["seconds"]["checkpoints"] < time.perf_counter() - start
+
+
+@pytest.mark.parametrize(("rate", "threads"), [(2_000.0, 1), (100.0, 3)], ids=["small", "large"])
+def test_a_small_network_computes_on_one_thread_beside_decoding(
+    rate: float, threads: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Seeing(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            return super().forward(x)
+
+    monkeypatch.setattr(Recorder, "rate", lambda *_: rate)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        scan(folder, None, nn.Sequential(Seeing(3, 2, 3)), batch_size=16)
+        assert torch.get_num_threads() == 3
+        assert seen.count(threads) >= 2
+        assert set(seen) == {3, threads}
+        seen.clear()  # in memory nothing is decoded
+        scan(np.zeros((64, 12, 12, 3), np.uint8), None, nn.Sequential(Seeing(3, 2, 3)), batch_size=16)  # type: ignore[arg-type]
+        assert set(seen) == {3}
+    finally:
+        torch.set_num_threads(before)
