@@ -104,13 +104,16 @@ class Outcome:
         return max(self.memory.values()) - min(self.memory.values())
 
     def __str__(self) -> str:
-        first, *_, last = self.memory.values()
+        first, last, spread = (
+            f"{value / 2**20:.1f} MB"
+            for value in (self.memory[min(self.memory)], self.memory[max(self.memory)], self.spread)
+        )
         killed = ", ".join(f"{images:,}" for images in self.kills)
         return (
             f"{self.images:,} images of {self.shards} shards in {self.seconds:.0f} s, {self.rate:.0f} images/s; "
-            f"RssAnon {first / 2**20:.1f} MB at 10,000, {last / 2**20:.1f} MB at the end, within {self.spread / 2**20:.1f} MB; "
-            f"checkpoints every {self.every:g} s took {self.checkpoint_share:.2%} of the time; killed after {killed} "
-            f"images: {'the same bytes' if self.equal else 'OTHER BYTES'}; {self.seconds_in_all:.0f} s in all"
+            f"RssAnon {first} after {min(self.memory):,}, {last} at the end, within {spread}; checkpoints every "
+            f"{self.every:g} s took {self.checkpoint_share:.2%} of the time; killed after {killed} images: "
+            f"{'the same bytes' if self.equal else 'OTHER BYTES'}; {self.seconds_in_all:.0f} s in all"
         )
 
 
