@@ -30,9 +30,11 @@ class Progress:
             for batch in source.batches(n, ids=progress.left()):
                 recorder(batch.pixels, batch.ids)
                 progress.after_batch()
+            progress.finish()
+            ...  # the second pass, and writing the run
 
     folder: where checkpoints go; None: nowhere, and signals are left alone. SIGINT and SIGTERM end the loop with a
-    checkpoint and `Interrupted`; a second one ends it at once.
+    checkpoint and `Interrupted`; a second one ends it at once, as does the first one after `finish`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Progress:
         self.writing = 0.0  # seconds that checkpoints took
         self._identity: Identity | None = None
         self._signal: int | None = None
+        self._finished = False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -61,6 +64,8 @@ class Progress:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._finished:
+            raise self._after_the_scan(number)
         if self._signal is not None:
             raise Interrupted("interrupted twice; what was done since the last checkpoint is lost", number)
         self._signal = number
@@ -124,6 +129,16 @@ class Progress:
             raise Interrupted(f"interrupted after {self._count()}; {HOW}", self._signal)
         if time.perf_counter() - self._last >= self._every:
             self.checkpoint()
+
+    def finish(self) -> None:
+        """The last checkpoint. What follows can be repeated from it, so a signal need not wait any more."""
+        self.checkpoint()
+        self._finished = True
+        if self._signal is not None:
+            raise self._after_the_scan(self._signal)
+
+    def _after_the_scan(self, number: int) -> Interrupted:
+        return Interrupted(f"interrupted after the scan, before its run was written; {HOW}", number)
 
     def checkpoint(self) -> None:
         """Write down what is done, and keep what was written before."""

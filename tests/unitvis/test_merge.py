@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,28 @@ def test_a_shard_s_run_holds_what_merges_and_no_winners(tmp_path: Path) -> None:
     (tmp_path / "shard" / "state.npz").unlink()
     with pytest.raises(UnitvisError, match=r"not a whole run \(there is no state.npz\); scan that shard again"):
         unitvis.load(tmp_path / "shard")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda run: (run / "manifest.json").write_text("[]"),
+            r"manifest.json is damaged \(it holds no object\); scan",
+        ),
+        (lambda run: (run / "manifest.json").write_text('{"for'), r"manifest.json is damaged \(.*\); scan again"),
+        (lambda run: (run / "state.npz").write_bytes(b"half"), r"state.npz is damaged \(.*\); scan that shard again"),
+        (lambda run: (run / "images.jsonl").write_text('{"id": 3'), r"is not a whole run \(.*\); scan again"),
+    ],
+    ids=["manifest", "half a manifest", "state", "records"],
+)
+def test_a_damaged_shard_is_named(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    run = shards(3)[1].save(tmp_path / "shard")
+    damage(run)
+    with pytest.raises(UnitvisError, match=message):
+        merge([shards(3)[0], run, shards(3)[2]])
+    with pytest.raises(UnitvisError, match=r"manifest.json is not a run: there is no manifest.json in it"):
+        merge([run / "manifest.json"])
 
 
 def test_gaps_are_named() -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 import unitvis
 from unitvis import Interrupted, UnitvisError, cli
-from unitvis.progress import PREVIOUS, PROGRESS, Progress
+from unitvis.progress import PREVIOUS, PROGRESS, Progress, read_progress
 from unitvis.recorder import Recorder
 from unitvis.sources import FileSource
 
@@ -392,6 +392,24 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
     run = scan(folder, out, resume=True)
     assert run.manifest["seconds"]["scan"] > 0
     assert run.manifest["seconds"]["checkpoints"] < time.perf_counter() - start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("owner", "during"), [(Recorder, "result"), (sys.modules["unitvis.scan"], "complete"), (unitvis.Run, "write")]
+)
+def test_after_the_last_image_the_first_signal_ends_it(
+    owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(folder, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, during, lambda *_, **__: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; go on") as ended:
+            scan(folder, tmp_path / "run")
+    assert ended.value.code == 128 + number
+    assert len(read_progress(tmp_path / "run").coverage) == COUNT - 3  # nothing is to be read again but the winners
+    scan(folder, tmp_path / "run", resume=True)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("rate", "threads"), [(2_000.0, 1), (100.0, 3)], ids=["small", "large"])
