@@ -4,8 +4,9 @@
 
 Makes folders of empty files and the same number of members in tar shards, and for each starts a scan twice, the second
 time from the kept listing, up to the moment when the first image is asked for. Tells the seconds of `unitvis.scan`
-until then, those of the whole process (imports included), and what is added to its memory after the imports: anonymous
-(RssAnon) at its highest. With a million images in benchmarks/results/large/start.json.
+until then, those that a core worked for it (which other processes do not lengthen), those of the whole process (with
+its imports), and what is added to its memory after the imports: anonymous (RssAnon) at its highest. With a million
+images in benchmarks/results/large/start.json.
 """
 
 from __future__ import annotations
@@ -39,15 +40,16 @@ def start(images: str, out: str) -> None:
     asked: list[float] = []
 
     def stop(self: EncodedSource, id: int) -> bytes:
-        asked.append(time.perf_counter())
+        asked.extend([time.perf_counter(), time.process_time()])
         raise FirstRequestError
 
     EncodedSource._load = stop  # type: ignore[method-assign, assignment]
     with Peak() as peak:
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         with contextlib.suppress(FirstRequestError):
             unitvis.scan(network(), images, transform=unitvis.Transform(crop=32), out=out, overwrite=True, workers=0)
-    print(json.dumps({"seconds": round(asked[0] - begin, 2), "megabytes": round(peak.added / 2**20)}))
+    seconds, cpu = (round(then - before, 2) for then, before in zip(asked, begin, strict=True))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "megabytes": round(peak.added / 2**20)}))
 
 
 def make(folder: Path, count: int) -> dict[str, str]:
@@ -92,7 +94,7 @@ def measured(sources: dict[str, str], temporary: Path) -> list[dict[str, Any]]:
     """One row for each source and listing."""
     rows = []
     environment = os.environ | {"XDG_CACHE_HOME": str(temporary / "cache")}
-    print(f"{'source':<16} {'listing':<8} {'seconds':>10} {'of process':>10} {'MB':>10}")
+    print(f"{'source':<16} {'listing':<8} {'seconds':>10} {'of a core':>10} {'of process':>10} {'MB':>10}")
     for name, images in sources.items():
         for listing in ("new", "kept"):
             command = [sys.executable, "-m", "benchmarks.start", "--start", images, str(temporary / "run")]
@@ -101,7 +103,8 @@ def measured(sources: dict[str, str], temporary: Path) -> list[dict[str, Any]]:
             process = round(time.perf_counter() - begin, 2)
             rows.append({"source": name, "listing": listing, **json.loads(said), "process_seconds": process})
             row = rows[-1]
-            print(f"{name:<16} {listing:<8} {row['seconds']:>10} {process:>10} {row['megabytes']:>10}", flush=True)
+            print(f"{name:<16} {listing:<8} {row['seconds']:>10} {row['cpu_seconds']:>10}", end="")
+            print(f" {process:>10} {row['megabytes']:>10}", flush=True)
     return rows
 
 
