@@ -280,6 +280,26 @@ def test_a_disk_that_fills_up_at_the_very_end(
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
+def test_a_disk_that_fills_up_while_the_pictures_are_drawn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan(folder, tmp_path / "run")
+    real = Image.Image.save
+
+    def full(image: Image.Image, path: object, *options: object, **named: object) -> None:
+        real(image, path, *options, **named)  # type: ignore[arg-type]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        assert cli.main(["render", str(tmp_path / "run")]) == cli.USAGE
+    said = capsys.readouterr().err
+    assert "the run is whole, but its pictures could not be written into" in said
+    assert "No space left on device; mend that, then draw them with `unitvis render`" in said
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert cli.main(["render", str(tmp_path / "run")]) == cli.DONE
+
+
 def test_a_folder_that_was_removed_meanwhile_is_said(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
