@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import unitvis
 from unitvis import UnitvisError, cli
 from unitvis.partial import Partial
 from unitvis.shards import parse_shard
+from unitvis.sources import FileSource
 
 COUNT = 53
 
@@ -126,6 +128,19 @@ def test_a_damaged_shard_is_named(damage: Callable[[Path], object], message: str
         merge([shards(3)[0], run, shards(3)[2]])
     with pytest.raises(UnitvisError, match=r"manifest.json is not a run: there is no manifest.json in it"):
         merge([run / "manifest.json"])
+
+
+def test_what_the_shards_noted_of_their_images_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    options = {"transform": unitvis.Transform(), "progress": False}
+    runs = [unitvis.scan(net(), tmp_path, shard=(number, 2), **options) for number in (1, 2)]
+    want = unitvis.scan(net(), tmp_path, **options)
+    monkeypatch.setattr(FileSource, "record", None)
+    assert unitvis.merge(runs, net(), images=tmp_path).records == want.records
 
 
 def test_gaps_are_named() -> None:
