@@ -3,7 +3,7 @@
     python -m benchmarks.million [--images 1000000] [--shards 100] [--kills 3] [--folder DIR] [--seed 0]
 
 Tells images/s, anonymous memory (RssAnon) from image 10,000 to the end, the share of time that checkpoints took, and
-whether the run that was killed equals the other one.
+whether the run that was killed equals the other one; with a million images in benchmarks/results/large/million.json.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import argparse
 import io
 import json
 import random
-import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from torch import nn
 
 import unitvis
 from benchmarks.memory import anonymous
+from benchmarks.record import record
 from unitvis.progress import Progress
 
 SIDE, SAMPLE = 32, 10_000
@@ -69,20 +69,18 @@ def make(folder: Path, images: int, shards: int) -> str:
 
 
 def scan(pattern: str, out: Path, every: float) -> None:
-    """In a process of its own: scan, or go on; memory by number of images is written beside the run."""
-    memory: dict[int, int] = {}
+    """In a process of its own: scan, or go on; prints the number of images and the memory after every batch."""
     real = Progress.after_batch
 
     def after_batch(self: Progress) -> None:
+        print(self._recorder.images, anonymous(), flush=True)
         real(self)
-        memory.setdefault(self._recorder.images // SAMPLE * SAMPLE, anonymous())
 
     Progress.after_batch = after_batch  # type: ignore[method-assign]
     transform = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     unitvis.scan(
         network(), pattern, transform=transform, out=out, resume=True, every=every, batch_size=256, progress=False
     )
-    out.with_suffix(".memory.json").write_text(json.dumps(memory))
 
 
 @dataclass
@@ -90,54 +88,87 @@ class Outcome:
     """What a comparison of the run in one go with the one that was killed came to."""
 
     images: int
-    rate: float  # images/s in one go
-    memory: list[int]  # RssAnon in bytes, at each 10,000 images from the first 10,000
-    checkpoints: float  # share of the time
-    kills: int  # that met a scan at work
+    shards: int
+    seconds: float  # of the scan in one go
+    rate: float  # its images/s
+    memory: dict[int, int]  # its RssAnon in bytes, by images: at the first batch from each 10,000 on, and at the end
+    every: float  # seconds between its checkpoints
+    checkpoint_share: float  # of its time
+    kills: list[int]  # images that were done when each came
     equal: bool
-    seconds: float  # of all
+    seconds_in_all: float
+
+    @property
+    def spread(self) -> int:
+        """Bytes between the smallest and the largest memory from image 10,000 to the end."""
+        return max(self.memory.values()) - min(self.memory.values())
 
     def __str__(self) -> str:
-        spread = (max(self.memory) - min(self.memory)) / 2**20
+        first, last, spread = (
+            f"{value / 2**20:.1f} MB"
+            for value in (self.memory[min(self.memory)], self.memory[max(self.memory)], self.spread)
+        )
+        killed = ", ".join(f"{images:,}" for images in self.kills)
         return (
-            f"{self.images:,} images, {self.rate:.0f} images/s; RssAnon {min(self.memory) / 2**20:.0f} to "
-            f"{max(self.memory) / 2**20:.0f} MB (within {spread:.1f}); checkpoints {self.checkpoints:.2%} of the time; "
-            f"after {self.kills} kills {'the same bytes' if self.equal else 'OTHER BYTES'}; {self.seconds:.0f} s in all"
+            f"{self.images:,} images of {self.shards} shards in {self.seconds:.0f} s, {self.rate:.0f} images/s; "
+            f"RssAnon {first} after {min(self.memory):,}, {last} at the end, within {spread}; checkpoints every "
+            f"{self.every:g} s took {self.checkpoint_share:.2%} of the time; killed after {killed} images: "
+            f"{'the same bytes' if self.equal else 'OTHER BYTES'}; {self.seconds_in_all:.0f} s in all"
         )
 
 
-def compare(folder: Path, pattern: str, kills: int, seed: int, every: float) -> Outcome:
+def watched(pattern: str, out: Path, every: float, until: int | None = None, delay: float = 0.0) -> dict[int, int]:
+    """Memory by images of a scan in a process; `kill -9` comes `delay` seconds after so many images (None: never)."""
+    memory: dict[int, int] = {}
+    command = [sys.executable, "-m", "benchmarks.million", "--scan", pattern, "--out", str(out), "--every", str(every)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            images, bytes_ = map(int, line.split())
+            memory[images] = bytes_
+            if until is not None and images >= until:
+                time.sleep(delay)
+                process.kill()
+                break
+    assert process.returncode == (0 if until is None else -9), f"the scan ended with {process.returncode}"
+    return memory
+
+
+def sampled(memory: dict[int, int]) -> dict[int, int]:
+    """Of each 10,000 images the first that is known, and the last of all; nothing before the first 10,000."""
+    kept: dict[int, int] = {}
+    for images in memory:
+        kept.setdefault(images // SAMPLE, images)
+    return {images: memory[images] for images in [*kept.values(), max(memory)] if images >= min(SAMPLE, max(memory))}
+
+
+def compare(folder: Path, pattern: str, shards: int, kills: int, seed: int, every: float) -> Outcome:
     """Scan in one go, then with kill -9 at random moments; `folder` must be empty of runs."""
     start, draw = time.perf_counter(), random.Random(seed)  # noqa: S311
     whole, killed = folder / "whole", folder / "killed"
-
-    def command(out: Path) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.million", "--scan", pattern, "--out", str(out), "--every", str(every)]
-
-    subprocess.run(command(whole), check=True)
-    took = time.perf_counter() - start
-    met = 0
-    for _ in range(kills):
-        with subprocess.Popen(command(killed)) as process:
-            try:
-                process.wait(took * draw.uniform(0.1, 0.9) / kills + 5)  # the first seconds are imports
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                met += 1
-    subprocess.run(command(killed), check=True)
+    memory = watched(pattern, whole, every)
     manifest = json.loads((whole / "manifest.json").read_text())
+    seconds = manifest["seconds"]
+    moments = sorted(int(manifest["images"] * draw.uniform(0.05, 0.95)) for _ in range(kills))
+    met = []
+    for images in moments:
+        met.append(max(watched(pattern, killed, every, images, delay=draw.uniform(0, 0.3))))
+        assert not (killed / "manifest.json").exists(), "the kill came too late"
+    watched(pattern, killed, every)
     again = json.loads((killed / "manifest.json").read_text())
     equal = all((whole / name).read_bytes() == (killed / name).read_bytes() for name in ("top.npz", "images.jsonl"))
     equal &= all(manifest[key] == again[key] for key in ("images", "coverage", "failures", "layers", "source"))
-    seconds, memory = manifest["seconds"], json.loads(whole.with_suffix(".memory.json").read_text())
     return Outcome(
-        manifest["images"],
-        manifest["images"] / seconds["scan"],
-        [value for images, value in memory.items() if int(images) >= SAMPLE],
-        seconds["checkpoints"] / seconds["scan"],
-        met,
-        equal,
-        time.perf_counter() - start,
+        images=manifest["images"],
+        shards=shards,
+        seconds=round(seconds["scan"], 1),
+        rate=round(manifest["images"] / seconds["scan"], 1),
+        memory=sampled(memory),
+        every=every,
+        checkpoint_share=seconds["checkpoints"] / seconds["scan"],
+        kills=met,
+        equal=equal,
+        seconds_in_all=round(time.perf_counter() - start, 1),
     )
 
 
@@ -157,7 +188,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="unitvis-") as temporary:
         pattern = make(arguments.folder or Path(temporary), arguments.images, arguments.shards)
-        print(compare(Path(temporary), pattern, arguments.kills, arguments.seed, arguments.every))
+        outcome = compare(Path(temporary), pattern, arguments.shards, arguments.kills, arguments.seed, arguments.every)
+    print(outcome)
+    if outcome.images >= 1_000_000:
+        print(record("million", asdict(outcome) | {"spread": outcome.spread}))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,18 @@
 
     python -m benchmarks.start [--images 1000000] [--folder DIR]
 
-Makes a folder of empty files and the same number of members in tar shards, and for each opens the source twice (the
-second time from the kept listing) up to the moment when the first image is asked for. Memory is what is added to the
-process after its imports: anonymous (RssAnon) at its highest.
+Makes folders of empty files and the same number of members in tar shards, and for each starts a scan twice, the second
+time from the kept listing, up to the moment when the first image is asked for. Tells the seconds of `unitvis.scan`
+until then, those that a core worked for it (which other processes do not lengthen), those of the whole process (with
+its imports), and what is added to its memory after the imports: anonymous (RssAnon) at its highest. With a million
+images in benchmarks/results/large/start.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -17,31 +21,35 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from benchmarks.record import record
 
 
 class FirstRequestError(Exception):
     """The scan has asked for its first image."""
 
 
-def start(images: str) -> None:
-    """Open the source and ask for a batch, in this process; prints seconds and MB."""
+def start(images: str, out: str) -> None:
+    """Scan until the first image is asked for, in this process; prints what that took."""
+    import unitvis
     from benchmarks.memory import Peak
-    from unitvis.sources import open_source
+    from benchmarks.million import network
     from unitvis.sources.encoded import EncodedSource
-    from unitvis.transform import Transform
+
+    asked: list[float] = []
 
     def stop(self: EncodedSource, id: int) -> bytes:
+        asked.extend([time.perf_counter(), time.process_time()])
         raise FirstRequestError
 
     EncodedSource._load = stop  # type: ignore[method-assign, assignment]
     with Peak() as peak:
-        begin = time.perf_counter()
-        source = open_source(images, Transform(crop=32))
-        try:
-            next(source.batches(64, workers=0))
-        except FirstRequestError:
-            seconds = time.perf_counter() - begin
-    print(f"{source.length:>12,} {seconds:>10.2f} {peak.added / 2**20:>10.0f}")
+        begin = time.perf_counter(), time.process_time()
+        with contextlib.suppress(FirstRequestError):
+            unitvis.scan(network(), images, transform=unitvis.Transform(crop=32), out=out, overwrite=True, workers=0)
+    seconds, cpu = (round(then - before, 2) for then, before in zip(asked, begin, strict=True))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "megabytes": round(peak.added / 2**20)}))
 
 
 def make(folder: Path, count: int) -> dict[str, str]:
@@ -69,21 +77,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="where to make them, and keep them")
-    parser.add_argument("--start", help=argparse.SUPPRESS)
+    parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.start:
-        start(arguments.start)
+        start(*arguments.start)
         return
     with tempfile.TemporaryDirectory(prefix="unitvis-") as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"XDG_CACHE_HOME": temporary}
-        print(f"{'source':<16} {'listing':<8} {'images':>12} {'seconds':>10} {'MB':>10}")
-        for name, images in make(folder, arguments.images).items():
-            for listing in ("new", "kept"):
-                print(f"{name:<16} {listing:<8} ", end="", flush=True)
-                command = [sys.executable, "-m", "benchmarks.start", "--start", images]
-                subprocess.run(command, check=True, env=environment)
+        rows = measured(make(folder, arguments.images), Path(temporary))
+    if arguments.images >= 1_000_000:
+        print(record("start", {"images": arguments.images, "rows": rows}))
+
+
+def measured(sources: dict[str, str], temporary: Path) -> list[dict[str, Any]]:
+    """One row for each source and listing."""
+    rows = []
+    environment = os.environ | {"XDG_CACHE_HOME": str(temporary / "cache")}
+    print(f"{'source':<16} {'listing':<8} {'seconds':>10} {'of a core':>10} {'of process':>10} {'MB':>10}")
+    for name, images in sources.items():
+        for listing in ("new", "kept"):
+            command = [sys.executable, "-m", "benchmarks.start", "--start", images, str(temporary / "run")]
+            begin = time.perf_counter()
+            said = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+            process = round(time.perf_counter() - begin, 2)
+            rows.append({"source": name, "listing": listing, **json.loads(said), "process_seconds": process})
+            row = rows[-1]
+            print(f"{name:<16} {listing:<8} {row['seconds']:>10} {row['cpu_seconds']:>10}", end="")
+            print(f" {process:>10} {row['megabytes']:>10}", flush=True)
+    return rows
 
 
 if __name__ == "__main__":

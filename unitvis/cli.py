@@ -209,13 +209,21 @@ def _render_into(
     project: bool = False,
     device: str | None = None,
 ) -> None:
-    written = sheets.render(run, folder, crop=crop)
+    units, drawn = sum(len(top) for top in run.tops.values()), None
+    try:
+        written = sheets.render(run, folder, crop=crop)
+        if units <= MOST_UNITS:
+            drawn = gallery(run, folder, model, project=project, crop=crop, device=device)
+    except OSError as error:
+        raise UnitvisError(
+            f"the run is whole, but its pictures could not be written into {folder}: {error.strerror or error}; mend "
+            f"that, then draw them with `unitvis render`"
+        ) from error
     print(f"{len(written)} sheets in {written[0].parent}")
-    units = sum(len(top) for top in run.tops.values())
-    if units > MOST_UNITS:
+    if drawn is None:
         print(f"no gallery: {units:,} units are too many ({MOST_UNITS:,} at most)")
-        return
-    print(f"gallery: open {gallery(run, folder, model, project=project, crop=crop, device=device)} in a browser")
+    else:
+        print(f"gallery: open {drawn} in a browser")
 
 
 def _sheet(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,7 +120,7 @@ class _Room:
                 self._changed.notify_all()
 
 
-_room = _Room(3 << 27)  # 403 MB: one image of the largest size, or eight photographs of 12 megapixels
+_room = _Room(48_000_000 * max(4, os.cpu_count() or 1))  # a photograph of 12 megapixels for each core
 
 
 def _need(image: Image.Image) -> int:

@@ -131,7 +131,8 @@ def _finished(
         recorder.scan_in(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         recorder.go_on(part)
         source.take_failures(part.failures)
-        run = recorder.result(source if manifest["precision"] == "exact" else None)
+        undecided = manifest["precision"] == "exact" and recorder.precision != "fp32"
+        run = recorder.result(source if undecided else None)
     run.attach(source, records)
     run.partial = part
     run.manifest |= {"precision": manifest["precision"], "plan": manifest["plan"]}

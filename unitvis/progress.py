@@ -28,9 +28,11 @@ class Progress:
             for batch in source.batches(n, ids=progress.left()):
                 recorder(batch.pixels, batch.ids)
                 progress.after_batch()
+            progress.finish()
+            ...  # the second pass, and writing the run
 
     folder: where checkpoints go; None: nowhere, and signals are left alone. SIGINT and SIGTERM end the loop with a
-    checkpoint and `Interrupted`; a second one ends it at once.
+    checkpoint and `Interrupted`; a second one ends it at once, as does the first one after `finish`.
     """
 
     def __init__(
@@ -114,6 +116,11 @@ class Progress:
             raise Interrupted(f"interrupted after {self._count()}; {HOW}", self._signals.came)
         if time.perf_counter() - self._last >= self._every:
             self.checkpoint()
+
+    def finish(self) -> None:
+        """The last checkpoint. What follows can be repeated from it, so a signal need not wait any more."""
+        self.checkpoint()
+        self._signals.raise_at_once(f"interrupted after the scan, before its run was written; {HOW}")
 
     def checkpoint(self) -> None:
         """Write down what is done, and keep what was written before."""

@@ -81,7 +81,7 @@ class Recorder:
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # fewer than are computed at once: (images, ids)
         self._step: Step | None = None  # in half precision
-        self._started = False
+        self.started = False  # whether anything was computed
         self._stack = ExitStack()
         self._open = False
         self.preparation = 0.0  # seconds, once a model
@@ -170,7 +170,7 @@ class Recorder:
         return batch
 
     def _compute(self, images: Tensor, ids: Tensor) -> None:
-        if not self._started:
+        if not self.started:
             self._start(images)
         if self._step is None:
             self._take(self._keys(compute_batch(self.as_images(images)))[: len(ids)], ids.to(self.device))
@@ -197,7 +197,7 @@ class Recorder:
             with taps as self._taps:
                 keys = self._check_independence(batch)
             self._step = self._fast(untapped, batch, uk.unpack(keys)[0])
-        self._started = True
+        self.started = True
 
     def _overflows(self, images: int) -> bool:
         """After the first batch: where half of its images overflow a unit, another scan in bfloat16 begins."""
@@ -238,11 +238,17 @@ class Recorder:
     def _read(self, batch: Tensor) -> Tensor:
         return self._taps.keys(batch, self._units, self._floor(), neurons=self.unit == "neuron")
 
+    def rate(self, images: Tensor) -> float:
+        """Canonical images/s, by one compute batch of images like those that were recorded; it records nothing."""
+        start = time.perf_counter()
+        self._keys(compute_batch(self.as_images(images[:BATCH])))
+        return BATCH / (time.perf_counter() - start)
+
     def adopt(self, other: Recorder) -> None:
         """Rank the units of another Recorder, from an empty state, without examining the model again."""
         self.layers, self.fields, self._units = other.layers, other.fields, other._units
         self._shape, self.preparation, self.state = other._shape, other.preparation, self._empty()
-        self._started = True
+        self.started = True
 
     @property
     def sample(self) -> Any:

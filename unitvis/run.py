@@ -222,7 +222,10 @@ def load(path: str | Path, images: object = None) -> Run:
     folder = Path(path)
     manifest = read_manifest(folder)
     state = folder / "state.npz"
-    partial = read_partial(state) if state.exists() else None
+    try:
+        partial = read_partial(state) if state.exists() else None
+    except UnitvisError as error:
+        raise UnitvisError(f"{error}; scan that shard again with --overwrite") from error
     if manifest.get("partial") and partial is None:
         raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
     try:
@@ -256,10 +259,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UnitvisError(f"{folder} is not a run: there is no {path.name} in it") from None
+    except OSError as error:
+        raise UnitvisError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UnitvisError(f"{path} is damaged: {error}") from error
+        raise UnitvisError(f"{path} is damaged ({error}); scan again with --overwrite") from error
+    if not isinstance(manifest, dict):
+        raise UnitvisError(f"{path} is damaged (it holds no object); scan again with --overwrite")
     if manifest.get("format") != FORMAT:
         raise UnitvisError(f"{path} has format {manifest.get('format')}; this version of unitvis reads format {FORMAT}")
     return manifest

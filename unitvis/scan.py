@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -19,16 +17,17 @@ from tqdm import tqdm
 
 from unitvis import models
 from unitvis.canonical import BATCH
-from unitvis.errors import Interrupted, UnitvisError
+from unitvis.errors import UnitvisError
 from unitvis.nonfinite import refuse_odd_responses
 from unitvis.plan import Plan, plan
-from unitvis.progress import EVERY, HOW, Progress, forget_progress
+from unitvis.progress import EVERY, Progress, forget_progress
 from unitvis.recorder import Recorder
 from unitvis.rescore import effective_boxes, verify
 from unitvis.run import Run, check_output, load
 from unitvis.shards import parse_shard
 from unitvis.sources import Source, open_source
 from unitvis.step import HALF
+from unitvis.threads import Threads
 from unitvis.transform import Transform
 
 logger = logging.getLogger("unitvis")
@@ -99,8 +98,9 @@ def scan(
         allow_truncated=allow_truncated,
     )
 
-    with Recorder(model, layers, k, unit=unit, device=device, transform=source.transform) as recorder:
-        with Progress(folder, recorder, source, share, every) as watch:
+    recorder = Recorder(model, layers, k, unit=unit, device=device, transform=source.transform)
+    with Progress(folder, recorder, source, share, every) as watch:
+        with recorder:
             if folder is not None and not resume:
                 forget_progress(folder)
             if precision != "exact":
@@ -114,52 +114,41 @@ def scan(
                 chosen = _plan(recorder, source, first[0].pixels, k)
                 recorder.scan_in(chosen.precision, batch_size)
             silent = None if progress else True  # None: a bar on a terminal, nothing in a log
-            with tqdm(
+            bar = tqdm(
                 total=source.length if watch.ids is None else len(watch.ids),
                 initial=recorder.images,
                 desc="scan",
                 unit=" images",
                 disable=silent,
                 leave=False,
-            ) as bar:
+            )
+            with bar, Threads(recorder, source) as threads:
                 for batch in chain(first, batches):
                     recorder(batch.pixels, batch.ids)
+                    threads.choose(batch.pixels)
                     watch.after_batch()
                     bar.update(len(batch.ids))
-            watch.checkpoint()
-        seconds = {"scan": watch.seconds, "checkpoints": watch.writing}
-        failures = [asdict(failure) for failure in source.failures]
-        if share is not None:
-            about = {"source": source.describe(), "shard": str(share), "failures": failures}
-            run = recorder.partial(watch.seconds, **about)
-            run.attach(source)
-        else:
-            with _after_the_scan(folder, source):
+            watch.finish()
+            seconds = {"scan": watch.seconds, "checkpoints": watch.writing}
+            failures = [asdict(failure) for failure in source.failures]
+            if share is not None:
+                about = {"source": source.describe(), "shard": str(share), "failures": failures}
+                run = recorder.partial(watch.seconds, **about)
+                run.attach(source)
+            else:
                 run = recorder.result(source if precision == "exact" else None)
                 if precision != "exact":
                     run.attach(source)
-            run.manifest["failures"] = failures
-    run.manifest |= {"precision": precision, "plan": chosen.line}
-    run.manifest["model"] |= place
-    run.manifest["seconds"] |= seconds
-    with _after_the_scan(folder, source):
+                run.manifest["failures"] = failures
+        run.manifest |= {"precision": precision, "plan": chosen.line}
+        run.manifest["model"] |= place
+        run.manifest["seconds"] |= seconds
         if share is None:
             complete(run, source, model, device, on_error)
         if folder is not None:
             run.write(folder)
             forget_progress(folder)
     return run
-
-
-@contextmanager
-def _after_the_scan(folder: Path | None, source: Source) -> Iterator[None]:
-    """All images are in, and in a checkpoint: whoever interrupts what follows is told how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if folder is None or not source.rereadable:
-            raise
-        raise Interrupted(f"interrupted after the scan, before its run was written; {HOW}", signal.SIGINT) from None
 
 
 def _plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> Plan:

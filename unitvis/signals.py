@@ -11,13 +11,15 @@ from unitvis.errors import Interrupted
 
 
 class Signals:
-    """While the block runs, a first signal is only noted, in `came`; a second one raises `Interrupted` at once.
+    """While the block runs, a first signal is only noted, in `came`; a second one raises `Interrupted` at once, as does
+    the first one after `raise_at_once`.
 
     Outside of the main thread, which alone may do so, signals are left alone.
     """
 
     def __init__(self) -> None:
         self.came: int | None = None
+        self._at_once: str | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -30,7 +32,15 @@ class Signals:
         for number, handler in self._handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
+    def raise_at_once(self, message: str) -> None:
+        """From here on nothing is lost by ending anywhere: `Interrupted`, now if a signal came, else when one does."""
+        self._at_once = message
+        if self.came is not None:
+            raise Interrupted(message, self.came)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._at_once is not None:
+            raise Interrupted(self._at_once, number)
         if self.came is not None:
             raise Interrupted("interrupted twice; what was done since the last checkpoint is lost", number)
         self.came = number

@@ -6,17 +6,20 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import unitvis
 from unitvis import UnitvisError, cli
 from unitvis.partial import Partial
 from unitvis.shards import parse_shard
+from unitvis.sources import FileSource
 
 COUNT = 53
 
@@ -103,6 +106,41 @@ def test_a_shard_s_run_holds_what_merges_and_no_winners(tmp_path: Path) -> None:
     (tmp_path / "shard" / "state.npz").unlink()
     with pytest.raises(UnitvisError, match=r"not a whole run \(there is no state.npz\); scan that shard again"):
         unitvis.load(tmp_path / "shard")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda run: (run / "manifest.json").write_text("[]"),
+            r"manifest.json is damaged \(it holds no object\); scan",
+        ),
+        (lambda run: (run / "manifest.json").write_text('{"for'), r"manifest.json is damaged \(.*\); scan again"),
+        (lambda run: (run / "state.npz").write_bytes(b"half"), r"state.npz is damaged \(.*\); scan that shard again"),
+        (lambda run: (run / "images.jsonl").write_text('{"id": 3'), r"is not a whole run \(.*\); scan again"),
+    ],
+    ids=["manifest", "half a manifest", "state", "records"],
+)
+def test_a_damaged_shard_is_named(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    run = shards(3)[1].save(tmp_path / "shard")
+    damage(run)
+    with pytest.raises(UnitvisError, match=message):
+        merge([shards(3)[0], run, shards(3)[2]])
+    with pytest.raises(UnitvisError, match=r"manifest.json is not a run: there is no manifest.json in it"):
+        merge([run / "manifest.json"])
+
+
+def test_what_the_shards_noted_of_their_images_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    options = {"transform": unitvis.Transform(), "progress": False}
+    runs = [unitvis.scan(net(), tmp_path, shard=(number, 2), **options) for number in (1, 2)]
+    want = unitvis.scan(net(), tmp_path, **options)
+    monkeypatch.setattr(FileSource, "record", None)
+    assert unitvis.merge(runs, net(), images=tmp_path).records == want.records
 
 
 def test_gaps_are_named() -> None:

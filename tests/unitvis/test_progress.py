@@ -22,7 +22,7 @@ from torch import nn
 
 import unitvis
 from unitvis import Interrupted, UnitvisError, cli
-from unitvis.progress import PREVIOUS, PROGRESS, Progress
+from unitvis.progress import PREVIOUS, PROGRESS, Progress, read_progress
 from unitvis.recorder import Recorder
 from unitvis.sources import FileSource
 
@@ -280,6 +280,26 @@ def test_a_disk_that_fills_up_at_the_very_end(
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
+def test_a_disk_that_fills_up_while_the_pictures_are_drawn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan(folder, tmp_path / "run")
+    real = Image.Image.save
+
+    def full(image: Image.Image, path: object, *options: object, **named: object) -> None:
+        real(image, path, *options, **named)  # type: ignore[arg-type]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        assert cli.main(["render", str(tmp_path / "run")]) == cli.USAGE
+    said = capsys.readouterr().err
+    assert "the run is whole, but its pictures could not be written into" in said
+    assert "No space left on device; mend that, then draw them with `unitvis render`" in said
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert cli.main(["render", str(tmp_path / "run")]) == cli.DONE
+
+
 def test_a_folder_that_was_removed_meanwhile_is_said(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,3 +412,47 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
     run = scan(folder, out, resume=True)
     assert run.manifest["seconds"]["scan"] > 0
     assert run.manifest["seconds"]["checkpoints"] < time.perf_counter() - start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("owner", "during"), [(Recorder, "result"), (sys.modules["unitvis.scan"], "complete"), (unitvis.Run, "write")]
+)
+def test_after_the_last_image_the_first_signal_ends_it(
+    owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(folder, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, during, lambda *_, **__: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; go on") as ended:
+            scan(folder, tmp_path / "run")
+    assert ended.value.code == 128 + number
+    assert len(read_progress(tmp_path / "run").coverage) == COUNT - 3  # nothing is to be read again but the winners
+    scan(folder, tmp_path / "run", resume=True)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("rate", "threads"), [(2_000.0, 1), (100.0, 3)], ids=["small", "large"])
+def test_a_small_network_computes_on_one_thread_beside_decoding(
+    rate: float, threads: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    class Seeing(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.get_num_threads())
+            return super().forward(x)
+
+    monkeypatch.setattr(Recorder, "rate", lambda *_: rate)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        scan(folder, None, nn.Sequential(Seeing(3, 2, 3)), batch_size=16)
+        assert torch.get_num_threads() == 3
+        assert seen.count(threads) >= 2
+        assert set(seen) == {3, threads}
+        seen.clear()  # in memory nothing is decoded
+        scan(np.zeros((64, 12, 12, 3), np.uint8), None, nn.Sequential(Seeing(3, 2, 3)), batch_size=16)  # type: ignore[arg-type]
+        assert set(seen) == {3}
+    finally:
+        torch.set_num_threads(before)
