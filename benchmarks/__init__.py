@@ -1,5 +1,5 @@
 """How fast it is, measured: `python -m benchmarks` (the suite), `.convolutions` (measured.json), and by hand `.long`,
-`.exactness`, `.million` and `.start`.
+`.exactness`, `.million`, `.processes` and `.start`, whose results are in results/long.
 """
 
 import sys

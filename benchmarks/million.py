@@ -3,7 +3,7 @@
     python -m benchmarks.million [--images 1000000] [--shards 100] [--kills 3] [--folder DIR] [--seed 0]
 
 Tells images/s, anonymous memory (RssAnon) from image 10,000 to the end, the share of time that checkpoints took, and
-whether the run that was killed equals the other one; with a million images in benchmarks/results/large/million.json.
+whether the run that was killed equals the other one; with a million images in benchmarks/results/long/million.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 
 import unitvis
 from benchmarks.memory import anonymous
-from benchmarks.record import record
+from benchmarks.results import record
 from unitvis.progress import Progress
 
 SIDE, SAMPLE = 32, 10_000

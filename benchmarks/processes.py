@@ -3,7 +3,7 @@
     python -m benchmarks.processes MODEL IMAGES [--processes 4] [options of `unitvis scan`]
 
 The time counts from the moment at which the last process has computed its last image, until the merged run is written;
-the second pass, which one process has too, is told apart. Writes benchmarks/results/large/processes.json.
+the second pass, which one process has too, is told apart. Writes benchmarks/results/long/processes.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, record
+from benchmarks.machine import ROOT
+from benchmarks.results import record
 
 
 def worker(notes: Path, arguments: list[str]) -> int:

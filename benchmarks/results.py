@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from benchmarks import machine
 from benchmarks.machine import ROOT
 from unitvis.bench import BARE, DEVICE, HOST
 
@@ -60,6 +62,14 @@ def write(path: Path, **parts: Any) -> None:
     path.write_text(json.dumps({"format": FORMAT} | read(path) | parts, indent=1) + "\n")
 
 
+def record(name: str, figures: dict[str, Any], folder: Path = LONG) -> Path:
+    """Write what a long run on the CPU came to, in place of what was there of that name."""
+    path = folder / f"{name}.json"
+    path.unlink(missing_ok=True)
+    write(path, machine=machine.describe(torch.device("cpu")), **figures)
+    return path
+
+
 def headline(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was compared with one another: {what, unitvis, and per family of baselines its fastest form}, images/s."""
     groups: dict[tuple[Any, ...], dict[str, float]] = {}
@@ -90,12 +100,12 @@ def render(files: Iterable[Path]) -> str:
         "",
     ]
     for one in loaded:
-        machine = one["machine"]
-        driver = f", driver {machine['driver']}" if machine["driver"] else ""
-        place = f"{machine['name']}, {machine['cores']} cores" if machine["kind"] == "cpu" else machine["name"]
+        device = one["machine"]
+        driver = f", driver {device['driver']}" if device["driver"] else ""
+        place = f"{device['name']}, {device['cores']} cores" if device["kind"] == "cpu" else device["name"]
         text += [
-            f"**{place}**{driver}, torch {machine['versions']['torch']}, commit {machine['commit']}, "
-            f"{machine['date']}, load {machine['load']} before the start:",
+            f"**{place}**{driver}, torch {device['versions']['torch']}, commit {device['commit']}, "
+            f"{device['date']}, load {device['load']} before the start:",
             "",
             f"| | unitvis | {BARE} | {DEVICE} | {HOST} |",
             "|---|---|---|---|---|",

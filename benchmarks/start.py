@@ -6,7 +6,7 @@ Makes folders of empty files and the same number of members in tar shards, and f
 time from the kept listing, up to the moment when the first image is asked for. Tells the seconds of `unitvis.scan`
 until then, those that a core worked for it (which other processes do not lengthen), those of the whole process (with
 its imports), and what is added to its memory after the imports: anonymous (RssAnon) at its highest. With a million
-images in benchmarks/results/large/start.json.
+images in benchmarks/results/long/start.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import record
+from benchmarks.results import record
 
 
 class FirstRequestError(Exception):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import million, record
+from benchmarks import million, results
 
 
 def compare(folder: Path, images: int, kills: int, every: float) -> million.Outcome:
@@ -37,7 +37,7 @@ def test_memory_is_told_from_ten_thousand_images_on() -> None:
 
 
 def test_a_record_says_on_what_it_was_measured(tmp_path: Path) -> None:
-    found = json.loads(record.record("some", {"images": 3}, tmp_path).read_text())
+    found = json.loads(results.record("some", {"images": 3}, tmp_path).read_text())
     assert found["images"] == 3
     assert found["machine"]["cores"] > 0
-    assert set(found["machine"]) == {"name", "cores", "threads", "load", "versions", "commit", "date"}
+    assert {"name", "cores", "threads", "load", "versions", "commit", "date"} <= set(found["machine"])
