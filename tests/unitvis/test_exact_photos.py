@@ -20,7 +20,7 @@ from unitvis.sources import open_source
 pytestmark = photos.needed
 
 
-@pytest.fixture(scope="module", params=photos.NETWORKS)
+@pytest.fixture(params=photos.NETWORKS)
 def network(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -38,6 +38,7 @@ def test_every_unit_equals_brute_force_bit_for_bit(network: str) -> None:
     assert sum((run[name].status == "tied").sum() for name in run if name.startswith("dw")) > 0
 
 
+@pytest.mark.parametrize("network", ["small", pytest.param("large", marks=pytest.mark.slow)], indirect=True)
 def test_a_plain_forward_ranks_the_same_but_for_near_ties(network: str) -> None:
     run, model, images = photos.run(network), photos.model(network), photos.images()
     plain = brute.responses(model, run.layers, images, brute.plain_batches(images, 50))

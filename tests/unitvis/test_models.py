@@ -33,7 +33,10 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("spec", NETWORKS)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(spec, marks=pytest.mark.slow) if count > 100 else spec for spec, (count, _) in NETWORKS.items()],
+)
 def test_known_networks_scan_with_their_default_layers(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     count, size = NETWORKS[spec]
