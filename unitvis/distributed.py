@@ -59,12 +59,14 @@ def scan_together(
         own: dict[str, Any] = {"out": paths[rank], "shard": (rank + 1, size), "resume": resume, "device": device}
         own["progress"] = options.pop("progress", True) and rank == 0
         _all(lambda: scan(model, images, layers, k, **own, **options))
-    if rank > 0:
-        return None
-    run = merge(paths, model, images=images, device=device, on_error=options.get("on_error", "skip"))
-    run.write(folder)
-    shutil.rmtree(shards)
-    return run
+
+        def merged() -> Run:
+            run = merge(paths, model, images=images, device=device, on_error=options.get("on_error", "skip"))
+            run.write(folder)
+            shutil.rmtree(shards)
+            return run
+
+        return _all(lambda: merged() if rank == 0 else None)  # the others end afterwards, and do not take its cores
 
 
 def _start(folder: Path, shards: Path, overwrite: bool, resume: bool) -> None:
