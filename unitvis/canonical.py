@@ -7,7 +7,8 @@ one fixed shape an image's responses do not depend on its neighbours, its slot o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+import unitvis_kernels as uk
+from unitvis.errors import UnitvisError
 
 BATCH = 16
 
@@ -96,3 +100,22 @@ def compute_batch(images: Tensor) -> Tensor:
     )
     batch[: images.shape[0]] = images
     return batch
+
+
+def check_independence(keys: Tensor, again: Tensor, layers: Mapping[str, slice]) -> None:
+    """Keys [N, units] of images, and of the same ones in another order: what differs is no response to an image.
+
+    UnitvisError names the first layer whose values differ by more than rounding; a warning tells of less.
+    """
+    if torch.equal(keys, again):
+        return
+    first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
+    for name, units in layers.items():
+        a, b = first[:, units], second[:, units]
+        if not torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.nan_to_num(0, 0, 0).abs().max()), equal_nan=True):
+            raise UnitvisError(
+                f"layer {name!r} gives other responses when the same images come in another order: something "
+                f"in the model mixes the images of a batch or draws at random (BatchNorm without running "
+                f"statistics, active dropout); such responses cannot be ranked"
+            )
+    warnings.warn("on this device the last bits of responses depend on an image's place in its batch")

@@ -57,3 +57,14 @@ def fingerprint(device: torch.device) -> dict[str, str]:
     else:
         hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"device": device.type, "hardware": hardware, "torch": torch.__version__, "layout": "channels_last"}
+
+
+def refuse_state(units: int, places: int, images: int, device: torch.device) -> None:
+    """UnitvisError where the state of that many units, and the first merge into it, do not fit into free memory."""
+    need = units * 8 * 6 * (places + images)  # the first merge sorts that many keys and ids a unit, thrice
+    free = free_memory(device)
+    if need > free:
+        raise UnitvisError(
+            f"the state of {units:,} units needs {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            f"name fewer layers, or rank channels instead of neurons"
+        )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import unitvis_kernels as uk
-from unitvis.canonical import BATCH, canonical_settings, compute_batch, evaluating
+from unitvis.canonical import BATCH, canonical_settings, check_independence, compute_batch, evaluating
 from unitvis.coverage import Coverage
-from unitvis.device import copied, fingerprint, free_memory, on_device
+from unitvis.device import copied, fingerprint, on_device, refuse_state
 from unitvis.errors import UnitvisError
 from unitvis.manifest import describe_model, saturation
 from unitvis.partial import Identity, Partial, identity
@@ -287,7 +287,7 @@ class Recorder:
         units = [_units(layer, self.unit) for layer in self.layers]
         ends = np.cumsum(units).tolist()
         self._units = [slice(end - own, end) for end, own in zip(ends, units, strict=True)]
-        self._refuse_what_does_not_fit()
+        refuse_state(self.units, self.k + 1, BATCH, self.device)
         names = [layer.name for layer in self.layers]
         self.fields = receptive_fields(self.model, names, shape)
         for layer in self.layers:
@@ -302,34 +302,11 @@ class Recorder:
         # One more than k in float32: is the k-th tied? In half precision the candidates.
         return uk.topk_state(self._units[-1].stop, self.k + (1 if self.precision == "fp32" else SPARE), self.device)
 
-    def _refuse_what_does_not_fit(self) -> None:
-        units = self._units[-1].stop
-        need = units * 8 * 6 * (self.k + 1 + BATCH)  # the first merge sorts that many keys and ids a unit, thrice
-        free = free_memory(self.device)
-        if need > free:
-            raise UnitvisError(
-                f"the state of {units:,} units needs {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
-                f"name fewer layers, or rank channels instead of neurons"
-            )
-
     def _check_independence(self, batch: Tensor) -> Tensor:
-        """Keys of a compute batch, and of it reversed: what does not come out the same is no response to an image."""
+        """Keys of a compute batch, which must be those of it reversed."""
         keys = self._keys(batch)
         again = self._keys(batch.flip(0).contiguous(memory_format=torch.channels_last)).flip(0)
-        if torch.equal(keys, again):
-            return keys
-        first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
-        for layer, units in zip(self.layers, self._units, strict=True):
-            a, b = first[:, units], second[:, units]
-            if not torch.allclose(
-                a, b, rtol=1e-4, atol=1e-4 * float(a.nan_to_num(0, 0, 0).abs().max()), equal_nan=True
-            ):
-                raise UnitvisError(
-                    f"layer {layer.name!r} gives other responses when the same images come in another order: something "
-                    f"in the model mixes the images of a batch or draws at random (BatchNorm without running "
-                    f"statistics, active dropout); such responses cannot be ranked"
-                )
-        warnings.warn("on this device the last bits of responses depend on an image's place in its batch")
+        check_independence(keys, again, dict(zip((layer.name for layer in self.layers), self._units, strict=True)))
         return keys
 
     def result(self, images: object = None) -> Run:
