@@ -1,8 +1,9 @@
-"""Long measurements, by hand: `python -m benchmarks.long memory` and `python -m benchmarks.long exact`.
+"""Long measurements, by hand: `python -m benchmarks.long memory`, `... folder` and `... exact`.
 
-memory: does a scan's own memory grow with the number of images? exact: AlexNet's five convolutions on 50,000 images in
-memory, exact by way of half precision, against the bare forward passes and the naive hook; where half precision is not
-fast this is not what a scan does, and that is what is written down. Results go into benchmarks/results/<device>.json.
+memory: does a scan's own memory grow with the number of images? folder: AlexNet on 2,000 JPEG files, against a naive
+loop and against what decoding and computing allow together. exact: AlexNet on 50,000 images in memory, exact by way of
+half precision, against the bare forward passes and the naive hook; where half precision is not fast this is not what a
+scan does, and that is what is written down. Results go into benchmarks/results/<device>.json.
 """
 
 from __future__ import annotations
@@ -10,32 +11,35 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from benchmarks import machine, results
 from benchmarks.memory import Peak
 from benchmarks.naive import network
 from benchmarks.ring import Ring
 from unitvis.baselines import Forward, HostHook
-from unitvis.bench import fastest_half, interleaved
+from unitvis.bench import fastest_half, interleaved, pictures
 from unitvis.plan import speed
 from unitvis.recorder import Recorder
 from unitvis.run import UNSEPARATED
 from unitvis.scan import scan
+from unitvis.sources import open_source
 from unitvis.step import HALF
 from unitvis.transform import Transform
 
 COUNTS, SMALL = (4_000, 100_000), 32
-TIMED = 2_000  # images that the baselines are timed on
+IMAGES, FILES, TIMED = 50_000, 2_000, 2_000  # TIMED: images that the baselines of `exact` are timed on
 RING = 2**33
 
 
@@ -90,6 +94,84 @@ def memory(counts: Sequence[int]) -> list[dict[str, Any]]:
                     found.append({"precision": precision} | pool.apply(growth, (str(path), count, precision)))
                 print(found[-1], flush=True)
     return found
+
+
+def jpegs(folder: Path, count: int) -> None:
+    """Files of 500 x 400 pixels, 256 different ones."""
+    drawn = pictures(min(count, 256), (400, 500))
+    for number in range(count):
+        path = folder / f"{number:06}.jpg"
+        if number < len(drawn):
+            Image.fromarray(drawn[number]).save(path, quality=90)
+        else:
+            shutil.copy(folder / f"{number % len(drawn):06}.jpg", path)
+
+
+def naive_batches(folder: Path, transform: Transform) -> Iterator[Tensor]:
+    """What one writes first: one file after the other, to float, normalised, 64 at once."""
+    mean, std = torch.tensor(transform.mean)[:, None, None], torch.tensor(transform.std)[:, None, None]
+    waiting = []
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+        scale = 256 / min(picture.size)
+        size = (round(picture.width * scale), round(picture.height * scale))
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+        left, top = (picture.width - 224) // 2, (picture.height - 224) // 2
+        pixels = torch.from_numpy(np.array(picture.crop((left, top, left + 224, top + 224))))
+        waiting.append((pixels.permute(2, 0, 1).float() / 255 - mean) / std)
+        if len(waiting) == 64:
+            yield torch.stack(waiting)
+            waiting = []
+    if waiting:
+        yield torch.stack(waiting)
+
+
+def folder(count: int) -> dict[str, Any]:
+    """Images a second from files, in the fastest precision: a scan's loop, its parts alone, and the naive loop."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    model = network("alexnet").model.to(device)
+    transform = Transform(resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    precision = fastest_half(device) or "fp32"
+    ring = Ring(count, 224, RING, pinned=device.type == "cuda")
+    seconds: dict[str, float] = {}
+
+    with tempfile.TemporaryDirectory() as scratch, Recorder(model, transform=transform) as examined:
+        jpegs(Path(scratch), count)
+        examined.prepare((3, 224, 224))
+        layers = [layer.name for layer in examined.layers]
+
+        def decoded() -> None:
+            for _ in open_source(scratch, transform).batches(64):
+                pass
+
+        def computed() -> None:
+            with Recorder(model, layers, transform=transform, precision=precision, batch_size=64) as recorder:
+                for ids, pixels in ring.batches(64, count):
+                    recorder(pixels, ids)
+
+        def naive() -> None:
+            done = 0
+            with torch.inference_mode(), HostHook(model, layers) as hooks:
+                for batch in naive_batches(Path(scratch), transform):
+                    hooks(batch.to(device), torch.arange(done, done := done + len(batch), device=device))
+
+        for name, run in (("decoding alone", decoded), ("computing alone", computed), ("naive loop", naive)):
+            start = time.perf_counter()
+            run()
+            seconds[name] = time.perf_counter() - start
+        manifest = scan(
+            model, scratch, layers, transform=transform, precision=precision, device=device, progress=False
+        ).manifest
+        seconds["scan"] = manifest["seconds"]["scan"]
+    together = seconds["decoding alone"] + seconds["computing alone"]
+    return {
+        "images": count,
+        "precision": precision,
+        "images_s": {name: round(count / value, 1) for name, value in seconds.items()},
+        "x_naive_loop": round(seconds["naive loop"] / seconds["scan"], 2),
+        "share_of_what_decoding_and_computing_allow": round(together / seconds["scan"], 3),
+    }
 
 
 def exact(count: int) -> dict[str, Any]:
@@ -164,10 +246,10 @@ def exact(count: int) -> dict[str, Any]:
 def main() -> int:
     """Measure, print, and keep it in the device's results file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long", description=__doc__)
-    parser.add_argument("what", choices=("memory", "exact"))
-    parser.add_argument("--images", type=int, default=50_000, help="of `exact` (50,000)")
+    parser.add_argument("what", choices=("memory", "folder", "exact"))
     arguments = parser.parse_args()
-    found = memory(COUNTS) if arguments.what == "memory" else exact(arguments.images)
+    runs = {"memory": lambda: memory(COUNTS), "folder": lambda: folder(FILES), "exact": lambda: exact(IMAGES)}
+    found = runs[arguments.what]()
     print(json.dumps(found, indent=1))
     target = results.RESULTS / machine.file_name(machine.device_name())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

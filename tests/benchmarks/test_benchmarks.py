@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import unitvis
 import unitvis_kernels as uk
 from benchmarks import convolutions, long, machine, results, stream
 from benchmarks.__main__ import MODULES
+from unitvis.sources import open_source
 from unitvis_kernels import choice
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +162,21 @@ def test_memory_is_measured_for_both_precisions() -> None:
     assert [(one["precision"], one["images"]) for one in found] == [("exact", 320), ("fp16", 320)]
     assert all(0 <= one["beyond_a_batch_mib"] < 500 for one in found)
     assert found[1]["rescored"] > 0
+
+
+def test_a_scan_of_files_is_measured_against_its_parts() -> None:
+    found = long.folder(66)
+    assert set(found["images_s"]) == {"decoding alone", "computing alone", "naive loop", "scan"}
+    assert all(value > 0 for value in found["images_s"].values())
+    assert found["share_of_what_decoding_and_computing_allow"] > 0
+
+
+def test_the_naive_loop_reads_what_the_scan_reads(tmp_path: Path) -> None:
+    long.jpegs(tmp_path, 66)
+    transform = unitvis.Transform(resize=256, crop=224, mean=(0.5,) * 3, std=(0.25,) * 3)
+    naive = torch.cat(list(long.naive_batches(tmp_path, transform)))
+    ours = torch.cat([transform.normalize(b.pixels) for b in open_source(str(tmp_path), transform).batches(64)])
+    torch.testing.assert_close(naive, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_exact_says_where_half_precision_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
