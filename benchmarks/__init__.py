@@ -1,4 +1,4 @@
-"""How fast it is, measured: `python -m benchmarks` (the suite), `.convolutions` (measured.json), and by hand `.long`,
+"""How fast it is, measured: `python -m benchmarks` (the suite), `.convolutions` (measured.json), and by hand `.long`, `.crp`,
 `.exactness`, `.million`, `.processes` and `.start`, whose results are in results/long.
 """
 

@@ -14,7 +14,7 @@ import torch
 
 import unitvis
 import unitvis_kernels as uk
-from benchmarks import convolutions, long, machine, results, stream
+from benchmarks import convolutions, crp, long, machine, results, stream
 from benchmarks.__main__ import MODULES
 from unitvis.sources import open_source
 from unitvis_kernels import choice
@@ -177,6 +177,15 @@ def test_the_naive_loop_reads_what_the_scan_reads(tmp_path: Path) -> None:
     naive = torch.cat(list(long.naive_batches(tmp_path, transform)))
     ours = torch.cat([transform.normalize(b.pixels) for b in open_source(str(tmp_path), transform).batches(64)])
     torch.testing.assert_close(naive, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_without_zennit_crp_the_comparison_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "crp", None)
+    monkeypatch.setattr(sys, "argv", ["crp"])
+    assert crp.main() == 2
+    assert "pip install zennit-crp" in capsys.readouterr().err
 
 
 def test_exact_says_where_half_precision_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
