@@ -1,5 +1,7 @@
-"""How fast it is, measured: `python -m benchmarks` (the suite), `.convolutions` (measured.json), and by hand `.long`, `.crp`,
-`.exactness`, `.million`, `.processes` and `.start`, whose results are in results/long.
+"""How fast it is, measured.
+
+`python -m benchmarks` is the suite, `.convolutions` fills measured.json. By hand: `.long` and `.crp`, which write into
+the suite's file, and `.exactness`, `.million`, `.processes` and `.start`, which write into results/long.
 """
 
 import sys
