@@ -124,7 +124,8 @@ def scan(
             )
             with bar, Threads(recorder, source) as threads:
                 for batch in chain(first, batches):
-                    recorder(batch.pixels, batch.ids)
+                    with threads.computing():
+                        recorder(batch.pixels, batch.ids)
                     threads.choose(batch.pixels)
                     watch.after_batch()
                     bar.update(len(batch.ids))

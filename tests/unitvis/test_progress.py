@@ -25,6 +25,7 @@ from unitvis import Interrupted, UnitvisError, cli
 from unitvis.progress import PREVIOUS, PROGRESS, Progress, read_progress
 from unitvis.recorder import Recorder
 from unitvis.sources import FileSource
+from unitvis.sources.encoded import EncodedSource
 
 COUNT = 70
 TRANSFORM = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
@@ -443,6 +444,8 @@ def test_a_small_network_computes_on_one_thread_beside_decoding(
             seen.append(torch.get_num_threads())
             return super().forward(x)
 
+    undecoded, waits = EncodedSource.undecoded, []
+    monkeypatch.setattr(EncodedSource, "undecoded", lambda self: waits.append(self) or undecoded(self))
     monkeypatch.setattr(Recorder, "rate", lambda *_: rate)
     before = torch.get_num_threads()
     try:
@@ -450,6 +453,7 @@ def test_a_small_network_computes_on_one_thread_beside_decoding(
         scan(folder, None, nn.Sequential(Seeing(3, 2, 3)), batch_size=16)
         assert torch.get_num_threads() == 3
         assert seen.count(threads) >= 2
+        assert len(waits) == (1 if rate > 1000 else -(-COUNT // 16))  # decoding waits for all threads, not for one
         assert set(seen) == {3, threads}
         seen.clear()  # in memory nothing is decoded
         scan(np.zeros((64, 12, 12, 3), np.uint8), None, nn.Sequential(Seeing(3, 2, 3)), batch_size=16)  # type: ignore[arg-type]

@@ -810,3 +810,35 @@ def test_photographs():
             plain = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
         top, left = round((size[1] - 224) / 2), round((size[0] - 224) / 2)
         assert (seen.numpy() == plain[top : top + 224, left : left + 224]).all()
+
+
+def test_files_are_read_but_not_decoded_while_somebody_else_has_the_cores(folder, monkeypatch):
+    source = open_source(folder, Transform(crop=8))
+    read, decoded, all_read = [], [], threading.Event()
+    contents, pixels = source._contents, source._decoding.pixels
+
+    def reading(id):
+        read.append(id)
+        if len(read) == 6:
+            all_read.set()
+        return contents(id)
+
+    def decoding(data, transform):
+        decoded.append(len(data))
+        return pixels(data, transform)
+
+    monkeypatch.setattr(source, "_contents", reading)
+    monkeypatch.setattr(type(source._decoding), "pixels", lambda self, data, transform: decoding(data, transform))
+    batches = source.batches(4, workers=6)
+    with source.undecoded():
+        threading.Thread(target=next, args=(batches,), daemon=True).start()
+        assert all_read.wait(20)
+        assert decoded == []
+    for _ in range(2000):
+        if len(decoded) >= 4:
+            break
+        time.sleep(0.01)
+    assert len(decoded) >= 4
+    with pytest.raises(ZeroDivisionError), source.undecoded():  # what goes wrong gives the cores back too
+        raise ZeroDivisionError
+    assert source._may_decode.is_set()

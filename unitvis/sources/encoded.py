@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,6 +45,17 @@ class EncodedSource(ItemSource):
         super().__init__(transform, len(names), on_error, seen)
         self._transform, self._decoding = needed(transform), decoding or Decoding()
         self._names = names
+        self._may_decode = threading.Event()
+        self._may_decode.set()
+
+    @contextmanager
+    def undecoded(self) -> Iterator[None]:
+        """While the block runs files are read, but none begins to be decoded: the cores are somebody else's."""
+        self._may_decode.clear()
+        try:
+            yield
+        finally:
+            self._may_decode.set()
 
     def name(self, id: int) -> str:
         """The path as the source has it."""
@@ -80,6 +94,7 @@ class EncodedSource(ItemSource):
 
     def _load(self, id: int) -> tuple[Tensor, Seen]:
         data, digest = self._bytes(id)
+        self._may_decode.wait()
         pixels, size = self._decoding.pixels(data, self._transform)
         return torch.from_numpy(pixels), Seen(digest, *size)
 
