@@ -95,10 +95,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def compute_batch(images: Tensor) -> Tensor:
     """At most `BATCH` float images [n, C, H, W] as a compute batch: float32, channels last, padded with zeros."""
-    batch = images.new_zeros((BATCH, *images.shape[1:]), dtype=torch.float32).contiguous(
-        memory_format=torch.channels_last
-    )
-    batch[: images.shape[0]] = images
+    shape, layout = (BATCH, *images.shape[1:]), torch.channels_last
+    batch = torch.empty(shape, dtype=torch.float32, device=images.device, memory_format=layout)
+    batch[: len(images)] = images
+    batch[len(images) :] = 0
     return batch
 
 

@@ -110,7 +110,9 @@ class Recorder:
         """
         if not self._open:
             raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
-        images = self.as_images(batch) if self.precision == "fp32" else self._as_given(batch)
+        images = self._as_given(batch)
+        if self.precision == "fp32":
+            images = images.to(self.device)
         if ids is None:
             ids = torch.arange(self._next_id, self._next_id + len(images))
         ids = torch.as_tensor(ids, dtype=torch.int64)
@@ -173,7 +175,7 @@ class Recorder:
         if not self.started:
             self._start(images)
         if self._step is None:
-            self._take(self._keys(compute_batch(self.as_images(images)))[: len(ids)], ids.to(self.device))
+            self._take(self._keys(self._compute_batch(images))[: len(ids)], ids.to(self.device))
         else:
             self._step(images, ids)
             if self.images == 0 and self._overflows(len(ids)):
@@ -181,9 +183,14 @@ class Recorder:
                 self._step(images, ids)
         self.images += len(ids)
 
+    def _compute_batch(self, images: Tensor) -> Tensor:
+        batch = self.as_images(images)
+        whole = len(images) == BATCH and images.dtype == torch.uint8  # then it was made just now, and in that layout
+        return batch if whole else compute_batch(batch)
+
     def _start(self, images: Tensor) -> None:
         """What the first images decide: the layers, and whether their responses can be ranked."""
-        batch = compute_batch(self.as_images(images[:BATCH]))
+        batch = self._compute_batch(images[:BATCH])
         if not self.layers:
             self.prepare(self.input_shape(images))
         if self.images == 0:
@@ -241,7 +248,7 @@ class Recorder:
     def rate(self, images: Tensor) -> float:
         """Canonical images/s, by one compute batch of images like those that were recorded; it records nothing."""
         start = time.perf_counter()
-        self._keys(compute_batch(self.as_images(images[:BATCH])))
+        self._keys(self._compute_batch(images[:BATCH]))
         return BATCH / (time.perf_counter() - start)
 
     def adopt(self, other: Recorder) -> None:

@@ -24,6 +24,8 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
         values = x.amax((2, 3))
         keys = pack(values, torch.full_like(values, POSITION_MASK, dtype=torch.int64))
         images, channels = (~(values < floor)).nonzero().T  # not below: NaN stays in
+        if not len(images):
+            return keys
         if len(images) * 4 < keys.numel():
             keys[images, channels] = pack(*x[images, channels].flatten(1).max(dim=1))
             return keys
@@ -40,13 +42,16 @@ def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
     keys = torch.where(ids < 0, BLANK, keys.T)  # [C, N]
 
     is_nan = keys == NAN_KEY
-    state[:, -2] += is_nan.sum(dim=1)
-    first = torch.where(is_nan, ids, torch.iinfo(torch.int64).max).amin(dim=1)
-    state[:, -1] = torch.minimum(state[:, -1], first)
-    keys = keys.masked_fill(is_nan, BLANK)
+    if is_nan.any():
+        state[:, -2] += is_nan.sum(dim=1)
+        first = torch.where(is_nan, ids, torch.iinfo(torch.int64).max).amin(dim=1)
+        state[:, -1] = torch.minimum(state[:, -1], first)
+        keys = keys.masked_fill(is_nan, BLANK)
 
     # Only channels whose best newcomer reaches the last place can change; nearly none do in a long stream.
     changed = ((keys.amax(dim=1) >> 32) >= (state[:, k - 1] >> 32)).nonzero()[:, 0]
+    if not len(changed):
+        return
     merged_keys = torch.cat([state[changed, :k], keys[changed]], dim=1)  # [F, k + N]
     merged_ids = torch.cat([state[changed, k : 2 * k], ids[changed]], dim=1)
 
