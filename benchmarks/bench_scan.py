@@ -21,7 +21,7 @@ from benchmarks.timing import Timer
 from unitvis.bench import BARE, BASELINES, DEVICE, HOST, Bench, pictures
 from unitvis.recorder import Recorder
 from unitvis.run import UNSEPARATED
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 SCAN, EXACT = "unitvis, the scan alone", "unitvis, exact"
 CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {

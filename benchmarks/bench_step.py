@@ -21,9 +21,9 @@ from benchmarks.naive import DeviceHook, HostHook, cut, fold, network
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Timer, captured
 from unitvis.bench import BARE, BASELINES, DEVICE, HOST, pictures
-from unitvis.canonical import BATCH, compute_batch
+from unitvis.forward.canonical import BATCH, compute_batch
+from unitvis.forward.step import HALF
 from unitvis.recorder import Recorder
-from unitvis.step import HALF
 
 UNITVIS, CAPTURED, COMPILED = "unitvis", ", captured", ", torch.compile"
 HALF_OR_FULL = {"fp32": torch.float32} | HALF

@@ -25,8 +25,8 @@ from benchmarks import machine, results
 from benchmarks.naive import network
 from benchmarks.timing import copies, rotating
 from unitvis.bench import synchronise
+from unitvis.forward.rewrite import Chain, Floor, rewritten
 from unitvis.recorder import Recorder
-from unitvis.rewrite import Chain, Floor, rewritten
 from unitvis_kernels.choice import layer_key
 
 NETWORKS, SIDE, BATCH, CALLS, ROUNDS = ("alexnet", "vgg16", "resnet50"), 224, 128, 8, 30

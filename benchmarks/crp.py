@@ -29,7 +29,7 @@ from benchmarks import machine, results
 from benchmarks.naive import network
 from unitvis.bench import pictures
 from unitvis.scan import scan
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 COUNT, SIDE, K = 500, 224, 9
 CLOSE = 1e-4  # of a layer's largest response

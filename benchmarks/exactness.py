@@ -24,8 +24,8 @@ import half
 import photos
 import unitvis.recorder
 from benchmarks import machine, naive, results
-from unitvis.exact import Rescorer
 from unitvis.recorder import Recorder
+from unitvis.second_pass.exact import Rescorer
 from unitvis.sources import open_source
 
 

@@ -30,13 +30,13 @@ from benchmarks.naive import network
 from benchmarks.ring import Ring
 from unitvis.baselines import Forward, HostHook
 from unitvis.bench import fastest_half, interleaved, pictures
+from unitvis.forward.step import HALF
 from unitvis.plan import speed
 from unitvis.recorder import Recorder
 from unitvis.run import UNSEPARATED
 from unitvis.scan import scan
 from unitvis.sources import open_source
-from unitvis.step import HALF
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 COUNTS, SMALL = (4_000, 100_000), 32
 IMAGES, FILES, TIMED = 50_000, 2_000, 2_000  # TIMED: images that the baselines of `exact` are timed on

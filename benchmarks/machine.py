@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from unitvis.forward.step import HALF
 from unitvis.plan import speed
-from unitvis.step import HALF
 
 ROOT = Path(__file__).parents[1]
 

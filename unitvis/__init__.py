@@ -1,16 +1,16 @@
 """For every unit of a ConvNet, the nine image patches that excite it most."""
 
-from unitvis.deconvnet import Projection, project
+from unitvis.draw.deconvnet import Projection, project
+from unitvis.draw.responses import ResponseMap, response_map
 from unitvis.errors import ImageError, Interrupted, UnitvisError
 from unitvis.gallery import gallery
+from unitvis.geometry.receptive_field import ReceptiveField, receptive_field
 from unitvis.merge import merge
 from unitvis.pack import pack
-from unitvis.receptive_field import ReceptiveField, receptive_field
 from unitvis.recorder import Recorder
-from unitvis.responses import ResponseMap, response_map
 from unitvis.run import LayerTop, Run, load
 from unitvis.scan import scan
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 __all__ = [
     "ImageError",

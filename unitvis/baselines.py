@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from unitvis.taps import Taps
+from unitvis.forward.taps import Taps
 
 
 class Forward:

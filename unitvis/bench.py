@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unitvis.baselines import DeviceHook, Forward, HostHook
-from unitvis.canonical import BATCH, canonical_settings, compute_batch
 from unitvis.errors import UnitvisError
+from unitvis.forward.canonical import BATCH, canonical_settings, compute_batch
+from unitvis.forward.step import HALF
 from unitvis.plan import plan, speed
 from unitvis.recorder import Recorder
 from unitvis.run import UNSEPARATED, Run
-from unitvis.step import HALF
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 K, READ = 9, 4 * BATCH
 SECONDS = 45.0  # what all passes over the images together may take

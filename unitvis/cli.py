@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from unitvis import models, sheets
+from unitvis import models
 from unitvis.distributed import processes, scan_together
+from unitvis.draw import sheets
 from unitvis.errors import Interrupted, UnitvisError
-from unitvis.figures import DPI, figure
 from unitvis.gallery import MOST_UNITS, gallery
+from unitvis.gallery.figures import DPI, figure
 from unitvis.merge import merge
 from unitvis.nonfinite import odd_responses
 from unitvis.options import Command, parser
 from unitvis.pack import pack
 from unitvis.recorder import Recorder
-from unitvis.rescore import verify
 from unitvis.run import Run, load, replacing
 from unitvis.scan import scan
-from unitvis.transform import Transform
+from unitvis.second_pass.rescore import verify
+from unitvis.sources.transform import Transform
 
 DONE, WRONG, USAGE, SKIPPED = 0, 1, 2, 3
 

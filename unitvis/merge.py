@@ -14,15 +14,15 @@ from torch import nn
 
 import unitvis_kernels as uk
 from unitvis import models
-from unitvis.coverage import Coverage
 from unitvis.errors import UnitvisError
 from unitvis.manifest import describe_model
-from unitvis.partial import Partial, refuse_differences
+from unitvis.parts.coverage import Coverage
+from unitvis.parts.partial import Partial, refuse_differences
 from unitvis.recorder import Recorder
 from unitvis.run import Run, check_output, load
 from unitvis.scan import complete
 from unitvis.sources import Source, open_source, reopen_source
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 NAN_COUNT = -2  # the state's column with the number of NaN responses
 

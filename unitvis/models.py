@@ -16,7 +16,7 @@ from torch import nn
 
 from unitvis.checkpoints import load_weights
 from unitvis.errors import UnitvisError, closest, named
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 FORMS = "torchvision:NAME, timm:NAME, file.py:function or package.module:function"
 

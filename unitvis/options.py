@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from unitvis import models
-from unitvis.decoding import DECODERS
-from unitvis.figures import FIGURES
+from unitvis.gallery.figures import FIGURES
 from unitvis.progress import EVERY
 from unitvis.scan import PRECISIONS
+from unitvis.sources.decoding import DECODERS
 
 Command = Callable[[argparse.Namespace], int]
 

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from unitvis.canonical import BATCH
 from unitvis.errors import Interrupted, UnitvisError, first_line
-from unitvis.partial import refuse_differences
+from unitvis.forward.canonical import BATCH
+from unitvis.parts.partial import refuse_differences
 from unitvis.progress import EVERY, HOW
 from unitvis.run import replacing
 from unitvis.signals import Signals
@@ -30,7 +30,7 @@ from unitvis.sources.base import Seen, SeenTable
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.names import Names
 from unitvis.sources.packed import BAKED, FORMAT, MARK, pack_source, pixels_hash, read_about, tables_hash
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 
 def pack(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from unitvis.sample import SIZE
-from unitvis.step import HALF
+from unitvis.forward.step import HALF
+from unitvis.parts.sample import SIZE
 
 WORTH = 0.9  # of float32's time: half precision has to save more than the rest
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from unitvis.coverage import Coverage
 from unitvis.errors import Interrupted, UnitvisError
-from unitvis.partial import Identity, Partial, identity, read_partial, refuse_differences
+from unitvis.parts.coverage import Coverage
+from unitvis.parts.partial import Identity, Partial, identity, read_partial, refuse_differences
+from unitvis.parts.shards import Shard
 from unitvis.recorder import Recorder
 from unitvis.run import PREVIOUS, PROGRESS, read_manifest, replacing
-from unitvis.shards import Shard
 from unitvis.signals import Signals
 from unitvis.sources import Source
 

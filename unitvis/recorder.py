@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 import unitvis_kernels as uk
-from unitvis.canonical import BATCH, canonical_settings, check_independence, compute_batch, evaluating
-from unitvis.coverage import Coverage
-from unitvis.device import copied, fingerprint, on_device, refuse_state
 from unitvis.errors import UnitvisError
+from unitvis.forward.canonical import BATCH, canonical_settings, check_independence, compute_batch, evaluating
+from unitvis.forward.device import copied, fingerprint, on_device, refuse_state
+from unitvis.forward.step import HALF, Step
+from unitvis.forward.taps import Examination, Layer, Taps
+from unitvis.geometry.receptive_field import ReceptiveField, receptive_fields
 from unitvis.manifest import describe_model, saturation
-from unitvis.partial import Identity, Partial, identity
-from unitvis.receptive_field import ReceptiveField, receptive_fields
+from unitvis.parts.coverage import Coverage
+from unitvis.parts.partial import Identity, Partial, identity
+from unitvis.parts.sample import sample
 from unitvis.run import FORMAT, SEPARATED, TIED, UNSEPARATED, LayerTop, Run
-from unitvis.sample import sample
 from unitvis.sources import open_source
-from unitvis.step import HALF, Step
-from unitvis.taps import Examination, Layer, Taps
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 from unitvis.winners import Top, layer_top
 
 SPARE = 55  # candidates beyond k that a scan in half precision keeps of every unit
@@ -326,7 +326,7 @@ class Recorder:
         if self.images == 0:
             raise UnitvisError("no image was recorded, so there is nothing to rank")
         if self.precision != "fp32" and images is not None:
-            from unitvis.exact import rescored
+            from unitvis.second_pass.exact import rescored
 
             return rescored(self, open_source(images, self.transform))
         values, ids, positions = (part.cpu().numpy() for part in uk.topk_read(self.state))

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unitvis import models
-from unitvis.canonical import BATCH
 from unitvis.errors import UnitvisError
+from unitvis.forward.canonical import BATCH
+from unitvis.forward.step import HALF
 from unitvis.nonfinite import refuse_odd_responses
+from unitvis.parts.shards import parse_shard
 from unitvis.plan import Plan, plan
 from unitvis.progress import EVERY, Progress, forget_progress
 from unitvis.recorder import Recorder
-from unitvis.rescore import effective_boxes, verify
 from unitvis.run import Run, check_output, load
-from unitvis.shards import parse_shard
+from unitvis.second_pass.rescore import effective_boxes, verify
 from unitvis.sources import Source, open_source
-from unitvis.step import HALF
+from unitvis.sources.transform import Transform
 from unitvis.threads import Threads
-from unitvis.transform import Transform
 
 logger = logging.getLogger("unitvis")
 PRECISIONS = ("exact", "fp32", *HALF)

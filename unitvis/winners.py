@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unitvis.forward.taps import Layer
+from unitvis.geometry.receptive_field import ReceptiveField
 from unitvis.nonfinite import infinite_info
-from unitvis.receptive_field import ReceptiveField
 from unitvis.run import UNSEPARATED, LayerTop
-from unitvis.taps import Layer
 
 
 class Top(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unitvis.step import Step
+from unitvis.forward.step import Step
 
 
 class Rounded(Step):

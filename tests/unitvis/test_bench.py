@@ -16,7 +16,7 @@ from unitvis import UnitvisError, cli
 from unitvis.baselines import DeviceHook, HostHook
 from unitvis.bench import DEVICE, FLOAT, HOST, Bench, bench, interleaved, pictures, table, units_apart
 from unitvis.recorder import Recorder
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 LAYERS = ["0", "2"]
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from unitvis import coverage
-from unitvis.coverage import Coverage
+from unitvis.parts import coverage
+from unitvis.parts.coverage import Coverage
 
 
 def drawn(random, size, largest):

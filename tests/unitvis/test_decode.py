@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from unitvis import decode as decode_module
-from unitvis.decode import MAX_PIXELS, decode, to_rgb
-from unitvis.decoding import DECODERS, Decoding
 from unitvis.errors import ImageError, UnitvisError
-from unitvis.transform import Transform
+from unitvis.sources import decode as decode_module
+from unitvis.sources.decode import MAX_PIXELS, decode, to_rgb
+from unitvis.sources.decoding import DECODERS, Decoding
+from unitvis.sources.transform import Transform
 
 H, W = 6, 10
 GREY = (np.arange(H * W).reshape(H, W) * 4).astype(np.uint8)  # [H, W]
@@ -514,7 +514,7 @@ def test_a_decoder_that_is_not_there(monkeypatch):
 
 
 def test_large_images_wait_for_room(monkeypatch):
-    monkeypatch.setattr("unitvis.decode._room", decode_module._Room(4 * 64 * 64 * 2))
+    monkeypatch.setattr("unitvis.sources.decode._room", decode_module._Room(4 * 64 * 64 * 2))
     data, held, most = stored(Image.new("RGB", (64, 64)), "PNG"), set(), []
 
     def use(picture, size):

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import brute
 import unitvis
-from unitvis import UnitvisError, colours, deconvnet
+from unitvis import UnitvisError
+from unitvis.draw import colours, deconvnet
 
 SIZE = 33
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import brute
 import unitvis
 from half import rounded  # noqa: F401  # a fixture
-from unitvis import exact
-from unitvis.bound import upper_bound
 from unitvis.errors import Interrupted, UnitvisError
+from unitvis.parts.sample import SIZE, mixed, sample
 from unitvis.plan import plan, speed
 from unitvis.recorder import Recorder
-from unitvis.rescore import verify
 from unitvis.run import SEPARATED, TIED, UNSEPARATED, Run
-from unitvis.sample import SIZE, mixed, sample
+from unitvis.second_pass import exact
+from unitvis.second_pass.bound import upper_bound
+from unitvis.second_pass.rescore import verify
 from unitvis.sources import open_source
 
 

@@ -12,9 +12,9 @@ import brute
 import photos
 import unitvis
 from half import rounded  # noqa: F401  # a fixture
-from unitvis import exact
-from unitvis.rescore import verify
 from unitvis.run import UNSEPARATED
+from unitvis.second_pass import exact
+from unitvis.second_pass.rescore import verify
 from unitvis.sources import open_source
 
 pytestmark = photos.needed

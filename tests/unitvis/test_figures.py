@@ -12,7 +12,9 @@ from PIL import Image
 from torch import nn
 
 import unitvis
-from unitvis import UnitvisError, cli, colours, figures, patches
+from unitvis import UnitvisError, cli
+from unitvis.draw import colours, patches
+from unitvis.gallery import figures
 from unitvis.gallery.pictures import PATCH
 
 

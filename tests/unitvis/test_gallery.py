@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import unitvis
-from unitvis import UnitvisError, cli, colours, patches
+from unitvis import UnitvisError, cli
+from unitvis.draw import colours, patches
 from unitvis.gallery import facts, pictures
 
 HERE = Path(unitvis.gallery.__code__.co_filename).parent

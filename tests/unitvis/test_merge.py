@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import unitvis
 from unitvis import UnitvisError, cli
-from unitvis.partial import Partial
-from unitvis.shards import parse_shard
+from unitvis.parts.partial import Partial, read_partial
+from unitvis.parts.shards import parse_shard
 from unitvis.sources import FileSource
 
 COUNT = 53
@@ -288,5 +288,5 @@ def test_state_and_coverage_are_read_as_they_were_written(tmp_path: Path) -> Non
     part = shards(3)[0].partial
     part = Partial(part.identity, part.state, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5)
     part.write(tmp_path / "a.npz")
-    again = unitvis.partial.read_partial(tmp_path / "a.npz")
+    again = read_partial(tmp_path / "a.npz")
     assert (again.failures, again.seconds, again.coverage) == (part.failures, 2.5, part.coverage)

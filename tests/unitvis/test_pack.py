@@ -24,7 +24,9 @@ import unitvis
 from half import rounded  # noqa: F401  # a fixture
 from unitvis import Interrupted, UnitvisError, cli
 from unitvis import pack as pack_function
+from unitvis.draw import sheets
 from unitvis.run import ARRAYS
+from unitvis.second_pass import rescore
 from unitvis.sources import PackSource, open_source, reopen_source
 
 packing = sys.modules["unitvis.pack"]
@@ -197,7 +199,7 @@ def test_failures_count_as_those_of_the_scan(packed: Path) -> None:
 def test_a_changed_or_lost_original_is_refused(folder: Path, tmp_path: Path) -> None:
     made = pack(folder, tmp_path / "x.npy")
     run = scan(tmp_path / "x.npy", out=tmp_path / "run")
-    assert unitvis.rescore.verify(unitvis.load(tmp_path / "run"), net())["wrong"] == 0
+    assert rescore.verify(unitvis.load(tmp_path / "run"), net())["wrong"] == 0
     image = int(run.winners[0])
     path = folder / made.name(image)
     whole = path.read_bytes()
@@ -209,16 +211,16 @@ def test_a_changed_or_lost_original_is_refused(folder: Path, tmp_path: Path) -> 
         run = unitvis.load(tmp_path / "run")
         match = rf"'{made.name(image)}' is no longer the file that was packed: {why}"
         with pytest.raises(UnitvisError, match=match):
-            unitvis.rescore.verify(run, net())
+            rescore.verify(run, net())
         with pytest.raises(UnitvisError, match=match):
-            unitvis.sheets.render(run, tmp_path / "run")
+            sheets.render(run, tmp_path / "run")
         with pytest.raises(UnitvisError, match=r"is no longer the file|cannot be used: No such file"):
             run.source.picture(image)
     path.write_bytes(whole)
     (folder / "0" / "00.png").write_bytes(whole)  # shifts the ids of the folder, not those of the pack
     run = unitvis.load(tmp_path / "run")
-    assert unitvis.rescore.verify(run, net())["wrong"] == 0
-    unitvis.sheets.render(run, tmp_path / "run")
+    assert rescore.verify(run, net())["wrong"] == 0
+    sheets.render(run, tmp_path / "run")
 
 
 def test_changed_archives_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_without_the_originals_patches_come_from_the_pack(kind: str, folder: Pat
     run.patch("2", 3, 1, size=64)  # said once: another warning is an error in the tests
     image = Image.fromarray(np.load(tmp_path / "x.npy")[run["2"].images[3, 0]])
     assert patch.tobytes() == image.resize((64, 64), Image.Resampling.BICUBIC).tobytes()
-    assert unitvis.rescore.verify(run, net())["wrong"] == 0
+    assert rescore.verify(run, net())["wrong"] == 0
 
 
 def test_files_count_as_gone_where_none_is_left(folder: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from torch import nn
 
 import brute
 import unitvis
-from unitvis import UnitvisError, colours
-from unitvis.filters import first_filters
-from unitvis.responses import covered
+from unitvis import UnitvisError
+from unitvis.draw import colours
+from unitvis.draw.filters import first_filters
+from unitvis.draw.responses import covered
 
 
 def net() -> nn.Sequential:

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 import unitvis
-from unitvis import UnitvisError, patches, sheets
+from unitvis import UnitvisError
+from unitvis.draw import patches, sheets
 
 FILL = np.array(patches.FILL)
 

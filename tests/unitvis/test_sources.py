@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from unitvis.errors import UnitvisError
 from unitvis.sources import Failure, files, open_source, reopen_source
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 PLAIN = Transform()
 SMALL = Transform(resize=(8, 8))

@@ -16,7 +16,7 @@ from PIL import Image
 from unitvis.errors import UnitvisError
 from unitvis.sources import open_source, reopen_source, tar
 from unitvis.sources.names import Names
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 PLAIN = Transform()
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from unitvis.errors import ImageError, UnitvisError
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

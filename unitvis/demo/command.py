@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unitvis.canonical import canonical_settings, compute_batch
 from unitvis.demo import network
 from unitvis.demo.overview import overview
 from unitvis.demo.pictures import CLASSES, pictures
+from unitvis.draw.sheets import render
+from unitvis.forward.canonical import canonical_settings, compute_batch
 from unitvis.gallery import gallery
 from unitvis.run import Run, check_output, replacing
 from unitvis.scan import scan
-from unitvis.sheets import render
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 COUNT, SEED = 4096, 2024
 TRANSFORM = Transform(mean=network.MEAN, std=network.STD)

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.patches import crop_of, patches
+from unitvis.draw.patches import crop_of, patches
+from unitvis.draw.sheets import FAINT, INK, PAPER, compose
 from unitvis.run import LayerTop, Run
-from unitvis.sheets import FAINT, INK, PAPER, compose
 
 PATCH, GAP, MARGIN = 40, 14, 44
 UNITS, ACROSS = 9, 3

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from unitvis import models
+from unitvis.draw.patches import crop_of
 from unitvis.errors import UnitvisError
 from unitvis.gallery import facts, pictures
 from unitvis.manifest import describe_model
-from unitvis.patches import crop_of
 from unitvis.recorder import Recorder
 from unitvis.run import Run, replacing
 

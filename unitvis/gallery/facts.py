@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from unitvis.draw.patches import input_size
+from unitvis.draw.responses import covered
+from unitvis.draw.sheets import unit_name
 from unitvis.gallery.pictures import across
-from unitvis.patches import input_size
-from unitvis.responses import covered
 from unitvis.run import SEPARATED, LayerTop, Run, file_name
-from unitvis.sheets import unit_name
 
 STRIP = 16  # units of a layer on the first page
 

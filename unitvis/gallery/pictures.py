@@ -16,15 +16,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unitvis import sheets
-from unitvis.canonical import BATCH, canonical_settings, compute_batch
-from unitvis.colours import heat, heat_levels, signed
-from unitvis.deconvnet import project
-from unitvis.filters import first_filters
-from unitvis.patches import crop_of, cut, drawn_box, input_size, pictures, places, whole
+from unitvis.draw import sheets
+from unitvis.draw.colours import heat, heat_levels, signed
+from unitvis.draw.deconvnet import project
+from unitvis.draw.filters import first_filters
+from unitvis.draw.patches import crop_of, cut, drawn_box, input_size, pictures, places, whole
+from unitvis.forward.canonical import BATCH, canonical_settings, compute_batch
+from unitvis.forward.taps import Taps
 from unitvis.recorder import Recorder
 from unitvis.run import LayerTop, Run, file_name
-from unitvis.taps import Taps
 
 Device = torch.device | str | None
 PATCH = 112  # pixels of a patch: a multiple of 16, so that JPEG's blocks do not reach across patches

@@ -11,15 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from unitvis.decoding import Decoding
 from unitvis.errors import UnitvisError
 from unitvis.sources.arrays import ArraySource
 from unitvis.sources.base import Batch, Failure, Source
+from unitvis.sources.decoding import Decoding
 from unitvis.sources.files import FileSource, folder_source, is_image_name, list_source, paths_source
 from unitvis.sources.packed import PackSource, pack_source
 from unitvis.sources.streams import DatasetSource, LoaderSource, StreamSource, first_of, loader_source
 from unitvis.sources.tar import TarSource, is_tar_name, tar_source
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 __all__ = [
     "ArraySource",

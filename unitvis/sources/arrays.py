@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unitvis.errors import UnitvisError
 from unitvis.sources.base import Chunks, Picture, Source, grouped, in_order, needed
-from unitvis.transform import Box, Transform
+from unitvis.sources.transform import Box, Transform
 
 
 class ArraySource(Source):

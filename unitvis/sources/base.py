@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from unitvis.errors import ImageError, UnitvisError
-from unitvis.transform import Box, Transform
+from unitvis.sources.transform import Box, Transform
 
 Picture = tuple[Image.Image, Callable[[Box], Box]]  # and where a box of the model's pixels lies in it
 Chunks = Iterator[tuple[Sequence[int], Tensor]]  # ids and pixels of some images

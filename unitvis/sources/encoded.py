@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unitvis.decoding import Decoding
 from unitvis.sources.base import ItemSource, Picture, Seen, SeenTable, needed
+from unitvis.sources.decoding import Decoding
 from unitvis.sources.names import Names
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 MAX_BYTES = 1 << 29  # a file is read whole; below the limit of pixels no sensible image needs more
 

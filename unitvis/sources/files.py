@@ -14,7 +14,7 @@ import numpy as np
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.encoded import MAX_BYTES, EncodedSource
 from unitvis.sources.names import LARGE, SETTLED, Names, keep_listing, load_listing
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 IMAGE = re.compile(rb"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[bgpn]m)$", re.IGNORECASE)
 

@@ -24,15 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unitvis.decoding import Decoding
 from unitvis.errors import UnitvisError, first_line, some
 from unitvis.sources.arrays import ArraySource
 from unitvis.sources.base import Chunks, Picture, SeenTable, Source
+from unitvis.sources.decoding import Decoding
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.files import FileSource
 from unitvis.sources.names import Names
 from unitvis.sources.tar import expand, tar_source
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 Arrays = Mapping[str, NDArray[Any]]
 

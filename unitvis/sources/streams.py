@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from unitvis.decode import to_rgb
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.arrays import as_pixels, fitted, pixel_hash, shown, size_of
 from unitvis.sources.base import Chunks, ItemSource, Picture, Seen, Source, needed
-from unitvis.transform import Transform
+from unitvis.sources.decode import to_rgb
+from unitvis.sources.transform import Transform
 
 _SAMPLES = 4096  # values of an image that are compared when it is read again
 

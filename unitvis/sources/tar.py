@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from unitvis.decoding import Decoding
 from unitvis.errors import ImageError, UnitvisError, first_line, some
+from unitvis.sources.decoding import Decoding
 from unitvis.sources.encoded import MAX_BYTES, EncodedSource
 from unitvis.sources.files import IMAGE
 from unitvis.sources.names import LARGE, SETTLED, Names, keep_listing, load_listing
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 _OPEN = 64  # shards held open at once
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unitvis.canonical import BATCH, canonical_settings
-from unitvis.device import fingerprint
 from unitvis.errors import UnitvisError
-from unitvis.places import Places
+from unitvis.forward.canonical import BATCH, canonical_settings
+from unitvis.forward.device import fingerprint
+from unitvis.forward.step import HALF
+from unitvis.forward.taps import Taps
 from unitvis.recorder import Recorder
 from unitvis.run import LayerTop, Run
+from unitvis.second_pass.places import Places
 from unitvis.sources import Source
-from unitvis.step import HALF
-from unitvis.taps import Taps
 
 SAMPLE = 8  # winners a layer whose gradients give its effective box; their activations are all held at once
 SHARE = 0.9  # of the squared gradient that the effective box holds

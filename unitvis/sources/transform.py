@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import unitvis_kernels as uk
-from unitvis.decode import MAX_PIXELS, to_rgb
 from unitvis.errors import ImageError, UnitvisError
+from unitvis.sources.decode import MAX_PIXELS, to_rgb
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, half-open
 

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import unitvis_kernels as uk
 from unitvis.errors import first_line
-from unitvis.taps import as_map
+from unitvis.forward.taps import as_map
 from unitvis_kernels.choice import prefer
 
 _RELUS = {nn.ReLU: "relu", nn.ReLU6: "relu6", F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}

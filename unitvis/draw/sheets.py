@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from unitvis.draw.patches import crop_of, input_size, patches
 from unitvis.errors import UnitvisError, check_unit
-from unitvis.patches import crop_of, input_size, patches
 from unitvis.run import SEPARATED, LayerTop, Run, file_name, replacing
 
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import unitvis_kernels as uk
-from unitvis.canonical import canonical_settings
-from unitvis.capture import Replay
-from unitvis.rewrite import Chain, Floor, NotRewrittenError, rewritten
-from unitvis.taps import Taps
-from unitvis.transform import Transform
+from unitvis.forward.canonical import canonical_settings
+from unitvis.forward.capture import Replay
+from unitvis.forward.rewrite import Chain, Floor, NotRewrittenError, rewritten
+from unitvis.forward.taps import Taps
+from unitvis.sources.transform import Transform
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 INFINITY = int(uk.pack(torch.tensor(torch.inf), torch.tensor(0)))

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis import models
-from unitvis.canonical import canonical_settings, compute_batch
-from unitvis.colours import heat, heat_levels
+from unitvis.draw.colours import heat, heat_levels
+from unitvis.draw.notebook import png
+from unitvis.draw.patches import Box, whole
 from unitvis.errors import check_unit
-from unitvis.notebook import png
-from unitvis.patches import Box, whole
-from unitvis.receptive_field import receptive_field
+from unitvis.forward.canonical import canonical_settings, compute_batch
+from unitvis.forward.taps import Taps
+from unitvis.geometry.receptive_field import receptive_field
 from unitvis.recorder import Recorder
 from unitvis.sources import open_source
-from unitvis.taps import Taps
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 Area = tuple[float, float, float, float]  # left, top, right, bottom in model-input pixels
 

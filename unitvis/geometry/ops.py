@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unitvis.geometry import NO_TAP, Reach, aligned, empty, joined, merged, moved, regrouped, reshaped, slid, union
+from unitvis.geometry.reach import (
+    NO_TAP,
+    Reach,
+    aligned,
+    empty,
+    joined,
+    merged,
+    moved,
+    regrouped,
+    reshaped,
+    slid,
+    union,
+)
 
 
 class Unsupported(Exception):  # noqa: N818 - a signal between modules, which the caller answers by probing

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from unitvis.decode import Size, decode_sized
 from unitvis.errors import UnitvisError
-from unitvis.transform import Transform
+from unitvis.sources.decode import Size, decode_sized
+from unitvis.sources.transform import Transform
 
 _Used = TypeVar("_Used")
 

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unitvis.canonical import evaluating
+from unitvis.forward.canonical import evaluating
+from unitvis.forward.taps import Examination
 from unitvis.run import Run
-from unitvis.taps import Examination
 
 
 def first_filters(model: nn.Module, run: Run) -> dict[str, NDArray[np.float32]]:

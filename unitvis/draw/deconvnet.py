@@ -21,15 +21,15 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 import unitvis_kernels as uk
-from unitvis.canonical import BATCH, canonical_settings, compute_batch
-from unitvis.colours import GREY, signed
+from unitvis.draw.colours import GREY, signed
+from unitvis.draw.patches import Box, cut
 from unitvis.errors import UnitvisError, check_unit, first_line
-from unitvis.patches import Box, cut
+from unitvis.forward.canonical import BATCH, canonical_settings, compute_batch
+from unitvis.forward.taps import Taps
 from unitvis.recorder import Recorder
 from unitvis.run import LayerTop, Run
 from unitvis.sources import Source, open_source
-from unitvis.taps import Taps
-from unitvis.transform import Transform
+from unitvis.sources.transform import Transform
 
 ROUNDS = 8  # ways back that share a forward pass
 Neuron = tuple[int, int, int]  # channel, row, column

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis import sheets
+from unitvis.draw import sheets
+from unitvis.draw.patches import crop_of, input_size
+from unitvis.draw.sheets import FAINT, INK, PAPER, unit_name
 from unitvis.errors import UnitvisError
 from unitvis.gallery.pictures import PATCH, filter_of, projections_of
-from unitvis.patches import crop_of, input_size
 from unitvis.run import LayerTop, Run
-from unitvis.sheets import FAINT, INK, PAPER, unit_name
 
 FIGURES = ("lecture", "paper")
 UNITS = 9

@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError, named
-from unitvis.geometry import NOTHING, Reach, collapse
-from unitvis.geometry_ops import Unsupported
-from unitvis.geometry_trace import MixedError, reaches, trace
-from unitvis.taps import as_map
+from unitvis.forward.taps import as_map
+from unitvis.geometry.ops import Unsupported
+from unitvis.geometry.reach import NOTHING, Reach, collapse
+from unitvis.geometry.trace import MixedError, reaches, trace
 
 InputSize = int | tuple[int, int] | tuple[int, int, int]
 

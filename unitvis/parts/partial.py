@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unitvis.coverage import Coverage
 from unitvis.errors import UnitvisError, some
+from unitvis.parts.coverage import Coverage
 
 Identity = dict[str, Any]
 

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import unitvis_kernels as uk
-from unitvis.bound import DOUBT, upper_bound
-from unitvis.canonical import BATCH
-from unitvis.places import Places
+from unitvis.forward.canonical import BATCH
+from unitvis.forward.taps import Taps
 from unitvis.recorder import Recorder
 from unitvis.run import SEPARATED, TIED, UNSEPARATED, Run
+from unitvis.second_pass.bound import DOUBT, upper_bound
+from unitvis.second_pass.places import Places
 from unitvis.sources import Source
-from unitvis.taps import Taps
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]

@@ -1,0 +1,1 @@
+"""From winners to pictures: patches, tiles and sheets, projections, response maps, filters."""

@@ -1,0 +1,1 @@
+"""The forward pass: where responses are read, and the ways of computing them."""

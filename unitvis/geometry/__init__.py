@@ -1,0 +1,1 @@
+"""Receptive fields: which input pixels a neuron sees."""

@@ -1,0 +1,1 @@
+"""A scan of some of the images: which ones they are, and what it came to."""

@@ -1,0 +1,1 @@
+"""The images that matter are read again, and decided by canonical responses."""
