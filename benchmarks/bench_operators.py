@@ -64,6 +64,12 @@ def after(x: Tensor, bias: Tensor, pool: tuple[int, int] | None) -> tuple[Tensor
     return *largest(v), y if pool is None else F.max_pool2d(y, *pool)
 
 
+def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for what it is called with next: after eight shapes of one function all others would run eagerly."""
+    torch.compiler.reset()
+    return torch.compile(call, dynamic=False)
+
+
 def check_keys(keys: Tensor, maps: Tensor) -> None:
     """The values are the maps' maxima, and stand where the keys say."""
     values, positions = uk.unpack(keys)
@@ -93,7 +99,7 @@ def test_spatial_argmax(case: tuple[Any, ...], timer: Timer, form: Sizes, device
     who, dtype, layout, *shape = case
     x = random(tuple(shape), dtype, device, layout)
     calls = {UNITVIS: uk.spatial_argmax, EAGER: largest, VALUES: lambda x: x.amax((2, 3))}
-    call = torch.compile(largest, dynamic=False) if who == COMPILED else calls[who]
+    call = compiled(largest) if who == COMPILED else calls[who]
     check_keys(uk.spatial_argmax(x), x)
     if who in (EAGER, COMPILED):
         check_keys(uk.pack(*call(x)), x)
@@ -107,7 +113,7 @@ def test_epilogue(case: tuple[Any, ...], timer: Timer, form: Sizes, device: torc
     pool = (3, 2) if pooled != "no pool" else None
     x, bias = random(tuple(shape), dtype, device), random((shape[1],), dtype, device, "NCHW")
     calls = {UNITVIS: lambda x, bias: uk.epilogue(x, bias, "relu", pool), EAGER: lambda x, bias: after(x, bias, pool)}
-    call = torch.compile(calls[EAGER], dynamic=False) if who == COMPILED else calls[who]
+    call = compiled(calls[EAGER]) if who == COMPILED else calls[who]
     keys, y = uk.epilogue(x, bias, "relu", pool)
     check_keys(keys, x + bias[:, None, None])
     if who != UNITVIS:
@@ -156,7 +162,7 @@ def test_normalize(case: tuple[Any, ...], timer: Timer, form: Sizes, device: tor
         return ((x.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
 
     calls = {UNITVIS: lambda x: uk.normalize(x, MEAN, STD, dtype), EAGER: plain}
-    call = torch.compile(plain, dynamic=False) if who == COMPILED else calls[who]
+    call = compiled(plain) if who == COMPILED else calls[who]
     torch.testing.assert_close(call(x), plain(x))  # a GPU divides through the reciprocal, to another last bit
     run, times = rotating(call, copies([x], form.calls), device)
     row = {"dtype": str(dtype), "shape": list(x.shape), "bytes": x.nbytes * (1 + dtype.itemsize)}

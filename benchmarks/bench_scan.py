@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -37,8 +38,8 @@ CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
 def checked(name: str, side: int, device: torch.device) -> tuple[nn.Module, Transform, list[str]]:
     """A network on the device, its preprocessing and layers, once all contenders agree on some images."""
     loaded = network(name)
-    model, transform = loaded.model, loaded.transform
-    assert transform is not None
+    assert loaded.transform is not None
+    model, transform = loaded.model, replace(loaded.transform, resize=None, crop=None)
     with Recorder(model.to(device), k=9, transform=transform) as examined:
         examined.prepare((3, side, side))
         Bench(examined).check(pictures(64, (side, side)))
@@ -50,7 +51,7 @@ def test_scan(case: tuple[str, str, int], timer: Timer, form: Sizes, device: tor
     on_gpu = device.type == "cuda"
     model, transform, layers = checked(name, form.side, device)
     precision, dtype, size = ("fp16", torch.float16, form.batches[-1]) if on_gpu else ("fp32", torch.float32, 64)
-    ring = Ring(form.host_images, form.side, form.ring, pinned=on_gpu)
+    ring = Ring(form.host_images, form.side, form.ring, pinned=on_gpu, batch=size)
     count = min(form.host_images, 20_000) if who in BASELINES else form.host_images
     timer.rounds = 1
     row: dict[str, Any] = {"kind": "scan", "network": name, "precision": precision, "images": count, "contender": who}

@@ -159,6 +159,6 @@ def test_step(case: tuple[str, str, str, int, int], timer: Timer, form: Sizes, d
     who, name, precision, size, turn = case
     run, setup, extra = contender(who, name, precision, size, form.side, device)
     row = {"kind": "step", "network": name, "precision": precision, "images": size, "contender": who}
-    if device.type == "cpu":
+    if device.type == "cpu" or who == HOST:  # seconds each
         timer.rounds = 1
     timer(run, setup=setup, warm=turn > 0, **row, **extra)

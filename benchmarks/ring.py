@@ -12,11 +12,13 @@ from unitvis.bench import pictures
 
 
 class Ring:
-    """`count` images, uint8 [H, W, 3], that repeat after those that fit into so many bytes of host memory."""
+    """`count` images, uint8 [H, W, 3], that repeat after those that fit into so many bytes of host memory, which are
+    whole batches.
+    """
 
-    def __init__(self, count: int, side: int, memory: int, pinned: bool) -> None:
+    def __init__(self, count: int, side: int, memory: int, pinned: bool, batch: int) -> None:
         self.count = count
-        fit = max(1, min(count, memory // (3 * side**2)))
+        fit = min(count, max(1, memory // (3 * side**2) // batch) * batch)
         self.images = torch.from_numpy(pictures(min(fit, 1024), (side, side)))
         self.images = torch.cat([self.images.roll(turn, 1) for turn in range(-(-fit // len(self.images)))])[:fit]
         if pinned:

@@ -71,7 +71,7 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.inference_mode():
         run()
-    return graph.replay
+    return lambda _kept=run: graph.replay()  # the graph reads and writes what `run` holds
 
 
 def copies(tensors: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ SECONDS = 45.0  # what all passes over the images together may take
 MOST, FEWEST, ROUNDS = 2048, 2 * BATCH, 3
 HOST, DEVICE, BARE, FLOAT = "naive host hook", "amax + topk hook", "bare forward", "unitvis, float32"
 BASELINES: dict[str, type[Forward]] = {HOST: HostHook, DEVICE: DeviceHook, BARE: Forward}
+TENSOR_FLOAT = "; where PyTorch is left to choose, float32 convolutions of the others are in TensorFloat-32"
 CLOSE = 1e-4  # of a layer's largest response: what another compute batch may change
 
 Pixels = NDArray[np.uint8]
@@ -59,7 +61,7 @@ def bench(
         f"layers, {examined.device}; equal: {said}",
         *table(seconds, count),
         f"medians of {rounds} rounds in which all took turns, each up to the last of the layers; the amax + topk hook "
-        f"finds no positions",
+        f"finds no positions{TENSOR_FLOAT if examined.device.type == 'cuda' else ''}",
         f"what scan does with these images: {plans[0]}",
         f"with a million: {plans[1]}",
     ])  # fmt: skip
@@ -70,7 +72,8 @@ class Bench:
 
     def __init__(self, examined: Recorder) -> None:
         self.model, self.device = examined.model, examined.device
-        self.transform = examined.transform or Transform()
+        # What the images are is what the model gets, so nothing is resized or cropped.
+        self.transform = replace(examined.transform or Transform(), resize=None, crop=None)
         self.shape = (examined._shape[0], examined._shape[1], examined._shape[2])
         self.layers = [layer.name for layer in examined.layers]
         self.half = fastest_half(self.device)
@@ -136,7 +139,8 @@ class Bench:
         """Compare all contenders; UnitvisError where two disagree. Says what was compared and how closely."""
         run = self.scan(images)
         host = self.baseline(HostHook, images, canonical=True)
-        timed, strong = self.baseline(HostHook, images), self.baseline(DeviceHook, images)
+        with canonical_settings(self.device):  # PyTorch's own for a GPU are TensorFloat-32
+            timed, strong = self.baseline(HostHook, images), self.baseline(DeviceHook, images)
         assert isinstance(host, HostHook) and isinstance(timed, HostHook)  # noqa: S101, PT018
         assert isinstance(strong, DeviceHook)  # noqa: S101
         for index, name in enumerate(self.layers):

@@ -27,6 +27,7 @@ from unitvis.sources.transform import Transform
 NAN_COUNT = -2  # the state's column with the number of NaN responses
 
 
+@torch.inference_mode(False)
 def merge(
     runs: Sequence[Run | str | Path],
     model: nn.Module | str | models.Loaded | None = None,

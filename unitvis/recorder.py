@@ -103,6 +103,7 @@ class Recorder:
             raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
         self.precision, self._size = precision, BATCH if precision == "fp32" else batch_size
 
+    @torch.inference_mode(False)  # a loop may be in it; the state outlives the loop
     def __call__(self, batch: Tensor, ids: Tensor | Sequence[int] | None = None) -> None:
         """Take a batch: float [N, C, H, W], already normalised, or uint8 [N, H, W, 3] where a transform was given.
 
@@ -138,6 +139,7 @@ class Recorder:
             self._waiting.append((images[whole:].clone(), ids[whole:]))
         self.coverage.add(np.asarray(known, np.int64))
 
+    @torch.inference_mode(False)
     def flush(self) -> None:
         """Compute what waits for a whole compute batch, padded."""
         if self._waiting:
@@ -284,6 +286,7 @@ class Recorder:
         """The distance from 1 to the next number in the precision of the scan."""
         return torch.finfo(HALF[self.precision]).eps
 
+    @torch.inference_mode(False)
     def prepare(self, shape: tuple[int, int, int]) -> None:
         """For inputs [C, H, W]: which layers, how large, what their neurons see; and an empty state for them."""
         start = time.perf_counter()
@@ -316,6 +319,7 @@ class Recorder:
         check_independence(keys, again, dict(zip((layer.name for layer in self.layers), self._units, strict=True)))
         return keys
 
+    @torch.inference_mode(False)
     def result(self, images: object = None) -> Run:
         """The run so far: float32 values, images, positions and boxes of the k winners of every unit.
 

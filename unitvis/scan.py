@@ -34,6 +34,7 @@ logger = logging.getLogger("unitvis")
 PRECISIONS = ("exact", "fp32", *HALF)
 
 
+@torch.inference_mode(False)  # the caller may be in it, and effective boxes need gradients
 def scan(
     model: nn.Module | str | models.Loaded,
     images: object,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import brute
 import unitvis
 from unitvis import Recorder, UnitvisError
+from unitvis.forward.canonical import canonical_settings
 
 
 def small_net(seed: int = 0) -> nn.Sequential:
@@ -361,6 +362,29 @@ def test_model_and_settings_are_left_as_they_were() -> None:
     ) == before
 
 
+def precisions() -> dict[str, object]:
+    """Both of PyTorch's ways of saying how float32 is computed; the older one raises where they disagree."""
+    backends = torch.backends
+    return {
+        "products": torch.get_float32_matmul_precision(),
+        "older": [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32],
+        "newer": [b.fp32_precision for b in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)],
+    }
+
+
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_how_float32_is_computed_is_said_once_and_taken_back(products: str) -> None:
+    start = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    try:
+        before = precisions()
+        with canonical_settings(torch.device("cpu")):
+            assert precisions() == {"products": "highest", "older": [False, False], "newer": ["ieee"] * 3}
+        assert precisions() == before
+    finally:
+        torch.set_float32_matmul_precision(start)
+
+
 def test_a_half_precision_model_is_scanned_in_float32_and_stays_half() -> None:
     model, pixels = small_net().half(), images(20)
     run = scan(model, pixels, LAYERS)
@@ -375,6 +399,22 @@ def test_autocast_and_inference_mode_around_a_scan_change_nothing() -> None:
         assert arrays(scan(model, pixels, LAYERS)) == want
     with torch.no_grad():
         assert arrays(scan(model, pixels, LAYERS)) == want
+    with torch.inference_mode():
+        assert arrays(scan(model, pixels.clone(), LAYERS)) == want
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loop_in_inference_mode_changes_nothing(precision: str) -> None:
+    model, pixels = small_net(), images(40)
+    results = []
+    for inference in (False, True):
+        with Recorder(model, LAYERS, precision=precision) as recorder:
+            for part in pixels.split(12):
+                with torch.inference_mode(inference):
+                    recorder(part.clone())
+        with torch.inference_mode(inference):
+            results.append(arrays(recorder.result(pixels)))
+    assert results[0] == results[1]
 
 
 def test_tokens_and_channels_last_layers_are_taken_as_such() -> None:

@@ -21,6 +21,7 @@ import zoos
 from test_exact import by_half, net, pictures
 from unitvis.forward import rewrite, step
 from unitvis.forward.canonical import canonical_settings
+from unitvis.forward.capture import _NobodyLooks
 from unitvis.forward.step import Step
 
 
@@ -111,7 +112,7 @@ def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         one.state, one._device = torch.empty(one.state.shape, dtype=torch.int64, device="cuda"), torch.device("cuda")
         pixels = torch.empty(64, 20, 20, 3, dtype=torch.uint8, device="cuda")
         ids = torch.empty(64, dtype=torch.int64, device="cuda")
-        with Leaving() as leaving:
+        with Leaving() as leaving, _NobodyLooks():
             one._fold(pixels, ids)
         assert leaving.calls > 10
         assert leaving.found == []
@@ -140,18 +141,29 @@ def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch
 
     class Refuses(Nothing):
         def __enter__(self) -> None:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+            capturing.append(True)
+
+        def __exit__(self, *_: object) -> None:
+            capturing.clear()
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def one_step(x: Tensor, ids: Tensor) -> None:
+        seen.append((x.clone(), ids.clone()))
+        if capturing:
+            raise unitvis.UnitvisError("not permitted while capturing")
 
     for name in ("Event", "Stream", "CUDAGraph", "device", "stream"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
     monkeypatch.setattr(torch.cuda, "current_stream", Nothing)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", Nothing)
     monkeypatch.setattr(torch.cuda, "graph", Refuses)
-    monkeypatch.setattr(torch, "empty", functools.partial(_plain, torch.empty))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, functools.partial(_plain, getattr(torch, name)))
     seen: list[tuple[Tensor, Tensor]] = []
+    capturing: list[bool] = []
     images = torch.arange(10.0)[:, None].expand(10, 4)
-    replay = capture.Replay(lambda x, ids: seen.append((x.clone(), ids.clone())), 4, images, torch.device("cpu"))
-    assert replay.eager_because == "RuntimeError: operation not permitted when stream is capturing"
+    replay = capture.Replay(one_step, 4, images, torch.device("cpu"))
+    assert replay.eager_because == "UnitvisError: not permitted while capturing"
     assert all((ids == -1).all() for _, ids in seen)  # warming up changes no state
     seen.clear()
     for start in (0, 4, 8):
@@ -162,6 +174,25 @@ def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch
         [4, 5, 6, 7],
         [8, 9],
     ]
+
+
+@pytest.mark.parametrize(
+    ("named", "looking"),
+    {
+        "aten._local_scalar_dense.default": lambda x, ids: x.sum().item(),
+        "aten.nonzero.default": lambda x, ids: x.nonzero(),
+        "aten.index.Tensor": lambda x, ids: x[x > 0],
+        "": lambda x, ids: x[ids].relu_().amax(1),
+    }.items(),
+)
+def test_a_step_that_looks_at_values_is_not_captured(named: str, looking: Callable[..., object]) -> None:
+    x, ids = torch.randn(4, 5), torch.arange(4)
+    if not named:
+        with _NobodyLooks():
+            looking(x, ids)
+        return
+    with pytest.raises(RuntimeError, match=f"{named} makes the host wait for the device"), _NobodyLooks():
+        looking(x, ids)
 
 
 def _plain(empty: Callable[..., Tensor], *args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
@@ -205,7 +236,8 @@ class TestOnAGpu:
         one = on_gpu(model, images[:128])
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.max_memory_allocated()
-        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        activities = list(torch.profiler.supported_activities())
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             for start in range(128, 640, 64):
                 one(images[start : start + 64], torch.arange(start, start + 64))
         names = [event.name for event in profile.events()]
@@ -224,5 +256,5 @@ class TestOnAGpu:
 
         one = on_gpu(Choosy().cuda(), pictures(128))
         assert "cannot be traced" in one.how["rewritten"]
-        assert "capturing" in one.how["captured"]
+        assert "_local_scalar_dense.default makes the host wait" in one.how["captured"]
         assert (uk.topk_read(one.state)[1] >= 0).all()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ _mkldnn: Any = torch.backends.mkldnn
 _SETTINGS: list[tuple[Any, str, Any]] = [
     (_cudnn, "benchmark", False),
     (_cudnn, "deterministic", True),
+    (_cudnn, "allow_tf32", False),  # the older way of saying what the next ones say, which must not contradict them
     (_cudnn.conv, "fp32_precision", "ieee"),
     (_cudnn.rnn, "fp32_precision", "ieee"),
     (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
@@ -61,23 +63,36 @@ _SETTINGS: list[tuple[Any, str, Any]] = [
 ]
 
 
+def _said(setting: Callable[[], Any]) -> Any:
+    """A setting; None where PyTorch's older and newer ways of saying it contradict each other, so that it raises."""
+    try:
+        return setting()
+    except RuntimeError:
+        return None
+
+
 @contextmanager
 def canonical_settings(device: torch.device) -> Iterator[None]:
     """Eager IEEE float32 with deterministic algorithms: no TF32, no autocast, no algorithm search."""
-    before = [getattr(owner, name) for owner, name, _ in _SETTINGS]
+    products = _said(torch.get_float32_matmul_precision) or "highest"
+    before = [(one, value) for one in _SETTINGS if (value := _said(partial(getattr, *one[:2]))) is not None]
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cpu":
             stack.enter_context(_OneThreadForSmallProducts())
         try:
-            for owner, name, value in _SETTINGS:
+            if products != "highest":
+                torch.set_float32_matmul_precision("highest")
+            for (owner, name, value), _ in before:
                 setattr(owner, name, value)
             torch.use_deterministic_algorithms(True, warn_only=True)
             yield
         finally:
             torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-            for (owner, name, _), value in zip(_SETTINGS, before, strict=True):
+            if products != "highest":
+                torch.set_float32_matmul_precision(products)
+            for (owner, name, _), value in before:
                 setattr(owner, name, value)
 
 

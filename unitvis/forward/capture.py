@@ -5,11 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from unitvis.errors import named
+from unitvis_kernels.reference import memory_format
 
 
 class _Slot:
@@ -28,8 +32,34 @@ class _Slot:
         if images.device.type != "cpu" or images.is_pinned():
             return images
         if self.pinned_images is None:
-            self.pinned_images = torch.empty(self.images.shape, dtype=self.images.dtype, pin_memory=True)
+            self.pinned_images = torch.empty_like(self.images, device="cpu", pin_memory=True)
         return self.pinned_images[: len(images)].copy_(images)
+
+
+class _NobodyLooks(TorchDispatchMode):
+    """Raises where the host would wait for a value of the device: such a step cannot be captured."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            [leaf for leaf in tree_leaves(some) if isinstance(leaf, Tensor)] for some in ((args, kwargs), result)
+        )
+        looks = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:  # only by a mask
+            looks = any(one.dtype == torch.bool for one in given[1:])
+        leaves = any(one.is_cuda for one in given) and not all(one.is_cuda for one in made)
+        if looks or leaves:
+            raise RuntimeError(f"{func} makes the host wait for the device")
+        return result
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong before anything else did: the end of a failed capture raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 class Replay:
@@ -42,9 +72,8 @@ class Replay:
     def __init__(self, step: Callable[[Tensor, Tensor], None], size: int, like: Tensor, device: torch.device) -> None:
         self._step, self._device = step, device
         with torch.cuda.device(device):
-            self._slots = [
-                _Slot(torch.zeros((size, *like.shape[1:]), dtype=like.dtype, device=device)) for _ in range(2)
-            ]
+            empty = torch.zeros((size, *like.shape[1:]), dtype=like.dtype, device=device)
+            self._slots = [_Slot(empty.clone(memory_format=memory_format(like))) for _ in range(2)]
             self._copies = torch.cuda.Stream(device)
             self.eager_because = self._capture()
 
@@ -52,18 +81,21 @@ class Replay:
         """Why the step cannot be captured; None if it was. With the id -1 everywhere the state stays as it is."""
         current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # compiles, and lets libraries choose, before anything is recorded
-                self._step(self._slots[0].images, self._slots[0].ids)
-        current.wait_stream(aside)
         pool = torch.cuda.graph_pool_handle()  # the slots take turns, so they can share what lies between
         graphs = [torch.cuda.CUDAGraph() for _ in self._slots]
         try:
-            for slot, graph in zip(self._slots, graphs, strict=True):
-                with torch.cuda.graph(graph, pool=pool):
-                    self._step(slot.images, slot.ids)
-        except RuntimeError as error:
-            return named(error)
+            with torch.cuda.stream(aside):  # which also brings the caller's stream back where a capture fails
+                self._step(self._slots[0].images, self._slots[0].ids)  # compiles, and lets libraries choose
+                with _NobodyLooks():  # torch 2.11's allocator does not get over a capture that fails, so ask before
+                    self._step(self._slots[0].images, self._slots[0].ids)
+                for slot, graph in zip(self._slots, graphs, strict=True):
+                    # Other threads may go on allocating.
+                    with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                        self._step(slot.images, slot.ids)
+        except Exception as error:
+            return named(_first(error))
+        finally:
+            current.wait_stream(aside)
         for slot, graph in zip(self._slots, graphs, strict=True):
             slot.graph = graph
         return None

@@ -24,6 +24,7 @@ MOST_UNITS = 200_000  # of files in a folder, and of tiles on a page
 _HERE = Path(__file__).parent
 
 
+@torch.inference_mode(False)
 def gallery(
     run: Run,
     path: str | Path,
