@@ -125,6 +125,7 @@ def main() -> None:
             line = measure(name, arguments.images, precision) | {"seconds": round(time.perf_counter() - start)} | told
             print(json.dumps(line), flush=True)
             keep(line)
+    results.update_readme()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ FORMAT = 1
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
 LONG = RESULTS / "long"  # what takes long and is not about speed alone: a file a command
 START, END = "<!-- python -m benchmarks writes from here -->", "<!-- to here -->"
+START_EXACTNESS = "<!-- python -m benchmarks.exactness writes from here -->"
 PERCENTILES = (20, 50, 80)
 NAMES = {"alexnet": "AlexNet", "vgg16": "VGG16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
+NAMES |= {"small": "MobileNet, width 0.25, trained", "large": "MobileNet, width 1, trained"}
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -124,14 +126,29 @@ def files() -> list[Path]:
     return sorted(RESULTS.glob("*.json"))
 
 
-def block(readme: str) -> str:
+def render_exactness(lines: Iterable[dict[str, Any]]) -> str:
+    """The README's counts of what the bound decided, in Markdown."""
+    text = [
+        "| | images | scanned in | units | decided by the bound alone | of these wrong |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in sorted(lines, key=lambda one: (NAMES[one["network"]], one["images"], one["precision"])):
+        what = f"{NAMES[one['network']]} | {one['images']:,} | {PRECISIONS[one['precision']]} | {one['units']:,}"
+        text.append(f"| {what} | {one['decided']:,} | {one['wrong']:,} |")
+    return "\n".join([*text, ""])
+
+
+def block(readme: str, start: str = START) -> str:
     """What stands between the markers."""
-    return readme.partition(START + "\n")[2].partition(END)[0]
+    return readme.partition(start + "\n")[2].partition(END)[0]
 
 
 def update_readme() -> None:
-    """Put the table between the markers."""
+    """Put the tables between their markers."""
     text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START + "\n")
-    _, _, behind = rest.partition(END)
-    README.write_text(f"{before}{START}\n{render(files())}{END}{behind}", encoding="utf-8")
+    tables = {START: render(files()), START_EXACTNESS: render_exactness(read(LONG / "exactness.json")["lines"])}
+    for start, table in tables.items():
+        before, _, rest = text.partition(start + "\n")
+        _, _, behind = rest.partition(END)
+        text = f"{before}{start}\n{table}{END}{behind}"
+    README.write_text(text, encoding="utf-8")

@@ -45,7 +45,8 @@ class Recorder:
     "channel" ranks the largest response over positions, "neuron" every element of the map. device: None is the
     model's own. precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what a copy of the model
     gives in half precision, in batches of batch_size. State on the device is O(units x k); nothing is copied to the
-    host before `result`. The model is left as it was found.
+    host before `result`. A GPU that scans in half precision fetches a pinned batch after the call: write into one only
+    two calls later. The model is left as it was found.
     """
 
     def __init__(

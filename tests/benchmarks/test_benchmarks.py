@@ -91,7 +91,10 @@ def test_rows_and_ratios_are_computed_right(tmp_path: Path) -> None:
 def test_the_readme_shows_what_is_committed() -> None:
     files = results.files()
     assert files
-    assert results.block(results.README.read_text(encoding="utf-8")) == results.render(files)
+    readme = results.README.read_text(encoding="utf-8")
+    assert results.block(readme) == results.render(files)
+    lines = results.read(results.LONG / "exactness.json")["lines"]
+    assert results.block(readme, results.START_EXACTNESS) == results.render_exactness(lines)
     for path in files:
         found = json.loads(path.read_text())
         assert found["format"] == results.FORMAT
