@@ -20,7 +20,7 @@ from unitvis import UnitvisError, cli
 from unitvis.draw import colours, patches
 from unitvis.gallery import facts, pictures
 
-HERE = Path(unitvis.gallery.__code__.co_filename).parent
+HERE = Path(unitvis.__file__).parent / "gallery"
 HOSTILE = "<img src=x onerror=alert(1)>&\"'#%?.png"
 ODD = "<i>#\"&'/slash"  # a module may be called that
 
