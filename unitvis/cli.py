@@ -227,12 +227,19 @@ def _render_into(
         print(f"gallery: open {drawn} in a browser")
 
 
+MOST_PIXELS = 2048  # of a patch's side on a sheet
+
+
 def _sheet(arguments: argparse.Namespace) -> int:
     target: Path = arguments.output
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UnitvisError(f"{target} must end in .png, .jpg or .webp")
     if not target.parent.is_dir():
         raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
+    if target.is_dir():
+        raise UnitvisError(f"{target} is a folder; name a file")
+    if arguments.size is not None and not 0 < arguments.size <= MOST_PIXELS:
+        raise UnitvisError(f"--size is 1 to {MOST_PIXELS} pixels a patch, not {arguments.size}")
     run = load(arguments.run, arguments.images)
     units = sheets.parse_units(arguments.units) if arguments.units else None
     if arguments.figure:

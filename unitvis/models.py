@@ -135,7 +135,7 @@ def _found(spec: str, place: str, name: str) -> nn.Module:
             found = found()
         except UnitvisError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UnitvisError(f"{spec} raised {named(error)}") from error
     if not isinstance(found, nn.Module):
         raise UnitvisError(f"{spec} returned a {type(found).__name__}, not an nn.Module")
@@ -150,7 +150,7 @@ def _import(place: str) -> ModuleType:
             raise UnitvisError(
                 f"there is no module {error.name!r} for the model {place}; models are {FORMS}"
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UnitvisError(f"importing {place} raised {named(error)}") from error
     path = Path(place)
     if not path.is_file():
@@ -163,7 +163,7 @@ def _import(place: str) -> ModuleType:
     sys.path.insert(0, str(path.parent.resolve()))  # as if the file were run: it may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UnitvisError(f"importing {place} raised {named(error)}") from error
     finally:
         sys.path.pop(0)

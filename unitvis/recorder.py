@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import unitvis_kernels as uk
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, first_line
 from unitvis.forward.canonical import BATCH, canonical_settings, check_independence, compute_batch, evaluating
 from unitvis.forward.device import copied, fingerprint, on_device, refuse_state
 from unitvis.forward.step import HALF, Step
@@ -67,7 +67,8 @@ class Recorder:
             raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
         if unit not in ("channel", "neuron"):
             raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
-        self.model, self.device = on_device(model, device)
+        # What torch.compile wraps has the layers under their own names.
+        self.model, self.device = on_device(getattr(model, "_orig_mod", model), device)
         self.scan_in(precision, batch_size)
         self.k, self.unit, self.transform = k, unit, transform
         self.images = 0
@@ -116,8 +117,8 @@ class Recorder:
         if self.precision == "fp32":
             images = images.to(self.device)
         if ids is None:
-            ids = torch.arange(self._next_id, self._next_id + len(images))
-        ids = torch.as_tensor(ids, dtype=torch.int64)
+            ids = torch.arange(self._next_id, self._next_id + len(images), device="cpu")
+        ids = _whole_numbers(ids)
         if ids.shape != images.shape[:1]:
             raise UnitvisError(f"{len(images)} images came with ids of shape {list(ids.shape)}")
         if ids.device.type == "cpu" and len(ids) and int(ids.min()) < 0:  # on a GPU a look would wait for it
@@ -137,7 +138,7 @@ class Recorder:
         for start in range(0, whole, self._size):
             self._compute(images[start : start + self._size], ids[start : start + self._size])
         if whole < len(images):
-            self._waiting.append((images[whole:].clone(), ids[whole:]))
+            self._waiting.append((images[whole:].clone(), ids[whole:].clone()))
         self.coverage.add(np.asarray(known, np.int64))
 
     @torch.inference_mode(False)
@@ -175,15 +176,16 @@ class Recorder:
         return batch
 
     def _compute(self, images: Tensor, ids: Tensor) -> None:
-        if not self.started:
-            self._start(images)
-        if self._step is None:
-            self._take(self._keys(self._compute_batch(images))[: len(ids)], ids.to(self.device))
-        else:
-            self._step(images, ids)
-            if self.images == 0 and self._overflows(len(ids)):
+        with evaluating(self.model):  # a loop may train it meanwhile
+            if not self.started:
                 self._start(images)
+            if self._step is None:
+                self._take(self._keys(self._compute_batch(images))[: len(ids)], ids.to(self.device))
+            else:
                 self._step(images, ids)
+                if self.images == 0 and self._overflows(len(ids)):
+                    self._start(images)
+                    self._step(images, ids)
         self.images += len(ids)
 
     def _compute_batch(self, images: Tensor) -> Tensor:
@@ -292,8 +294,8 @@ class Recorder:
         """For inputs [C, H, W]: which layers, how large, what their neurons see; and an empty state for them."""
         start = time.perf_counter()
         self._shape = list(shape)
-        with canonical_settings(self.device):
-            examination = Examination(self.model, torch.zeros(1, *shape, device=self.device))
+        with evaluating(self.model), canonical_settings(self.device):
+            examination = Examination(self.model, torch.zeros(1, *shape, dtype=torch.float32, device=self.device))
         self.layers = [examination.layer(name) for name in examination.select(self._patterns)]
         units = [_units(layer, self.unit) for layer in self.layers]
         ends = np.cumsum(units).tolist()
@@ -315,7 +317,7 @@ class Recorder:
 
     def _check_independence(self, batch: Tensor) -> Tensor:
         """Keys of a compute batch, which must be those of it reversed."""
-        keys = self._keys(batch)
+        keys = self._keys(batch.clone())  # which a model may overwrite
         again = self._keys(batch.flip(0).contiguous(memory_format=torch.channels_last)).flip(0)
         check_independence(keys, again, dict(zip((layer.name for layer in self.layers), self._units, strict=True)))
         return keys
@@ -330,6 +332,8 @@ class Recorder:
         self.flush()
         if self.images == 0:
             raise UnitvisError("no image was recorded, so there is nothing to rank")
+        if len(self.coverage):  # none are known where they came on a GPU
+            self._check_ids()
         if self.precision != "fp32" and images is not None:
             from unitvis.second_pass.exact import rescored
 
@@ -397,18 +401,34 @@ class Recorder:
     def part(self, identity: Identity, failures: Mapping[int, str], seconds: float) -> Partial:
         """All that was recorded so far, taken at once: one copy from the device."""
         self.flush()
+        self._check_ids()
+        return Partial(identity, self.state.to("cpu", copy=True), self.coverage.copy(), failures, seconds)
+
+    def _check_ids(self) -> None:
+        """UnitvisError where the known ids are not one for each image."""
         if len(self.coverage) != self.images:
             raise UnitvisError(
-                f"{self.images} images were recorded under {len(self.coverage)} known ids, so what is recorded cannot "
-                "be told; give each image one id, on the CPU, and drop a Recorder that raised"
+                f"{self.images} images were recorded under {len(self.coverage)} known ids; give each image one of its "
+                "own, on the CPU (what comes after the images is taken for ids, not labels), and drop a Recorder that "
+                "raised"
             )
-        return Partial(identity, self.state.to("cpu", copy=True), self.coverage.copy(), failures, seconds)
 
     def go_on(self, part: Partial) -> None:
         """Take over what `part` gave; only in place of nothing, after `prepare`."""
         self.state = part.state.to(self.device, copy=True)
         self.coverage = part.coverage.copy()
         self.images = len(self.coverage)
+
+
+def _whole_numbers(ids: Tensor | Sequence[int]) -> Tensor:
+    """Ids as int64; UnitvisError for what is no whole number."""
+    try:
+        given = ids if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids))
+        if given.dtype == torch.bool or given.is_floating_point():
+            raise UnitvisError(f"ids are whole numbers from 0, not {str(given.dtype).removeprefix('torch.')}")
+        return given.to(torch.int64)
+    except (TypeError, OverflowError) as error:
+        raise UnitvisError(f"ids are whole numbers from 0: {first_line(error)}") from error
 
 
 def _units(layer: Layer, unit: str) -> int:

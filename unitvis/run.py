@@ -232,7 +232,7 @@ def load(path: str | Path, images: object = None) -> Run:
         tops = {} if manifest.get("partial") else _read_tops(folder / "top.npz", manifest)
         lines = (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()
         records = {record["id"]: record for record in map(json.loads, lines)}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UnitvisError(f"{folder} is not a whole run ({error}); scan again with --overwrite") from error
     source = None
     if images is not None:

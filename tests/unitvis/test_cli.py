@@ -31,6 +31,9 @@ def net():
 def raising():
     raise KeyError("no such file")
 
+def leaving():
+    raise SystemExit(0)
+
 def broken():
     class Broken(nn.Sequential):
         def forward(self, x):
@@ -251,6 +254,7 @@ def refused(case: str, model: str, folder: Path, tmp: Path) -> tuple[list[object
     scan = ["scan", model, folder, "-o", tmp / "run", *SIZE]
     other = model.removesuffix("net")
     (tmp / "empty").mkdir()
+    (tmp / "folder.png").mkdir()
     (tmp / "texts").mkdir()
     (tmp / "texts" / "a.jpg").write_text("text")
     (tmp / "file").write_text("")
@@ -274,6 +278,7 @@ def refused(case: str, model: str, folder: Path, tmp: Path) -> tuple[list[object
         "interpolation": ([*scan, "--interpolation", "cubic"], "'cubic'; it must be one of"),
         "layer": ([*scan, "--layer", "conv1"], "no layer is named 'conv1'"),
         "device": ([*scan, "--device", "cuda:7"], "cuda:7"),
+        "device without a way": ([*scan, "--device", "mps"], "a model on device 'mps' cannot be scanned"),
         "no such device": ([*scan, "--device", "gpu"], "'gpu'"),
         "k": ([*scan, "-k", 0], "k must be a whole number of at least 1, not 0"),
         "output is a file": ([*scan[:4], tmp / "file", *SIZE], "is a file; a run is a folder"),
@@ -285,12 +290,15 @@ def refused(case: str, model: str, folder: Path, tmp: Path) -> tuple[list[object
         "model number": (["scan", other + "number", *scan[2:]], "is a int"),
         "model raises": (["scan", other + "raising", *scan[2:]], "raised KeyError"),
         "forward raises": (["scan", other + "broken", *scan[2:]], "the model raised RuntimeError on a batch of shape"),
+        "model exits": (["scan", other + "leaving", *scan[2:]], "raised SystemExit"),
         "weights": ([*scan, "--weights", tmp / "none.pt"], "there is no file"),
         "weights that do not fit": ([*scan, "--weights", tmp / "w.pt"], "missing: 0.bias, 2.weight, 4.weight, 4.bias"),
         "weights of a whole model": ([*scan, "--weights", tmp / "pickle.pt"], "cannot be read"),
         "not a run": (["render", tmp / "empty"], "there is no manifest.json"),
         "sheet of nothing": (["sheet", tmp / "empty", "0", "-o", tmp / "x.png"], "there is no manifest.json"),
         "sheet ending": (["sheet", tmp / "empty", "0", "-o", tmp / "x.doc"], "must end in .png"),
+        "sheet is a folder": (["sheet", tmp / "empty", "0", "-o", tmp / "folder.png"], "is a folder; name a file"),
+        "sheet size": (["sheet", tmp / "empty", "0", "-o", tmp / "y.png", "--size", -5], "1 to 2048 pixels a patch"),
         "sheet folder": (["sheet", tmp / "empty", "0", "-o", tmp / "no" / "x.png"], "there is no folder"),
     }[case]
 
@@ -298,11 +306,10 @@ def refused(case: str, model: str, folder: Path, tmp: Path) -> tuple[list[object
 @pytest.mark.parametrize(
     "case",
     """no transform|empty folder|no readable image|missing folder|one image|wrong array|flat array|different sizes|
-    crop too large|negative std|interpolation|layer|device|no such device|k|output is a file|output is no run|
-    model form|model file|model module|model function|model number|model raises|forward raises|weights|
-    weights that do not fit|weights of a whole model|not a run|sheet of nothing|sheet ending|sheet folder""".replace(
-        "\n    ", ""
-    ).split("|"),
+    crop too large|negative std|interpolation|layer|device|device without a way|no such device|k|
+    output is a file|output is no run|model form|model file|model module|model function|model number|model raises|
+    forward raises|model exits|weights|weights that do not fit|weights of a whole model|not a run|sheet of nothing|sheet ending|
+    sheet is a folder|sheet size|sheet folder""".replace("\n    ", "").split("|"),
 )
 def test_a_call_that_cannot_start_says_why_in_one_line(
     case: str, model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

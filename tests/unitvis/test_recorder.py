@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -450,3 +452,109 @@ def test_a_layer_with_its_channels_last_is_refused_where_its_kind_does_not_tell(
         scan(model, pixels, "act")
     run = scan(model, pixels, "grow")
     assert (run["grow"].info["channels"], run["grow"].info["height"]) == (24, 10)
+
+
+def test_ids_are_kept_as_they_came_and_are_one_an_image() -> None:
+    model, pixels = small_net(), images(40)
+    want = arrays(scan(model, pixels, LAYERS))
+    buffer = torch.empty(7, dtype=torch.int64)
+    with Recorder(model, LAYERS) as recorder:
+        for start in range(0, 40, 7):
+            part = pixels[start : start + 7]
+            buffer[: len(part)] = torch.arange(start, start + len(part))
+            recorder(part, buffer[: len(part)])
+    assert arrays(recorder.result()) == want
+    with Recorder(model, LAYERS) as recorder:
+        recorder(pixels, torch.arange(40) % 4)  # labels
+    with pytest.raises(UnitvisError, match="40 images were recorded under 4 known ids; give each image one"):
+        recorder.result()
+    for ids, said in ((torch.rand(40), "not float32"), ([True] * 40, "not bool"), (["a"] * 40, "from 0")):
+        with Recorder(model, LAYERS) as recorder, pytest.raises(UnitvisError, match=f"ids are whole numbers.*{said}"):
+            recorder(pixels, ids)
+
+
+def test_a_loop_may_train_the_model_meanwhile() -> None:
+    model, pixels = small_net(), images(40)
+    want = arrays(scan(model, pixels, LAYERS))
+    mean = model[4].running_mean.clone()
+    with Recorder(model, LAYERS) as recorder:
+        for part in pixels.split(13):
+            model.train()
+            recorder(part)
+            assert all(module.training for module in model.modules())
+    assert arrays(recorder.result()) == want
+    assert torch.equal(model[4].running_mean, mean)
+
+
+def test_scans_in_threads_leave_the_settings_as_they_were() -> None:
+    before = precisions(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    first = threading.Barrier(2)
+
+    def compute() -> None:
+        first.wait()
+        for _ in range(50):
+            with canonical_settings(torch.device("cpu")):
+                assert torch.are_deterministic_algorithms_enabled()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(compute) for _ in range(2)]:
+            done.result()
+    assert (precisions(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic) == before
+
+
+@pytest.mark.parametrize("default", ["float64", "meta"])
+def test_defaults_of_the_process_change_nothing(default: str) -> None:
+    model, pixels = small_net(), images(20)
+    want = arrays(scan(model, pixels, LAYERS))
+    if default == "float64":
+        torch.set_default_dtype(torch.float64)
+    else:
+        torch.set_default_device("meta")
+    try:
+        found = arrays(scan(model, pixels, LAYERS))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found == want
+
+
+def test_a_model_may_overwrite_its_input_and_be_compiled() -> None:
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.mul_(2))
+
+    pixels = images(20)
+    want = arrays(scan(small_net(), pixels * 2, LAYERS))
+    layers = [f"net.{layer}" for layer in LAYERS]
+    assert list(arrays(scan(Doubles(), pixels, layers)).values()) == list(want.values())
+    assert arrays(scan(torch.compile(small_net(), backend="eager"), pixels * 2, LAYERS)) == want
+    inside = small_net()
+    inside.compile(backend="eager")
+    found = arrays(scan(inside, pixels * 2, LAYERS))
+    assert all(found[name] == want[name] for name in want if not name.endswith("boxes"))  # probed, so not beyond edges
+
+
+def test_a_layer_without_gradients_is_scanned_and_has_no_effective_box() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.sigmoid(self.a(x))
+            y *= 2
+            return self.b(y)
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="layer 'b' has no effective box, for want of gradients .*inplace"):
+        run = scan(Overwrites(), images(20), ["a", "b"])
+    assert (run["b"].images >= 0).all()
+
+
+def test_a_device_that_nothing_runs_on_is_refused() -> None:
+    with pytest.raises(UnitvisError, match="a model on device 'meta' cannot be scanned"):
+        scan(small_net(), images(5), device="meta")

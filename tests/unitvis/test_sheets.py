@@ -151,9 +151,11 @@ def test_a_stream_needs_its_images_again_to_cut_patches() -> None:
 
 def test_units_are_read_from_text() -> None:
     assert sheets.parse_units("0-3,7, 9") == [0, 1, 2, 3, 7, 9]
-    for text in ("", "a", "1-", "-3", "1,,2"):
+    for text in ("", "a", "1-", "-3", "1,,2", "²"):
         with pytest.raises(UnitvisError, match="cannot be read; write numbers and ranges"):
             sheets.parse_units(text)
+    with pytest.raises(UnitvisError, match="more than the 100,000 that a sheet can hold"):
+        sheets.parse_units("0-999999999999")
 
 
 def test_neuron_names() -> None:

@@ -185,6 +185,7 @@ def neuron_of(top: LayerTop, unit: int, rank: int) -> Neuron:
 class _Pass:
     """One forward pass of at most `BATCH` images up to a layer, kept for any number of ways back."""
 
+    @torch.inference_mode(False)
     def __init__(self, recorder: Recorder, layer: str, images: Tensor) -> None:
         self._layer, self._device = layer, recorder.device
         self._pixels = compute_batch(images).requires_grad_()

@@ -193,14 +193,20 @@ def _units(run: Run, layer: str, units: Sequence[int] | None) -> list[int]:
     return chosen
 
 
+MOST_UNITS = 100_000
+
+
 def parse_units(text: str) -> list[int]:
     """Numbers and ranges: 0-8,12 is 0 to 8 and 12."""
     units: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UnitvisError(f"units {text!r} cannot be read; write numbers and ranges, such as 0-8,12")
-        units.extend(range(int(first), int(last if dash else first) + 1))
+        end = int(last if dash else first) + 1
+        if end - int(first) > MOST_UNITS:
+            raise UnitvisError(f"units {text!r} are more than the {MOST_UNITS:,} that a sheet can hold")
+        units.extend(range(int(first), end))
     return units
 
 

@@ -7,9 +7,10 @@ one fixed shape an image's responses do not depend on its neighbours, its slot o
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -71,38 +72,65 @@ def _said(setting: Callable[[], Any]) -> Any:
         return None
 
 
+class _Process:
+    """Settings of the process while any of its threads computes: the last one puts back what the first one found."""
+
+    def __init__(self) -> None:
+        self._lock, self._computing = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._computing += 1
+            if self._computing > 1:
+                return
+            self._products = _said(torch.get_float32_matmul_precision) or "highest"
+            found = [(one, _said(partial(getattr, *one[:2]))) for one in _SETTINGS]
+            self._found = [(one, value) for one, value in found if value is not None]
+            self._deterministic = torch.are_deterministic_algorithms_enabled()
+            self._warns = torch.is_deterministic_algorithms_warn_only_enabled()
+            if self._products != "highest":
+                torch.set_float32_matmul_precision("highest")
+            for (owner, name, value), _ in self._found:
+                setattr(owner, name, value)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._computing -= 1
+            if self._computing:
+                return
+            torch.use_deterministic_algorithms(self._deterministic, warn_only=self._warns)
+            if self._products != "highest":
+                torch.set_float32_matmul_precision(self._products)
+            for (owner, name, _), value in self._found:
+                setattr(owner, name, value)
+
+
+_process = _Process()
+
+
 @contextmanager
 def canonical_settings(device: torch.device) -> Iterator[None]:
     """Eager IEEE float32 with deterministic algorithms: no TF32, no autocast, no algorithm search."""
-    products = _said(torch.get_float32_matmul_precision) or "highest"
-    before = [(one, value) for one in _SETTINGS if (value := _said(partial(getattr, *one[:2]))) is not None]
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cpu":
             stack.enter_context(_OneThreadForSmallProducts())
-        try:
-            if products != "highest":
-                torch.set_float32_matmul_precision("highest")
-            for (owner, name, value), _ in before:
-                setattr(owner, name, value)
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            yield
-        finally:
-            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-            if products != "highest":
-                torch.set_float32_matmul_precision(products)
-            for (owner, name, _), value in before:
-                setattr(owner, name, value)
+        stack.enter_context(_process)
+        yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each module's own flag comes back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """The model in eval mode, and eager where it was compiled; each module's own flag comes back afterwards."""
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    if training:
+        model.eval()
+    compiled = any(module._compiled_call_impl or type(module).__name__ == "OptimizedModule" for module in modules)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module in training:
             module.training = True

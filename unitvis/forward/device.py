@@ -20,6 +20,8 @@ def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.M
         wanted = own if device is None else torch.device(device)
     except RuntimeError:
         raise UnitvisError(f"device {device!r} is unknown; give cpu, cuda or cuda:1") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise UnitvisError(f"a model on device {str(wanted)!r} cannot be scanned; give device='cpu' or a GPU of cuda's")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise UnitvisError(f"device {str(device)!r} is not there ({torch.cuda.device_count()} GPUs); give cpu, or none")
     if wanted.type == "cuda" and wanted.index is None:

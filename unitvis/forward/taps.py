@@ -210,6 +210,8 @@ class Taps:
     def __enter__(self) -> Taps:
         modules = dict(self._model.named_modules())
         for index, name in enumerate(self._layers):
+            if name not in modules:
+                raise UnitvisError(f"the model has no layer {name!r}; {closest(name, filter(None, modules))}")
             self._handles.append(modules[name].register_forward_hook(self._hook(index, name)))
         return self
 

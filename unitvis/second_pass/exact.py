@@ -162,6 +162,9 @@ class Rescorer(Recorder):
         self.compute(source, ids, np.full(len(ids), layers.max() + 1))
         self.decided |= self.layer_of <= layers.max()
 
+    def _check_ids(self) -> None:
+        """An image comes again where layers behind those of its first time want it."""
+
     def _status(self, tied: NDArray[np.bool_], units: slice) -> NDArray[np.str_]:
         return np.where(self.decided[units], np.where(tied, TIED, SEPARATED), UNSEPARATED)
 

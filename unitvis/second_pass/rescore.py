@@ -6,6 +6,7 @@ how much of its receptive field a layer really uses.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, first_line
 from unitvis.forward.canonical import BATCH, canonical_settings
 from unitvis.forward.device import fingerprint
 from unitvis.forward.step import HALF
@@ -106,7 +107,11 @@ def effective_boxes(model: nn.Module, run: Run, device: torch.device | str | Non
             sides[name] = None
             if winners:
                 pixels = recorder.as_images(torch.stack([images[image] for image, _, _ in winners]))
-                squares = _squared_gradients(recorder, name, pixels, [neuron for _, neuron, _ in winners])
+                try:
+                    squares = _squared_gradients(recorder, name, pixels, [neuron for _, neuron, _ in winners])
+                except (RuntimeError, UnitvisError) as error:  # it is only for drawing
+                    warnings.warn(f"layer {name!r} has no effective box, for want of gradients ({first_line(error)})")
+                    continue
                 sides[name] = _side(squares, np.array([centre for *_, centre in winners]))
     return sides
 

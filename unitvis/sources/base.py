@@ -180,16 +180,16 @@ class Source(ABC):
             self._same_size(numbers, pixels)
             found = True
             if not filled and len(numbers) == batch_size:
-                yield Batch(torch.tensor(numbers), pixels)
+                yield Batch(torch.tensor(numbers, device="cpu"), pixels)
                 continue
             done = 0
             while done < len(numbers):
                 if not filled:
                     buffer = torch.empty((batch_size, *pixels.shape[1:]), dtype=pixels.dtype, device=pixels.device)
-                    order = torch.empty(batch_size, dtype=torch.int64)
+                    order = torch.empty(batch_size, dtype=torch.int64, device="cpu")
                 take = min(batch_size - filled, len(numbers) - done)
                 _copy(buffer[filled : filled + take], pixels[done : done + take])
-                order[filled : filled + take] = torch.tensor(numbers[done : done + take])
+                order[filled : filled + take] = torch.tensor(numbers[done : done + take], device="cpu")
                 done, filled = done + take, (filled + take) % batch_size
                 if not filled:
                     yield Batch(order, buffer)

@@ -109,6 +109,9 @@ def is_tar_name(path: str) -> bool:
     return path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
 
 
+MOST = 1_000_000  # archives that one pair of braces may name
+
+
 def expand(pattern: str) -> list[str]:
     """The paths that a pattern with braces stands for: {000..146} counts (as wide as written), {a,b} names each."""
     if os.path.exists(pattern):
@@ -124,6 +127,8 @@ def _choices(inside: str, pattern: str) -> list[str]:
         width = len(first) if first[0] == "0" or len(first) == len(last) else 0
         if int(first) > int(last):
             raise UnitvisError(f"{{{inside}}} in {pattern!r} counts down; write the smaller number first")
+        if int(last) - int(first) >= MOST:
+            raise UnitvisError(f"{{{inside}}} in {pattern!r} names more than {MOST:,} archives")
         return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
     if "," not in inside:
         raise UnitvisError(f"{{{inside}}} in {pattern!r} is neither a range such as {{000..146}} nor a list {{a,b}}")
