@@ -308,8 +308,8 @@ def refused(case: str, model: str, folder: Path, tmp: Path) -> tuple[list[object
     """no transform|empty folder|no readable image|missing folder|one image|wrong array|flat array|different sizes|
     crop too large|negative std|interpolation|layer|device|device without a way|no such device|k|
     output is a file|output is no run|model form|model file|model module|model function|model number|model raises|
-    forward raises|model exits|weights|weights that do not fit|weights of a whole model|not a run|sheet of nothing|sheet ending|
-    sheet is a folder|sheet size|sheet folder""".replace("\n    ", "").split("|"),
+    forward raises|model exits|weights|weights that do not fit|weights of a whole model|not a run|sheet of nothing|
+    sheet ending|sheet is a folder|sheet size|sheet folder""".replace("\n    ", "").split("|"),
 )
 def test_a_call_that_cannot_start_says_why_in_one_line(
     case: str, model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
