@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -38,12 +37,11 @@ CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
 def checked(name: str, side: int, device: torch.device) -> tuple[nn.Module, Transform, list[str]]:
     """A network on the device, its preprocessing and layers, once all contenders agree on some images."""
     loaded = network(name)
-    assert loaded.transform is not None
-    model, transform = loaded.model, replace(loaded.transform, resize=None, crop=None)
-    with Recorder(model.to(device), k=9, transform=transform) as examined:
+    with Recorder(loaded.model.to(device), k=9, transform=loaded.transform) as examined:
         examined.prepare((3, side, side))
-        Bench(examined).check(pictures(64, (side, side)))
-    return model, transform, [layer.name for layer in examined.layers]
+        one = Bench(examined)
+        one.check(pictures(64, (side, side)))
+    return one.model, one.transform, one.layers
 
 
 def test_scan(case: tuple[str, str, int], timer: Timer, form: Sizes, device: torch.device) -> None:

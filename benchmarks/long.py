@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from benchmarks.memory import Peak
 from benchmarks.naive import network
 from benchmarks.ring import Ring
 from unitvis.baselines import Forward, HostHook
-from unitvis.bench import fastest_half, interleaved, pictures
+from unitvis.bench import Bench, fastest_half, interleaved, pictures
 from unitvis.forward.step import HALF
 from unitvis.plan import speed
 from unitvis.recorder import Recorder
@@ -188,12 +187,11 @@ def exact(count: int) -> dict[str, Any]:
         speeds = {precision: round(speed(device, precision), 2) for precision in HALF}
         return {"not measured": "half precision is slower than float32 here", "times_as_fast_as_float32": speeds}
     loaded = network("alexnet")
-    assert loaded.transform is not None
-    model, transform = loaded.model.to(device), replace(loaded.transform, resize=None, crop=None)
     ring = Ring(count, 224, RING, pinned=device.type == "cuda", batch=64)
-    with Recorder(model, transform=transform) as examined:
+    with Recorder(loaded.model.to(device), transform=loaded.transform) as examined:
         examined.prepare((3, 224, 224))
-    layers = [layer.name for layer in examined.layers]
+    one = Bench(examined)
+    model, transform, layers = one.model, one.transform, one.layers
     fast = network.__wrapped__("alexnet").model.to(device, HALF[half], memory_format=torch.channels_last)
     timed = min(count, TIMED)
 

@@ -227,7 +227,7 @@ def _render_into(
         print(f"gallery: open {drawn} in a browser")
 
 
-MOST_PIXELS = 2048  # of a patch's side on a sheet
+MOST_SIZE = 2048  # of a patch's side on a sheet
 
 
 def _sheet(arguments: argparse.Namespace) -> int:
@@ -238,8 +238,8 @@ def _sheet(arguments: argparse.Namespace) -> int:
         raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
     if target.is_dir():
         raise UnitvisError(f"{target} is a folder; name a file")
-    if arguments.size is not None and not 0 < arguments.size <= MOST_PIXELS:
-        raise UnitvisError(f"--size is 1 to {MOST_PIXELS} pixels a patch, not {arguments.size}")
+    if arguments.size is not None and not 0 < arguments.size <= MOST_SIZE:
+        raise UnitvisError(f"--size is 1 to {MOST_SIZE} pixels a patch, not {arguments.size}")
     run = load(arguments.run, arguments.images)
     units = sheets.parse_units(arguments.units) if arguments.units else None
     if arguments.figure:

@@ -122,7 +122,9 @@ def test_conv_argmax(name: str, dtype: torch.dtype) -> None:
     ulp = 2.0**-11 if dtype == torch.float16 else 2.0**-8  # half a unit in the last place
     torch.testing.assert_close(y.cpu().double(), want, rtol=ulp, atol=2e-3)  # the sum's own error, where terms cancel
     assert torch.equal(keys.cpu(), reference.spatial_argmax(y.cpu()))
-    for activation, after in (("relu", False), ("relu6", True)):  # a compilation each
+    options = list(itertools.product((None, "relu", "relu6"), (False, True)))
+    turn = list({**CASES, **LARGE}).index(name)
+    for activation, after in (options[turn % 6], options[(turn + 3) % 6]):  # a compilation each: the cases take turns
         got = uk.conv_argmax(*on_gpu, *geometry, activation=activation, key_after=after)
         assert torch.equal(got[1].cpu(), reference.activate(y.cpu(), activation))
         assert torch.equal(got[0], uk.spatial_argmax(got[1] if after else y))

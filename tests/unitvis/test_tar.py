@@ -227,6 +227,7 @@ def test_truncated_archives_count_where_that_is_allowed(tmp_path):
         ("train-{000..009}.tar", "7 of 10 archives are not there: .*train-003.tar.*train-009.tar"),
         ("train-{2..0}.tar", "counts down"),
         ("train-{0..999999999}.tar", "names more than 1,000,000 archives"),
+        ("{0..1000}/train-{0..1000}.tar", "names more than 1,000,000 archives"),
         ("train-{all}.tar", "neither a range"),
         (["train-000.tar", "train-000.tar"], "is named twice"),
         (["train-000.tar", "x.png"], "'train-000.tar' is an archive and 'x.png' is none"),

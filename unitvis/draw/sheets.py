@@ -34,7 +34,7 @@ def tile(run: Run, layer: str, unit: int, *, crop: str | None, size: int) -> Ima
 
 
 def sheet(run: Run, layer: str, units: Sequence[int] | None, *, crop: str | None, size: int | None) -> Image.Image:
-    chosen = _units(run, layer, units)
+    chosen = checked_units(run, layer, units)
     size = size or _patch_size(len(chosen))
     crop = crop_of(run, layer, crop)
     cells = cut_cells(run, {layer: (chosen, crop, size)})[layer]
@@ -47,7 +47,7 @@ def render(run: Run, folder: Path, *, crop: str | None = None) -> list[Path]:
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     written = []
     for group in grouped(run, {layer: _patch_size(len(run[layer])) for layer in run}):
-        wanted = {n: (_units(run, n, None), crop_of(run, n, crop), _patch_size(len(run[n]))) for n in group}
+        wanted = {n: (checked_units(run, n, None), crop_of(run, n, crop), _patch_size(len(run[n]))) for n in group}
         cut = cut_cells(run, wanted)
         for layer, (units, kind, size) in wanted.items():
             path = folder / "sheets" / f"{file_name(layer)}.png"
@@ -184,7 +184,8 @@ def _unit(run: Run, layer: str, unit: int) -> LayerTop:
     return top
 
 
-def _units(run: Run, layer: str, units: Sequence[int] | None) -> list[int]:
+def checked_units(run: Run, layer: str, units: Sequence[int] | None) -> list[int]:
+    """The units of a layer that were named, or all; UnitvisError for one that is not there, or none."""
     chosen = list(range(len(run[layer]))) if units is None else [int(np.int64(u)) for u in units]
     for unit in chosen:
         _unit(run, layer, unit)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unitvis.draw import sheets
 from unitvis.draw.patches import crop_of, input_size
 from unitvis.draw.sheets import FAINT, INK, PAPER, unit_name
-from unitvis.errors import UnitvisError, check_unit
+from unitvis.errors import UnitvisError
 from unitvis.gallery.pictures import PATCH, filter_of, projections_of
 from unitvis.run import LayerTop, Run
 
@@ -33,10 +33,8 @@ def figure(
     """
     if style not in FIGURES:
         raise UnitvisError(f"a figure is one of {', '.join(FIGURES)}, not {style!r}")
-    for layer in layers:
-        for unit in units or []:
-            check_unit(layer, unit, len(run[layer]))
-    blocks = [_block(run, layer, style, units or _chosen(run[layer]), crop) for layer in layers]
+    named = [(layer, sheets.checked_units(run, layer, units or _chosen(run[layer]))) for layer in layers]
+    blocks = [_block(run, layer, style, chosen, crop) for layer, chosen in named]
     columns = len(blocks) if style == "lecture" else math.ceil(len(blocks) / 3)
     rows = math.ceil(len(blocks) / columns)
     wide, high = max(block.width for block in blocks), max(block.height for block in blocks)

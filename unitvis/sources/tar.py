@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import tarfile
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ from unitvis.sources.names import LARGE, SETTLED, Names, keep_listing, load_list
 from unitvis.sources.transform import Transform
 
 _OPEN = 64  # shards held open at once
+MOST = 1_000_000  # that a pattern may name
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
@@ -109,30 +111,30 @@ def is_tar_name(path: str) -> bool:
     return path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
 
 
-MOST = 1_000_000  # archives that one pair of braces may name
-
-
 def expand(pattern: str) -> list[str]:
     """The paths that a pattern with braces stands for: {000..146} counts (as wide as written), {a,b} names each."""
     if os.path.exists(pattern):
         return [pattern]
     parts = _BRACES.split(pattern)  # text, inside of braces, text, ...
-    choices = [_choices(part, pattern) if i % 2 else [part] for i, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in itertools.product(*choices)]
+    choices = [_choices(part, pattern) if i % 2 else (1, [part]) for i, part in enumerate(parts)]
+    if math.prod(count for count, _ in choices) > MOST:
+        raise UnitvisError(f"{pattern!r} names more than {MOST:,} archives")
+    return ["".join(chosen) for chosen in itertools.product(*(names for _, names in choices))]
 
 
-def _choices(inside: str, pattern: str) -> list[str]:
+def _choices(inside: str, pattern: str) -> tuple[int, Iterable[str]]:
+    """What a pair of braces stands for, and how many that are."""
     if found := _RANGE.fullmatch(inside):
         first, last = found.groups()
         width = len(first) if first[0] == "0" or len(first) == len(last) else 0
         if int(first) > int(last):
             raise UnitvisError(f"{{{inside}}} in {pattern!r} counts down; write the smaller number first")
-        if int(last) - int(first) >= MOST:
-            raise UnitvisError(f"{{{inside}}} in {pattern!r} names more than {MOST:,} archives")
-        return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
+        numbers = range(int(first), int(last) + 1)
+        return int(last) + 1 - int(first), (f"{number:0{width}}" for number in numbers)
     if "," not in inside:
         raise UnitvisError(f"{{{inside}}} in {pattern!r} is neither a range such as {{000..146}} nor a list {{a,b}}")
-    return inside.split(",")
+    names = inside.split(",")
+    return len(names), names
 
 
 def tar_source(path: str | list[str], transform: Transform | None, *, decoding: Decoding, **options: Any) -> TarSource:
