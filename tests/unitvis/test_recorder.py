@@ -487,19 +487,26 @@ def test_a_loop_may_train_the_model_meanwhile() -> None:
 
 
 def test_scans_in_threads_leave_the_settings_as_they_were() -> None:
-    before = precisions(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    first = threading.Barrier(2)
+    def settings() -> tuple[object, ...]:
+        return precisions(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+
+    before = settings()
+    computing, enough = threading.Event(), threading.Event()
 
     def compute() -> None:
-        first.wait()
-        for _ in range(50):
-            with canonical_settings(torch.device("cpu")):
-                assert torch.are_deterministic_algorithms_enabled()
+        with canonical_settings(torch.device("cpu")):
+            computing.set()
+            assert enough.wait(20)
 
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(compute) for _ in range(2)]:
-            done.result()
-    assert (precisions(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic) == before
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(compute)
+        assert computing.wait(20)
+        with canonical_settings(torch.device("cpu")):
+            both = settings()
+            enough.set()
+            other.result()
+            assert settings() == both != before  # the first to begin is not the last to end
+    assert settings() == before
 
 
 @pytest.mark.parametrize("default", ["float64", "meta"])
