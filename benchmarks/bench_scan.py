@@ -18,8 +18,8 @@ from benchmarks.naive import network
 from benchmarks.ring import Ring
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Timer
-from unitvis.bench import BARE, BASELINES, DEVICE, HOST, Bench, pictures
-from unitvis.recorder import Recorder
+from unitvis.bench.bench import BARE, BASELINES, DEVICE, HOST, Bench, pictures
+from unitvis.ranking.recorder import Recorder
 from unitvis.run import UNSEPARATED
 from unitvis.sources.transform import Transform
 

@@ -20,10 +20,10 @@ from benchmarks import stream
 from benchmarks.naive import DeviceHook, HostHook, cut, fold, network
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Timer, captured
-from unitvis.bench import BARE, BASELINES, DEVICE, HOST, pictures
-from unitvis.forward.canonical import BATCH, compute_batch
-from unitvis.forward.step import HALF
-from unitvis.recorder import Recorder
+from unitvis.bench.bench import BARE, BASELINES, DEVICE, HOST, pictures
+from unitvis.half_precision.step import HALF
+from unitvis.network.canonical import BATCH, compute_batch
+from unitvis.ranking.recorder import Recorder
 
 UNITVIS, CAPTURED, COMPILED = "unitvis", ", captured", ", torch.compile"
 HALF_OR_FULL = {"fp32": torch.float32} | HALF

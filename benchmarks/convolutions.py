@@ -24,9 +24,9 @@ import unitvis_kernels as uk
 from benchmarks import machine, results
 from benchmarks.naive import network
 from benchmarks.timing import copies, rotating
-from unitvis.bench import synchronise
-from unitvis.forward.rewrite import Chain, Floor, rewritten
-from unitvis.recorder import Recorder
+from unitvis.bench.bench import synchronise
+from unitvis.half_precision.rewrite import Chain, Floor, rewritten
+from unitvis.ranking.recorder import Recorder
 from unitvis_kernels.choice import layer_key
 
 NETWORKS, SIDE, BATCH, CALLS, ROUNDS = ("alexnet", "vgg16", "resnet50"), 224, 128, 8, 30

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from benchmarks import machine, results
 from benchmarks.naive import network
-from unitvis.bench import pictures
-from unitvis.scan import scan
+from unitvis.bench.bench import pictures
+from unitvis.scanning.scan import scan
 from unitvis.sources.transform import Transform
 
 COUNT, SIDE, K = 500, 224, 9

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import half
 import photos
-import unitvis.recorder
+import unitvis.ranking.recorder
 from benchmarks import machine, naive, results
-from unitvis.recorder import Recorder
-from unitvis.second_pass.exact import Rescorer
+from unitvis.ranking.recorder import Recorder
+from unitvis.reranking.rerank import Rescorer
 from unitvis.sources import open_source
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"], choices=("fp16", "bf16"))
     arguments = parser.parse_args()
-    unitvis.recorder.Step = half.Rounded  # type: ignore[misc]
+    unitvis.ranking.recorder.Step = half.Rounded  # type: ignore[misc]
     device = machine.describe(torch.device("cpu"))
     told = {"commit": device["commit"], "date": device["date"], "torch": device["versions"]["torch"]}
     for name in arguments.networks:

@@ -29,13 +29,13 @@ from benchmarks import machine, results
 from benchmarks.memory import Peak
 from benchmarks.naive import network
 from benchmarks.ring import Ring
-from unitvis.baselines import Forward, HostHook
-from unitvis.bench import Bench, fastest_half, interleaved, pictures
-from unitvis.forward.step import HALF
-from unitvis.plan import speed
-from unitvis.recorder import Recorder
+from unitvis.bench.baselines import Forward, HostHook
+from unitvis.bench.bench import Bench, fastest_half, interleaved, pictures
+from unitvis.half_precision.step import HALF
+from unitvis.ranking.recorder import Recorder
 from unitvis.run import UNSEPARATED
-from unitvis.scan import scan
+from unitvis.scanning.precision import speed
+from unitvis.scanning.scan import scan
 from unitvis.sources import open_source
 from unitvis.sources.transform import Transform
 

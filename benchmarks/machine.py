@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from unitvis.forward.step import HALF
-from unitvis.plan import speed
+from unitvis.half_precision.step import HALF
+from unitvis.scanning.precision import speed
 
 ROOT = Path(__file__).parents[1]
 

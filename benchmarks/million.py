@@ -29,7 +29,7 @@ from torch import nn
 import unitvis
 from benchmarks.memory import anonymous
 from benchmarks.results import record
-from unitvis.progress import Progress
+from unitvis.scanning.progress import Progress
 
 SIDE, SAMPLE = 32, 10_000
 

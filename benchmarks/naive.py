@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import zoos
 from unitvis import models
-from unitvis.baselines import DeviceHook, Forward, HostHook
+from unitvis.bench.baselines import DeviceHook, Forward, HostHook
 
 __all__ = ["DeviceHook", "Forward", "HostHook", "cut", "fold", "network"]
 

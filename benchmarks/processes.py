@@ -25,7 +25,7 @@ from benchmarks.results import record
 def worker(notes: Path, arguments: list[str]) -> int:
     """`unitvis scan`, which leaves a file that was changed last when the process had computed its last image."""
     from unitvis import cli
-    from unitvis.progress import Progress
+    from unitvis.scanning.progress import Progress
 
     real, note = Progress.after_batch, notes / str(os.getpid())
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.machine import ROOT
-from unitvis.bench import BARE, DEVICE, HOST
+from unitvis.bench.bench import BARE, DEVICE, HOST
 
 FORMAT = 1
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"

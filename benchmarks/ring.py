@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unitvis.bench import pictures
+from unitvis.bench.bench import pictures
 
 
 class Ring:

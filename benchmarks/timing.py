@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unitvis.bench import synchronise
+from unitvis.bench.bench import synchronise
 
 
 class Timer:

@@ -1,15 +1,15 @@
 """For every unit of a ConvNet, the nine image patches that excite it most."""
 
-from unitvis.draw.deconvnet import Projection, project
-from unitvis.draw.responses import ResponseMap, response_map
+from unitvis.attribution.deconvnet import Projection, project
+from unitvis.attribution.responses import ResponseMap, response_map
 from unitvis.errors import ImageError, Interrupted, UnitvisError
 from unitvis.gallery import gallery
-from unitvis.geometry.receptive_field import ReceptiveField, receptive_field
-from unitvis.merge import merge
-from unitvis.pack import pack
-from unitvis.recorder import Recorder
+from unitvis.ranking.recorder import Recorder
+from unitvis.receptive_fields.fields import ReceptiveField, receptive_field
 from unitvis.run import LayerTop, Run, load
-from unitvis.scan import scan
+from unitvis.scanning.merge import merge
+from unitvis.scanning.pack import pack
+from unitvis.scanning.scan import scan
 from unitvis.sources.transform import Transform
 
 __all__ = [

@@ -1,5 +1,5 @@
 import sys
 
-from unitvis.cli import main
+from unitvis.cli.main import main
 
 sys.exit(main())

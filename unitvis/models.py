@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from unitvis.checkpoints import load_weights
 from unitvis.errors import UnitvisError, closest, named
+from unitvis.network.weights import load_weights
 from unitvis.sources.transform import Transform
 
 FORMS = "torchvision:NAME, timm:NAME, file.py:function or package.module:function"

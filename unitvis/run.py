@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unitvis.draw.notebook import Unit, layer_html, run_html
+from unitvis.drawing.notebook import Unit, layer_html, run_html
 from unitvis.errors import UnitvisError, check_unit
-from unitvis.parts.partial import Partial, read_partial
+from unitvis.state.partial import Partial, read_partial
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -154,13 +154,13 @@ class Run:
 
     def patch(self, layer: str, unit: int, rank: int, *, crop: str | None = None, size: int = 96) -> Image.Image:
         """One winner's patch, `size` pixels high and wide. crop: rf, effective or image; None: as the sheet does."""
-        from unitvis.draw import sheets
+        from unitvis.drawing import sheets
 
         return sheets.patch(self, layer, unit, rank, crop=crop, size=size)
 
     def tile(self, layer: str, unit: int, *, crop: str | None = None, size: int = 96) -> Image.Image:
         """A unit's patches as a 3x3 tile, strongest first; `size` is one patch's."""
-        from unitvis.draw import sheets
+        from unitvis.drawing import sheets
 
         return sheets.tile(self, layer, unit, crop=crop, size=size)
 
@@ -168,7 +168,7 @@ class Run:
         self, layer: str, units: list[int] | None = None, *, crop: str | None = None, size: int | None = None
     ) -> Image.Image:
         """A page of tiles with unit numbers and values; all units by default."""
-        from unitvis.draw import sheets
+        from unitvis.drawing import sheets
 
         return sheets.sheet(self, layer, units, crop=crop, size=size)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unitvis.forward.step import Step
+from unitvis.half_precision.step import Step
 
 
 class Rounded(Step):
@@ -36,4 +36,4 @@ class Rounded(Step):
 @pytest.fixture
 def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scans in half precision are emulated."""
-    monkeypatch.setattr("unitvis.recorder.Step", Rounded)
+    monkeypatch.setattr("unitvis.ranking.recorder.Step", Rounded)

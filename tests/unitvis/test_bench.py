@@ -13,9 +13,9 @@ from torch import nn
 import brute
 from test_cli import MODEL, call
 from unitvis import UnitvisError, cli
-from unitvis.baselines import DeviceHook, HostHook
-from unitvis.bench import DEVICE, FLOAT, HOST, Bench, bench, interleaved, pictures, table, units_apart
-from unitvis.recorder import Recorder
+from unitvis.bench.baselines import DeviceHook, HostHook
+from unitvis.bench.bench import DEVICE, FLOAT, HOST, Bench, bench, interleaved, pictures, table, units_apart
+from unitvis.ranking.recorder import Recorder
 from unitvis.sources.transform import Transform
 
 LAYERS = ["0", "2"]
@@ -81,7 +81,7 @@ def test_nothing_is_timed_where_a_contender_is_wrong(monkeypatch: pytest.MonkeyP
 
 
 def test_exact_by_half_precision_is_checked_and_timed_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitvis.bench.speed", lambda device, precision: 2.0)
+    monkeypatch.setattr("unitvis.bench.bench.speed", lambda device, precision: 2.0)
     said = bench(net(), Transform(resize=20, crop=16), "cpu", 70)  # of the images' size, so that nothing is cut
     assert re.search(r"by way of fp16 10 units are decided and equal, \d+ images computed twice", said)
     assert "\nunitvis, exact by fp16 " in said
@@ -135,7 +135,7 @@ def test_without_a_model_it_is_the_demos(monkeypatch: pytest.MonkeyPatch, capsys
 def test_few_images_where_the_model_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     one, images = judged(32)
     now = iter([0.0, 3.2])
-    monkeypatch.setattr("unitvis.bench.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("unitvis.bench.bench.time.perf_counter", lambda: next(now))
     assert one.affordable(images) == 32  # 0.1 s an image
     now = iter([0.0, 1e-9])
     assert one.affordable(images) == 2048

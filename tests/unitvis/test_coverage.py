@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from unitvis.parts import coverage
-from unitvis.parts.coverage import Coverage
+from unitvis.state import intervals as coverage
+from unitvis.state.intervals import Coverage
 
 
 def drawn(random, size, largest):

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import brute
 import unitvis
 from unitvis import UnitvisError
-from unitvis.draw import colours, deconvnet
+from unitvis.attribution import deconvnet
+from unitvis.drawing import colours
 
 SIZE = 33
 

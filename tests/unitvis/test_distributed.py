@@ -116,7 +116,7 @@ def test_four_processes_on_photographs_are_one_scan(tmp_path: Path) -> None:
 
 
 def test_outside_of_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from unitvis.distributed import processes
+    from unitvis.scanning.torchrun import processes
 
     monkeypatch.setenv("WORLD_SIZE", "8")  # a batch system may set it
     assert processes() == 1

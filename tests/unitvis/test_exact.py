@@ -15,14 +15,14 @@ import brute
 import unitvis
 from half import rounded  # noqa: F401  # a fixture
 from unitvis.errors import Interrupted, UnitvisError
-from unitvis.parts.sample import SIZE, mixed, sample
-from unitvis.plan import plan, speed
-from unitvis.recorder import Recorder
+from unitvis.ranking.recorder import Recorder
+from unitvis.reranking import rerank as exact
+from unitvis.reranking.bound import upper_bound
 from unitvis.run import SEPARATED, TIED, UNSEPARATED, Run
-from unitvis.second_pass import exact
-from unitvis.second_pass.bound import upper_bound
-from unitvis.second_pass.rescore import verify
+from unitvis.scanning.precision import plan, speed
+from unitvis.scanning.verify import verify
 from unitvis.sources import open_source
+from unitvis.state.sampling import SIZE, mixed, sample
 
 
 def pictures(count: int, side: int = 20, seed: int = 0) -> Tensor:
@@ -209,21 +209,21 @@ def test_the_sample_is_of_the_smallest_hashes_however_ids_came() -> None:
 def test_the_plan_is_by_measurement_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert speed(cpu, "fp16") > 0
-    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: {"fp16": 6.0, "bf16": 6.1}[precision])
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: {"fp16": 6.0, "bf16": 6.1}[precision])
     assert plan(50_000, 1152, 9, cpu, rereadable=True).precision == "fp16"
     assert "of 50,000 images" in plan(50_000, 1152, 9, cpu, rereadable=True).line
     assert plan(500, 1152, 9, cpu, rereadable=True).precision == "fp32"
     assert plan(None, 1152, 9, cpu, rereadable=True).precision == "fp32"
     assert plan(50_000, 1152, 9, cpu, rereadable=False).precision == "fp32"
-    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: {"fp16": 0.2, "bf16": 5.0}[precision])
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: {"fp16": 0.2, "bf16": 5.0}[precision])
     assert plan(50_000, 1152, 9, cpu, rereadable=True).precision == "bf16"
-    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: 1.05)
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 1.05)
     assert "too little" in plan(50_000, 1152, 9, cpu, rereadable=True).line
 
 
 @pytest.mark.usefixtures("rounded")
 def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: 6.0)
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
     images, model = pictures(900), net(6)
     run = unitvis.scan(model, images, ["6", "8"], k=3, progress=False)
     assert run.manifest["scan"]["precision"] == "fp16"
@@ -240,7 +240,7 @@ def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("rounded")
 def test_shards_scanned_in_half_precision_merge_into_an_exact_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: 6.0)
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
     images, model = pictures(900), net(7)
     shards = [unitvis.scan(model, images, ["6", "8"], k=3, shard=(i, 3), progress=False) for i in (1, 2, 3)]
     assert all(run.manifest["scan"]["precision"] == "fp16" for run in shards)
@@ -254,7 +254,7 @@ def test_shards_scanned_in_half_precision_merge_into_an_exact_run(monkeypatch: p
 
 @pytest.mark.usefixtures("rounded")
 def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: 6.0)
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
     images, model, options = pictures(900), net(8), {"k": 3, "progress": False, "layers": ["6", "8"]}
     stopped = []
 
@@ -268,7 +268,7 @@ def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.Monke
     monkeypatch.setattr(Recorder, "__call__", stop)
     with pytest.raises(Interrupted, match="go on with"):
         unitvis.scan(model, images, out=tmp_path / "run", **options)
-    monkeypatch.setattr("unitvis.plan.speed", lambda device, precision: 0.5)  # would now be planned otherwise
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 0.5)  # would now be planned otherwise
     run = unitvis.scan(model, images, out=tmp_path / "run", resume=True, **options)
     assert stopped == [320]
     assert run.manifest["scan"]["precision"] == "fp16"

@@ -12,9 +12,9 @@ import brute
 import photos
 import unitvis
 from half import rounded  # noqa: F401  # a fixture
+from unitvis.reranking import rerank as exact
 from unitvis.run import UNSEPARATED
-from unitvis.second_pass import exact
-from unitvis.second_pass.rescore import verify
+from unitvis.scanning.verify import verify
 from unitvis.sources import open_source
 
 pytestmark = photos.needed

@@ -13,7 +13,7 @@ from torch import nn
 
 import unitvis
 from unitvis import UnitvisError, cli
-from unitvis.draw import colours, patches
+from unitvis.drawing import colours, patches
 from unitvis.gallery import figures
 from unitvis.gallery.pictures import PATCH
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import unitvis
 from unitvis import UnitvisError, cli
-from unitvis.draw import colours, patches
+from unitvis.drawing import colours, patches
 from unitvis.gallery import facts, pictures
 
 HERE = Path(unitvis.__file__).parent / "gallery"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import unitvis
 from unitvis import UnitvisError, cli
-from unitvis.parts.partial import Partial, read_partial
-from unitvis.parts.shards import parse_shard
 from unitvis.sources import FileSource
+from unitvis.state.partial import Partial, read_partial
+from unitvis.state.shards import parse_shard
 
 COUNT = 53
 

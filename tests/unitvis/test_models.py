@@ -14,7 +14,7 @@ import unitvis
 import zoos
 from judges import Neuron, check_by_perturbation
 from unitvis import UnitvisError, models
-from unitvis.checkpoints import load_weights
+from unitvis.network.weights import load_weights
 
 zoos.importable()
 

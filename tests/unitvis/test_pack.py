@@ -24,12 +24,12 @@ import unitvis
 from half import rounded  # noqa: F401  # a fixture
 from unitvis import Interrupted, UnitvisError, cli
 from unitvis import pack as pack_function
-from unitvis.draw import sheets
+from unitvis.drawing import sheets
 from unitvis.run import ARRAYS
-from unitvis.second_pass import rescore
+from unitvis.scanning import verify as rescore
 from unitvis.sources import PackSource, open_source, reopen_source
 
-packing = sys.modules["unitvis.pack"]
+packing = sys.modules["unitvis.scanning.pack"]
 COUNT = 70
 BROKEN = (0, 31, 32, 69)
 TRANSFORM = unitvis.Transform(20, 16, (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "bicubic")
@@ -268,8 +268,8 @@ def test_files_count_as_gone_where_none_is_left(folder: Path, tmp_path: Path) ->
 def test_candidates_of_half_precision_are_read_again_from_the_pack(
     packed: Path, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half = importlib.import_module("unitvis.plan").Plan("fp16", "as the test wants it")
-    monkeypatch.setattr(importlib.import_module("unitvis.scan"), "plan", lambda *_, **__: half)
+    half = importlib.import_module("unitvis.scanning.precision").Plan("fp16", "as the test wants it")
+    monkeypatch.setattr(importlib.import_module("unitvis.scanning.scan"), "plan", lambda *_, **__: half)
     want = scan(originals, transform=TRANSFORM)
     same(scan(packed, batch_size=16), want)
     runs = [scan(packed, shard=(n, 2)) for n in (2, 1)]
@@ -471,7 +471,7 @@ KILLED = """
 import io, os, signal, sys
 from pathlib import Path
 import unitvis
-packing = sys.modules["unitvis.pack"]
+packing = sys.modules["unitvis.scanning.pack"]
 packing.BATCH = 1
 os.fsync = lambda file: None  # slow, and of no matter while the system lives
 folder, out = sys.argv[1], Path(sys.argv[2])
@@ -659,7 +659,7 @@ def test_like_a_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """What the weights want is done as far as a pack does it, and what is said beside it goes first."""
     loaded = unitvis.models.Loaded("some:model", net(), TRANSFORM)
     asked = []
-    monkeypatch.setattr(cli.models, "load", lambda *a, **b: asked.append((a, b)) or loaded)
+    monkeypatch.setattr(models, "load", lambda *a, **b: asked.append((a, b)) or loaded)
     command = ["pack", str(folder), "-o", str(tmp_path / "x.npy"), "--like", "some:model"]
     for more, crop in (([], 16), (["--crop", "12", "--overwrite"], [12, 12])):
         assert cli.main(command + more) == cli.SKIPPED

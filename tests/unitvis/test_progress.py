@@ -22,8 +22,8 @@ from torch import nn
 
 import unitvis
 from unitvis import Interrupted, UnitvisError, cli
-from unitvis.progress import PREVIOUS, PROGRESS, Progress, read_progress
-from unitvis.recorder import Recorder
+from unitvis.ranking.recorder import Recorder
+from unitvis.scanning.progress import PREVIOUS, PROGRESS, Progress, read_progress
 from unitvis.sources import FileSource
 from unitvis.sources.encoded import EncodedSource
 
@@ -352,7 +352,7 @@ def lines(process: subprocess.Popen[str]) -> Iterator[str]:
 PROGRAM = """
 import sys, time
 from unitvis import cli
-from unitvis.progress import Progress
+from unitvis.scanning.progress import Progress
 real = Progress.after_batch
 def slowly(self):
     real(self)
@@ -390,7 +390,7 @@ def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, caps
 def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[float] = []
     clock = [0.0]
-    monkeypatch.setattr("unitvis.progress.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("unitvis.scanning.progress.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(Progress, "part", lambda self: written.append(clock[0]) or crash_free(self))
     stopping(-1, crash, monkeypatch)
     real = Progress.after_batch
@@ -417,7 +417,7 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("owner", "during"), [(Recorder, "result"), (sys.modules["unitvis.scan"], "complete"), (unitvis.Run, "write")]
+    ("owner", "during"), [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "complete"), (unitvis.Run, "write")]
 )
 def test_after_the_last_image_the_first_signal_ends_it(
     owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import brute
 import unitvis
 from unitvis import Recorder, UnitvisError
-from unitvis.forward.canonical import canonical_settings
+from unitvis.network.canonical import canonical_settings
 
 
 def small_net(seed: int = 0) -> nn.Sequential:
@@ -338,7 +338,7 @@ def test_images_of_another_size_are_refused() -> None:
 
 
 def test_neurons_that_do_not_fit_are_refused_with_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitvis.forward.device.free_memory", lambda device: 2.0**30)
+    monkeypatch.setattr("unitvis.network.device.free_memory", lambda device: 2.0**30)
     with pytest.raises(UnitvisError, match=r"the state of 1,048,576 units needs 1.2 GiB, and 1.0 GiB are free"):
         scan(nn.Sequential(nn.Conv2d(1, 16, 1)), torch.zeros(1, 1, 256, 256), unit="neuron")
 

@@ -13,9 +13,9 @@ from torch import nn
 import brute
 import unitvis
 from unitvis import UnitvisError
-from unitvis.draw import colours
-from unitvis.draw.filters import first_filters
-from unitvis.draw.responses import covered
+from unitvis.attribution.filters import first_filters
+from unitvis.attribution.responses import covered
+from unitvis.drawing import colours
 
 
 def net() -> nn.Sequential:

@@ -13,8 +13,8 @@ import unitvis
 import unitvis_kernels as uk
 import zoos
 from brute import outputs
-from unitvis.forward import rewrite
-from unitvis.forward.rewrite import Chain, Floor, NotRewrittenError, rewritten
+from unitvis.half_precision import rewrite
+from unitvis.half_precision.rewrite import Chain, Floor, NotRewrittenError, rewritten
 
 
 def norm(channels: int) -> nn.BatchNorm2d:

@@ -12,7 +12,7 @@ from torch import nn
 
 import unitvis
 from unitvis import UnitvisError
-from unitvis.draw import patches, sheets
+from unitvis.drawing import patches, sheets
 
 FILL = np.array(patches.FILL)
 

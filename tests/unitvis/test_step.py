@@ -19,10 +19,10 @@ import unitvis
 import unitvis_kernels as uk
 import zoos
 from test_exact import by_half, net, pictures
-from unitvis.forward import rewrite, step
-from unitvis.forward.canonical import canonical_settings
-from unitvis.forward.capture import _NobodyLooks
-from unitvis.forward.step import Step
+from unitvis.half_precision import rewrite, step
+from unitvis.half_precision.capture import _NobodyLooks
+from unitvis.half_precision.step import Step
+from unitvis.network.canonical import canonical_settings
 
 
 def stepping(model: nn.Module, images: Tensor, device: str = "cpu", size: int = 64, **options: Any) -> Step:
@@ -124,7 +124,7 @@ def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: the buffers of one are made of ordinary memory, and capturing fails as CUDA's does."""
-    from unitvis.forward import capture
+    from unitvis.half_precision import capture
 
     class Nothing:
         def __init__(self, *_: object, **__: object) -> None:
@@ -216,7 +216,7 @@ class TestOnAGpu:
         captured = on_gpu(model, images)
         assert captured.how["captured"] is True, captured.how
         assert torch.equal(on_gpu(model, images, pin=True).state, captured.state)
-        monkeypatch.setattr("unitvis.forward.capture.Replay._capture", lambda self: "asked not to")
+        monkeypatch.setattr("unitvis.half_precision.capture.Replay._capture", lambda self: "asked not to")
         eager = on_gpu(model, images)
         assert eager.how["captured"] == "asked not to"
         assert torch.equal(eager.state, captured.state)

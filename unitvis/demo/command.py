@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from unitvis.demo import network
 from unitvis.demo.overview import overview
 from unitvis.demo.pictures import CLASSES, pictures
-from unitvis.draw.sheets import render
-from unitvis.forward.canonical import canonical_settings, compute_batch
+from unitvis.drawing.sheets import render
 from unitvis.gallery import gallery
+from unitvis.network.canonical import canonical_settings, compute_batch
 from unitvis.run import Run, check_output, replacing
-from unitvis.scan import scan
+from unitvis.scanning.scan import scan
 from unitvis.sources.transform import Transform
 
 COUNT, SEED = 4096, 2024

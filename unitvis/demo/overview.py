@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.draw.patches import crop_of, patches
-from unitvis.draw.sheets import FAINT, INK, PAPER, compose
+from unitvis.drawing.patches import crop_of, patches
+from unitvis.drawing.sheets import FAINT, INK, PAPER, compose
 from unitvis.run import LayerTop, Run
 
 PATCH, GAP, MARGIN = 40, 14, 44

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from unitvis import models
-from unitvis.draw.patches import crop_of
+from unitvis.drawing.patches import crop_of
 from unitvis.errors import UnitvisError
 from unitvis.gallery import facts, pictures
-from unitvis.manifest import describe_model
-from unitvis.recorder import Recorder
+from unitvis.ranking.recorder import Recorder
+from unitvis.results.manifest import describe_model
 from unitvis.run import Run, replacing
 
 MOST_UNITS = 200_000  # of files in a folder, and of tiles on a page

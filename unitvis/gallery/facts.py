@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from unitvis.draw.patches import input_size
-from unitvis.draw.responses import covered
-from unitvis.draw.sheets import unit_name
+from unitvis.attribution.responses import covered
+from unitvis.drawing.patches import input_size
+from unitvis.drawing.sheets import unit_name
 from unitvis.gallery.pictures import across
 from unitvis.run import SEPARATED, LayerTop, Run, file_name
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.draw import sheets
-from unitvis.draw.patches import crop_of, input_size
-from unitvis.draw.sheets import FAINT, INK, PAPER, unit_name
+from unitvis.drawing import sheets
+from unitvis.drawing.patches import crop_of, input_size
+from unitvis.drawing.sheets import FAINT, INK, PAPER, unit_name
 from unitvis.errors import UnitvisError
 from unitvis.gallery.pictures import PATCH, filter_of, projections_of
 from unitvis.run import LayerTop, Run

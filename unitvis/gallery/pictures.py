@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unitvis.draw import sheets
-from unitvis.draw.colours import heat, heat_levels, signed
-from unitvis.draw.deconvnet import project
-from unitvis.draw.filters import first_filters
-from unitvis.draw.patches import crop_of, cut, drawn_box, input_size, pictures, places, whole
-from unitvis.forward.canonical import BATCH, canonical_settings, compute_batch
-from unitvis.forward.taps import Taps
-from unitvis.recorder import Recorder
+from unitvis.attribution.deconvnet import project
+from unitvis.attribution.filters import first_filters
+from unitvis.drawing import sheets
+from unitvis.drawing.colours import heat, heat_levels, signed
+from unitvis.drawing.patches import crop_of, cut, drawn_box, input_size, pictures, places, whole
+from unitvis.network.canonical import BATCH, canonical_settings, compute_batch
+from unitvis.network.layers import Taps
+from unitvis.ranking.recorder import Recorder
 from unitvis.run import LayerTop, Run, file_name
 
 Device = torch.device | str | None

@@ -1,0 +1,118 @@
+"""Response maps: what a unit answers at every place of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+import unitvis_kernels as uk
+from unitvis import models
+from unitvis.drawing.colours import heat, heat_levels
+from unitvis.drawing.notebook import png
+from unitvis.drawing.patches import Box, whole
+from unitvis.errors import check_unit
+from unitvis.network.canonical import canonical_settings, compute_batch
+from unitvis.network.layers import Taps
+from unitvis.ranking.recorder import Recorder
+from unitvis.receptive_fields.fields import receptive_field
+from unitvis.sources import open_source
+from unitvis.sources.transform import Transform
+
+Area = tuple[float, float, float, float]  # left, top, right, bottom in model-input pixels
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseMap:
+    """One unit's responses to one image, at every position."""
+
+    layer: str
+    unit: int
+    map: NDArray[np.float32]  # [H, W]
+    value: float  # the largest
+    position: tuple[int, int]  # where: row, column; of equal values the first
+    box: Box  # what the neuron there sees, in model-input pixels
+    area: Area  # what the map covers when each of its cells lies about the centre of what its neuron sees
+    image: Image.Image  # what the model sees, cut from the original
+
+    def overlay(self, size: int = 448) -> Image.Image:
+        """The image, `size` pixels on its longer side, with the map over it: clear where the response is at most 0,
+        yellow where it is largest; a cell is one neuron.
+        """
+        scale = size / max(self.image.size)
+        page = self.image.resize((round(self.image.width * scale), round(self.image.height * scale)))
+        height, width = self.map.shape
+        left, upper, right, lower = (side * page.width / self.image.width for side in self.area)
+        x = np.clip(np.floor((np.arange(page.width) + 0.5 - left) / (right - left) * width), -1, width).astype(int)
+        y = np.clip(np.floor((np.arange(page.height) + 0.5 - upper) / (lower - upper) * height), -1, height).astype(int)
+        levels = np.pad(heat_levels(self.map), 1)[np.ix_(y + 1, x + 1)]  # 0 all round
+        return Image.alpha_composite(page.convert("RGBA"), heat(levels).convert("RGBA")).convert("RGB")
+
+    def _repr_png_(self) -> bytes:
+        return png(self.overlay())
+
+
+def response_map(
+    model: nn.Module | str | models.Loaded,
+    image: Any,
+    layer: str,
+    unit: int,
+    *,
+    transform: Transform | None = None,
+    device: torch.device | str | None = None,
+) -> ResponseMap:
+    """The responses of one channel of a layer to one image, the same bits that `scan` ranks.
+
+    image: the path of a file, a PIL image, uint8 [H, W, 3] or a normalised float tensor [C, H, W]. transform: how a
+    picture becomes the model's input; None is that of a model given by name. Raises UnitvisError for a layer or unit
+    that is not there.
+    """
+    if isinstance(model, str):
+        model = models.load(model)
+    if isinstance(model, models.Loaded):
+        transform = transform or model.transform
+        model = model.model
+    images = image[None] if isinstance(image, np.ndarray | Tensor) else [image]
+    source = open_source(images, transform)
+    maps: list[Tensor] = []
+    with Recorder(model, layer, device=device, transform=source.transform) as recorder:
+        pixels = recorder.as_images(source.read(0)[None])
+        field = receptive_field(recorder.model, layer, (pixels.shape[1], pixels.shape[2], pixels.shape[3]))
+        with torch.inference_mode(), canonical_settings(recorder.device), Taps(recorder.model, [layer]) as taps:
+            taps.run(compute_batch(pixels), lambda _, found: maps.append(found[:1].clone()))
+    channels, _, width = maps[0].shape[1:]
+    check_unit(layer, unit, channels)
+    value, place = (part[0, unit].item() for part in uk.unpack(uk.spatial_argmax(maps[0])))
+    row, column = divmod(int(place), width)
+    left, upper, right, lower = field.boxes(unit, row, column)[0].tolist()
+    size = field.input_size
+    shown = whole(*source.picture(0, source.value_range([0])), size, max(size))
+    first = field.boxes(unit, 0, 0)[0].tolist()
+    area = covered(field.stride, field.whole_image, first, (0, 0), field.map_size, size)
+    return ResponseMap(
+        layer, unit, maps[0][0, unit].cpu().numpy(), value, (row, column), (left, upper, right, lower), area, shown
+    )
+
+
+def covered(
+    stride: Sequence[float] | None,
+    whole_image: bool,
+    box: Sequence[int],
+    position: tuple[float, float],
+    map_size: tuple[int, int],
+    input_size: tuple[int, int],
+) -> Area:
+    """What a map covers if each of its cells lies about the centre of its neuron's box, as wide as the stride; the
+    whole image where that is not known. box: of the neuron at `position`. Pairs are (height, width) or (row, column).
+    """
+    if stride is None or whole_image:
+        return 0.0, 0.0, float(input_size[1]), float(input_size[0])
+    left = (box[0] + box[2]) / 2 - (position[1] + 0.5) * stride[1]
+    upper = (box[1] + box[3]) / 2 - (position[0] + 0.5) * stride[0]
+    return left, upper, left + map_size[1] * stride[1], upper + map_size[0] * stride[0]

@@ -1,0 +1,1 @@
+"""A scan timed against what one would write without it."""

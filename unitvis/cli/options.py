@@ -1,0 +1,164 @@
+"""What the command line takes: commands, arguments, options, and the help that they print."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from unitvis import models
+from unitvis.gallery.figures import FIGURES
+from unitvis.scanning.progress import EVERY
+from unitvis.scanning.scan import PRECISIONS
+from unitvis.sources.decoding import DECODERS
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """All commands with their options; run: what each is done by, by its name."""
+    whole = argparse.ArgumentParser(
+        prog="unitvis", description="For every unit of a ConvNet, the image patches that excite it most."
+    )
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run[name])
+        return sub
+
+    def model_argument(sub: argparse.ArgumentParser, nargs: str | None = None) -> None:
+        sub.add_argument("model", metavar="MODEL", nargs=nargs, help=models.FORMS)
+        weights_options(sub)
+
+    def weights_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
+        sub.add_argument(
+            "--no-pretrained", dest="pretrained", action="store_false", help="random weights (by name only)"
+        )
+
+    def reading_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--resize", type=_size, metavar="R|HxW", help="R: the shorter side; HxW: exactly")
+        sub.add_argument("--crop", type=_square, metavar="S|HxW", help="cut the centre")
+        sub.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
+        sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
+        sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
+        sub.add_argument("--allow-truncated", action="store_true", help="take what is there of files that end early")
+        sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
+        sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
+        sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
+        sub.add_argument(
+            "--checkpoint-every", type=float, default=EVERY, metavar="SECONDS", help="a kill loses no more (60)"
+        )
+
+    def run_argument(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished scan")
+
+    def images_option(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--images", help="where the scanned images are now, if they moved")
+
+    sub = command("demo", "Draw pictures, scan them with the embedded network, and show what its units like.")
+    sub.add_argument("-o", "--output", type=Path, default=Path("unitvis-demo"), metavar="RUN", help="(unitvis-demo)")
+    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (a minute)")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
+
+    sub = command("layers", "List layers that can be scanned, with what their neurons see.")
+    model_argument(sub)
+    sub.add_argument(
+        "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
+    )
+    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the input (the model's own, or 224)")
+
+    sub = command("scan", "Scan images for the patches that excite every unit most, and draw them.")
+    model_argument(sub)
+    sub.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="a folder, a text list of paths, tar archives ('train-{000..146}.tar'), a pack, a uint8 .npy [N, H, W, 3]",
+    )
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
+    sub.add_argument(
+        "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
+    )
+    sub.add_argument("-k", type=int, default=9, help="patches a unit (9)")
+    reading_options(sub)
+    sub.add_argument("--mean", type=float, nargs=3, metavar="M", help="subtracted, of values in 0..1")
+    sub.add_argument("--std", type=float, nargs=3, metavar="S", help="divided by")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="images read at once; does not change the result")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    sub.add_argument("--precision", choices=PRECISIONS, default="exact")
+    sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
+    sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
+    sub.add_argument("--resume", action="store_true", help="go on with the scan that was stopped in RUN")
+    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (slow)")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
+
+    sub = command("merge", "Make one run of the runs of all shards, as if one scan had seen all images.")
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="made with scan --shard, or merged")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
+    sub.add_argument("--model", metavar="MODEL", help="the model, where it is not found as it was scanned")
+    weights_options(sub)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
+    sub.add_argument("--partial", action="store_true", help="merge what is there although images are missing")
+    sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
+    images_option(sub)
+
+    sub = command("pack", "Decode and resize images once, into a .npy array that many scans read.")
+    sub.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help="a folder, a text list of paths, or tar archives ('train-{000..146}.tar')",
+    )
+    sub.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE.npy", help="FILE.json and FILE.npz lie beside it"
+    )
+    sub.add_argument("--like", metavar="MODEL", help="resize, crop and interpolation as that model's weights want them")
+    reading_options(sub)
+    sub.add_argument("--resume", action="store_true", help="go on with the pack that was stopped")
+    sub.add_argument("--overwrite", action="store_true", help="replace the pack that is there")
+
+    sub = command("render", "Draw the sheets and the gallery of a finished scan again.")
+    run_argument(sub)
+    images_option(sub)
+    sub.add_argument("--model", help="the network, to draw again what only it can: response maps, filters, projections")
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
+    sub.add_argument("--project", action="store_true", help="with --model: draw deconvnet projections")
+    sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
+
+    sub = command("sheet", "Draw one layer's units as a page of 3x3 tiles, or a figure of some layers.")
+    run_argument(sub)
+    sub.add_argument("layer", metavar="LAYER", nargs="+", help="with --figure also several")
+    sub.add_argument("--figure", choices=FIGURES, help="nine units a layer; paper: projections beside patches")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
+    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all, of a figure nine")
+    sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
+    sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
+    images_option(sub)
+
+    sub = command("verify", "Recompute every winner of a run; exit code 1 if one does not come out again.")
+    run_argument(sub)
+    model_argument(sub)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
+    images_option(sub)
+
+    sub = command("bench", "Time a scan against a naive hook and others, after checking that they agree.")
+    model_argument(sub, "?")
+    sub.add_argument("--count", type=int, metavar="N", help="images; default: as many as a minute allows")
+    sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the images (the model's own, or 224)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    return whole
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    """224 is a length, 224x256 height x width."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 224 or 224x256 (height x width)")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _square(text: str) -> tuple[int, int]:
+    size = _size(text)
+    return size if isinstance(size, tuple) else (size, size)

@@ -1,1 +1,0 @@
-"""From winners to pictures: patches, tiles and sheets, projections, response maps, filters."""

@@ -1,0 +1,1 @@
+"""Pictures of winners: patches, tiles, sheets, notebook cells."""

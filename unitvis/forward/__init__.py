@@ -1,1 +1,0 @@
-"""The forward pass: where responses are read, and the ways of computing them."""

@@ -1,0 +1,293 @@
+"""The scan's own copy of a model: each convolution and what follows it in as few passes as the device allows, stopped
+at the last tapped layer. What is not understood stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import unitvis_kernels as uk
+from unitvis.errors import first_line
+from unitvis.network.layers import as_map
+from unitvis_kernels.choice import prefer
+
+_RELUS = {nn.ReLU: "relu", nn.ReLU6: "relu6", F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
+_RELUS |= {"relu": "relu", "relu_": "relu", torch.relu_: "relu", F.relu_: "relu"}
+
+
+class NotRewrittenError(Exception):
+    """Why a model stays as it is."""
+
+
+class Pool(NamedTuple):
+    """A max-pool that rounds down and has one number for both axes."""
+
+    window: int
+    stride: int
+    padding: int
+
+
+class Floor:
+    """What a layer's responses must reach to matter: float32 [units of all layers], or None where all do."""
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+
+    def of(self, units: slice) -> Tensor | None:
+        """The part of one layer."""
+        return None if self.values is None else self.values[units]
+
+
+class Chain(nn.Module):
+    """Convolution -> [activation] -> [max-pool] with the keys of the convolution's output, or of the activated one.
+
+    `conv` has a BatchNorm folded in. `one_pass`: `uk.epilogue` does all that follows the product, or `uk.conv_argmax`
+    everything, whichever is preferred; otherwise, on a CPU, whose convolutions add their bias themselves, the plain
+    operators do.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        activation: str | None,
+        pool: Pool | None,
+        floor: Callable[[], Tensor | None] | None,
+        *,
+        key_after: bool,
+        one_pass: bool,
+    ) -> None:
+        super().__init__()
+        self.conv, self.activation, self.pool = conv, activation, pool
+        self.floor, self.key_after, self.one_pass = floor, key_after, one_pass
+        self.store = True  # somebody takes the map
+        self.fused: str | None = None  # how it is known that `conv_argmax` is the faster way; None where it is not
+
+    def _fuses(self, x: Tensor) -> bool:
+        conv = self.conv
+        if isinstance(conv.padding, str) or x.dtype == torch.float32:
+            return False
+        around = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+        height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in around)
+        architecture = "cpu"
+        if x.is_cuda:
+            architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
+        fuses, known = prefer(
+            conv.in_channels,
+            conv.out_channels,
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            (conv.stride[0], conv.stride[1]),
+            conv.groups,
+            (height, width),
+            x.dtype,
+            architecture,
+            pooled=self.pool is not None,
+        )
+        self.fused = known if fuses else None
+        return fuses
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(keys int64 [N, C], the map that goes on); None for what nobody asked for."""
+        conv = self.conv
+        if self.one_pass and self._fuses(x):
+            both = uk.conv_argmax(
+                x,
+                conv.weight,
+                conv.bias,
+                conv.stride,  # type: ignore[arg-type]  # two numbers, which nn.Conv2d does not say
+                conv.padding,  # type: ignore[arg-type]
+                conv.dilation,  # type: ignore[arg-type]
+                conv.groups,
+                activation=self.activation,
+                store=self.store,
+                key_after=self.key_after,
+            )
+            return both if self.pool is None or both[1] is None else (both[0], F.max_pool2d(both[1], *self.pool))
+        if self.one_pass and (conv.bias is not None or self.activation is not None or self.pool is not None):
+            raw = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+            return uk.epilogue(raw, conv.bias, self.activation, self.pool, key_after=self.key_after)
+        y = conv(x)
+        keys = None if self.floor is None or self.key_after else uk.spatial_argmax(y, self.floor())
+        if self.activation is not None:
+            y = F.relu_(y) if self.activation == "relu" else F.relu6(y, inplace=True)
+        if self.floor is not None and self.key_after:
+            keys = uk.spatial_argmax(y, self.floor())
+        return keys, y if self.pool is None else F.max_pool2d(y, *self.pool)
+
+
+class Key(nn.Module):
+    """The keys of a tapped layer's output that no chain makes."""
+
+    def __init__(self, name: str, kind: type[nn.Module], floor: Callable[[], Tensor | None]) -> None:
+        super().__init__()
+        self.name, self.kind, self.floor = name, kind, floor
+
+    def forward(self, output: object) -> Tensor:
+        """Keys int64 [N, C]."""
+        return uk.spatial_argmax(as_map(self.name, self.kind, output), self.floor())
+
+
+class _Tracer(fx.Tracer):
+    """Remembers which node is what each module returned, those inside of which it looks included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.returned: dict[str, fx.Node] = {}
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(result, fx.Proxy):
+            self.returned[self.path_of_module(m)] = result.node
+        return result
+
+
+def rewritten(model: nn.Module, layers: Mapping[str, slice], floor: Floor, *, one_pass: bool) -> fx.GraphModule:
+    """A copy of a model in eval mode that maps a batch to the layers' keys, one int64 [N, C] a layer.
+
+    layers: names, in the order of the forward pass, and each one's units. Raises NotRewrittenError, with the reason,
+    for a model that `torch.fx` cannot trace.
+    """
+    tracer = _Tracer()
+    try:
+        model = copy.deepcopy(model)
+        graph = tracer.trace(model)
+        tapped = {name: tracer.returned[name] for name in layers}
+    except KeyError as error:
+        raise NotRewrittenError(f"layer {error} does not show in its trace") from error
+    except Exception as error:  # whatever a model's own code does with a symbol in place of a tensor
+        raise NotRewrittenError(f"it cannot be traced ({type(error).__name__}: {first_line(error)})") from error
+
+    floors = {name: _part(floor, units) for name, units in layers.items()}
+    keys: dict[str, fx.Node] = {}
+    modules = dict(model.named_modules())
+    for number, node in enumerate(list(graph.nodes)):
+        if (link := _chain(node, modules, set(tapped.values()))) is not None:
+            names = [name for name, at in tapped.items() if at is link.key]
+            chain = Chain(
+                link.folded(modules),
+                link.activation,
+                link.pool,
+                floors[names[0]] if names else None,
+                key_after=link.key_after,
+                one_pass=one_pass,
+            )
+            model.add_module(f"chain{number}", chain)
+            with graph.inserting_before(node):
+                both = graph.call_module(f"chain{number}", node.args)
+                found, y = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+            keys |= dict.fromkeys(names, found)
+            tapped |= {name: y for name, at in tapped.items() if at is link.nodes[-1] and name not in names}
+            link.nodes[-1].replace_all_uses_with(y)
+            for absorbed in reversed(link.nodes):
+                graph.erase_node(absorbed)
+    for index, (name, node) in enumerate(tapped.items()):
+        if name not in keys:
+            model.add_module(f"key{index}", Key(name, type(modules[name]), floors[name]))
+            with graph.inserting_after(node):  # before anything can overwrite it
+                keys[name] = graph.call_module(f"key{index}", (node,))
+    _end(graph, [keys[name] for name in layers])
+    copied = fx.GraphModule(model, graph)
+    for node in graph.nodes:
+        called = copied.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, Chain):
+            called.store = any(user.args[1] == 1 and user.users for user in node.users)
+    return copied
+
+
+class _Link(NamedTuple):
+    """The nodes that one chain replaces, and what it does in their place."""
+
+    nodes: list[fx.Node]
+    norm: str | None
+    activation: str | None
+    pool: Pool | None
+    key: fx.Node | None
+    key_after: bool
+
+    def folded(self, modules: Mapping[str, nn.Module]) -> nn.Conv2d:
+        """The convolution, with the BatchNorm in its weights."""
+        conv: Any = modules[str(self.nodes[0].target)]
+        if self.norm is None:
+            return copy.deepcopy(conv)
+        norm: Any = modules[self.norm]
+        return fuse_conv_bn_eval(conv, norm)
+
+
+def _chain(node: fx.Node, modules: Mapping[str, nn.Module], tapped: set[fx.Node]) -> _Link | None:
+    """The chain that begins with this node; None where it is no plain convolution with one input."""
+    conv = _plain(node, modules, nn.Conv2d)
+    if conv is None or conv.padding_mode != "zeros" or len(node.args) != 1 or node.kwargs:
+        return None
+    nodes, norm, activation, pool = [node], None, None, None
+
+    def following() -> fx.Node | None:
+        users = list(nodes[-1].users)
+        return users[0] if len(users) == 1 and users[0].all_input_nodes == [nodes[-1]] else None
+
+    after = following()
+    found = None if after is None or node in tapped else _plain(after, modules, nn.BatchNorm2d)
+    if after is not None and found is not None and found.running_mean is not None:
+        nodes.append(after)
+        norm = str(after.target)
+        after = following()
+    key = nodes[-1] if nodes[-1] in tapped else None
+    if after is not None and not (key is not None and after in tapped) and (kind := _relu(after, modules)):
+        nodes.append(after)
+        activation, after = kind, following()
+    key_after = key is None and nodes[-1] in tapped
+    key = nodes[-1] if key_after else key
+    if after is not None and (found_pool := _max_pool(after, modules)):
+        nodes.append(after)
+        pool = found_pool
+    if len(nodes) == 1 and key is None:
+        return None  # nothing to gain
+    return _Link(nodes, norm, activation, pool, key, key_after)
+
+
+def _plain(node: fx.Node, modules: Mapping[str, nn.Module], kind: type[Any]) -> Any:
+    """The module that the node calls if it is exactly of this kind and nobody has hooked into it."""
+    module: Any = modules[str(node.target)] if node.op == "call_module" else None
+    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    return module
+
+
+def _relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    if node.op == "call_module":
+        return next((_RELUS[kind] for kind in (nn.ReLU, nn.ReLU6) if _plain(node, modules, kind) is not None), None)
+    return _RELUS.get(node.target) if node.op in ("call_function", "call_method") else None
+
+
+def _max_pool(node: fx.Node, modules: Mapping[str, nn.Module]) -> Pool | None:
+    pool: Any = _plain(node, modules, nn.MaxPool2d)
+    if pool is None or pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
+        return None
+    sizes = []
+    for value in (pool.kernel_size, pool.stride, pool.padding):
+        pair = (value, value) if isinstance(value, int) else value
+        if pair[0] != pair[1]:
+            return None
+        sizes.append(pair[0])
+    return Pool(*sizes)
+
+
+def _part(floor: Floor, units: slice) -> Callable[[], Tensor | None]:
+    return lambda: floor.of(units)
+
+
+def _end(graph: fx.Graph, keys: Sequence[fx.Node]) -> None:
+    """Make the keys what the graph returns, and drop what runs after the last of them."""
+    needed = set(keys)
+    for node in reversed(graph.nodes):
+        if node in needed:
+            with graph.inserting_after(node):
+                graph.output(tuple(keys))
+            return
+        graph.erase_node(node)

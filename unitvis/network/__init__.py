@@ -1,0 +1,1 @@
+"""The network that is read: its layers, its device, and its canonical forward pass."""

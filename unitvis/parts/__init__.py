@@ -1,1 +1,0 @@
-"""A scan of some of the images: which ones they are, and what it came to."""

@@ -1,0 +1,384 @@
+"""How each ATen operator carries reaches from its operands to its outputs; what has no rule here is `Unsupported`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unitvis.receptive_fields.reach import (
+    NO_TAP,
+    Reach,
+    aligned,
+    empty,
+    joined,
+    merged,
+    moved,
+    regrouped,
+    reshaped,
+    slid,
+    union,
+)
+
+
+class Unsupported(Exception):  # noqa: N818 - a signal between modules, which the caller answers by probing
+    """No closed form for this operator; the message says which."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor argument: its full shape and stride, its reach (None for a constant), its value if it is a constant."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    reach: Reach | None
+    value: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator of the graph: its arguments by their names in the schema, and the shape of its first output."""
+
+    func: torch._ops.OpOverload
+    args: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.func._schema.name.removeprefix("aten::")
+
+    @property
+    def operands(self) -> list[Operand]:
+        """Every tensor argument, those in lists included."""
+        values = [v for value in self.args.values() for v in (value if isinstance(value, list | tuple) else [value])]
+        return [value for value in values if isinstance(value, Operand)]
+
+    @property
+    def main(self) -> Operand:
+        """The first argument, which must not be a constant."""
+        operand = next(iter(self.args.values()))
+        if not isinstance(operand, Operand) or operand.reach is None:
+            raise Unsupported(f"{self.func} of a constant")
+        return operand
+
+    @property
+    def reach(self) -> Reach:
+        reach = self.main.reach
+        assert reach is not None  # noqa: S101 - for the type checker; `main` has refused it
+        return reach
+
+    def positive(self, dims: int | Sequence[int] | None) -> list[int]:
+        """Dimensions of the first argument as positive numbers; None or [] means all."""
+        ndim = len(self.main.shape)
+        if dims is None or dims == []:
+            return list(range(ndim))
+        return [dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)]
+
+
+Rule = Callable[[Call], Reach | Sequence[Reach]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def carry(call: Call) -> Reach | Sequence[Reach]:
+    """The reach of the call's first output (its other outputs of that shape share it), or of each of them."""
+    if torch.Tag.pointwise in call.func.tags:
+        return _pointwise(call)
+    if call.name not in RULES:
+        raise Unsupported(f"no closed form for {call.func}")
+    return RULES[call.name](call)
+
+
+# --- element by element, and by moving elements ----------------------------------------------------------------------
+
+
+# Elementwise operators that torch does not tag as such.
+@rule("_to_copy", "detach", "alias", "lift_fresh_copy", "_prelu_kernel", "hardswish", "log_sigmoid_forward", "rsub")
+@rule("fill", "native_dropout", "rrelu_with_noise", "rrelu_with_noise_functional", "complex", "floor_divide", "lift")
+@rule("to", "expand", "expand_copy", "leaky_relu")
+def _pointwise(call: Call) -> Reach:
+    return union([operand.reach for operand in call.operands if operand.reach is not None], len(call.shape))
+
+
+@rule("copy")
+def _copy(call: Call) -> Reach:
+    written = call.args["src"].reach
+    return empty(call.reach, len(call.shape)) if written is None else aligned(written, len(call.shape))
+
+
+# Only the shape of the argument is used.
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+def _constant(call: Call) -> Reach:
+    return empty(call.reach, len(call.shape))
+
+
+@rule("view", "_unsafe_view", "view_copy", "_reshape_alias", "reshape", "squeeze", "unsqueeze", "flatten", "unflatten")
+def _reshape(call: Call) -> Reach:
+    return reshaped(call.reach, call.main.shape, call.shape)
+
+
+@rule("as_strided", "as_strided_")
+def _restride(call: Call) -> Reach:
+    """A pooling of a channels-last map to 1x1 sets the strides of the dimensions of size 1: nothing moves."""
+    old, new = call.main.stride, call.args["stride"]
+    if call.shape != call.main.shape or call.args["storage_offset"]:
+        raise Unsupported(f"no closed form for {call.func}")
+    if any(a != b for a, b, n in zip(old, new, call.shape, strict=True) if n > 1):
+        raise Unsupported(f"no closed form for {call.func}")
+    return call.reach
+
+
+def _move(call: Call, dims: Sequence[int] | None) -> list[Reach]:
+    """The operator on the bounds of its operands, each at full size along `dims`."""
+    tensors = [name for name, value in call.args.items() if isinstance(value, Operand) and name != "index"]
+    if call.args[tensors[0]].reach is None and len(tensors) == 1:
+        raise Unsupported(f"{call.func} with indices that depend on the image")
+    known = next(operand.reach for operand in call.operands if operand.reach is not None)
+    operands = [call.args[name] for name in tensors]
+    rest = {name: value for name, value in call.args.items() if name not in tensors}
+    for name in ("index", "indices"):
+        if name in rest:
+            rest[name] = _indices(call, rest[name])
+
+    def move(bounds: Sequence[Tensor]) -> Sequence[Tensor]:
+        result = call.func(**dict(zip(tensors, bounds, strict=True)), **rest)
+        return [result] if isinstance(result, Tensor) else result
+
+    reaches = [empty(known, len(operand.shape)) if operand.reach is None else operand.reach for operand in operands]
+    return moved(reaches, [operand.shape for operand in operands], move, dims)
+
+
+def _indices(call: Call, indices: Any) -> Any:
+    """The constant value of an index argument."""
+    if isinstance(indices, Operand):
+        if indices.reach is not None:
+            raise Unsupported(f"{call.func} with indices that depend on the image")
+        return indices.value().cpu()
+    return [_indices(call, index) for index in indices] if isinstance(indices, list | tuple) else indices
+
+
+@rule("permute", "permute_copy", "transpose", "transpose_copy", "t", "t_copy")
+def _permute(call: Call) -> list[Reach]:
+    return _move(call, [])
+
+
+@rule("slice", "select", "split", "split_with_sizes", "split_copy", "unbind", "unfold", "index_select")
+def _move_along(call: Call) -> list[Reach]:
+    return _move(call, call.positive(call.args["dim"]))
+
+
+@rule("flip", "roll")
+def _move_along_dims(call: Call) -> list[Reach]:
+    return _move(call, call.positive(list(call.args["dims"])))
+
+
+@rule("index", "gather", "take_along_dim", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+@rule("native_channel_shuffle", "im2col", "diagonal", "tril", "triu", "slice_scatter", "select_scatter", "rot90")
+def _move_all(call: Call) -> list[Reach]:
+    return _move(call, None)
+
+
+@rule("cat", "stack")
+def _concatenation(call: Call) -> Reach:
+    parts = [part for part in call.args["tensors"] if part.shape != (0,)]
+    known = next(part.reach for part in parts if part.reach is not None)
+    reaches = [empty(known, len(part.shape)) if part.reach is None else part.reach for part in parts]
+    dim = call.args["dim"] % len(call.shape)
+    if call.name == "cat":
+        return joined(reaches, [part.shape[dim] for part in parts], dim)
+    shape = parts[0].shape
+    reaches = [reshaped(reach, shape, [*shape[:dim], 1, *shape[dim:]]) for reach in reaches]
+    return joined(reaches, [1] * len(parts), dim)
+
+
+@rule("glu")
+def _glu(call: Call) -> Reach:
+    (dim,) = call.positive(call.args["dim"])
+    halves = moved([call.reach], [call.main.shape], lambda bounds: bounds[0].chunk(2, dim), [dim])
+    return union(halves, len(call.shape))
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+@rule("sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin", "logsumexp", "median")
+@rule("var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "count_nonzero", "nansum", "aminmax")
+def _reduction(call: Call) -> Reach:
+    return merged(call.reach, call.positive(call.args.get("dim")), call.args.get("keepdim", False))
+
+
+# Every output along `dim` sees every input along it.
+@rule("_softmax", "_log_softmax", "_safe_softmax", "sort", "topk")
+def _merge_along(call: Call) -> Reach:
+    return merged(call.reach, call.positive(call.args["dim"]))
+
+
+@rule("native_layer_norm", "_fused_rms_norm")
+def _layer_norm(call: Call) -> Reach:
+    ndim = len(call.main.shape)
+    return merged(call.reach, range(ndim - len(call.args["normalized_shape"]), ndim))
+
+
+@rule("native_group_norm")
+def _group_norm(call: Call) -> Reach:
+    channels, groups = call.args["C"], call.args["group"]
+    everywhere = merged(call.reach, range(2, len(call.shape)))
+    return regrouped(everywhere, channels, groups, channels)
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "cudnn_batch_norm")
+@rule("_native_batch_norm_legit_no_training", "_batch_norm_no_update", "_batch_norm_with_update")
+@rule("_batch_norm_with_update_functional", "miopen_batch_norm")
+def _batch_norm(call: Call) -> Reach:
+    if call.args.get("training", "with_update" in call.name):  # also how torch computes an instance normalisation
+        return merged(call.reach, [dim for dim in range(len(call.shape)) if dim != 1])
+    return call.reach
+
+
+@rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv")
+def _contraction(call: Call) -> Reach:
+    *added, left, right = call.operands
+    reaches = [operand.reach for operand in added if operand.reach is not None]
+    for operand, dim in ((left, len(left.shape) - 1), (right, max(0, len(right.shape) - 2))):
+        if operand.reach is not None:
+            reaches.append(merged(operand.reach, [dim], keepdim=len(operand.shape) <= len(call.shape)))
+    return union(reaches, len(call.shape))
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
+@rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+@rule("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math")
+def _attention(call: Call) -> Reach:
+    reaches = []  # a mask changes nothing here: what it hides counts as seen
+    for name in ("query", "key", "value", "attn_mask", "attn_bias"):
+        operand = call.args.get(name)
+        if operand is None or operand.reach is None:
+            continue
+        # A query [.., L, E] reaches its own row of the output, keys and values [.., S, E] every row.
+        reaches.append(merged(operand.reach, [len(operand.shape) - 1] + [len(operand.shape) - 2] * (name != "query")))
+    return union(reaches, len(call.shape))
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def _per_dim(value: int | Sequence[int], ndim: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * ndim if len(values) == 1 else values
+
+
+def _window(outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+    return torch.arange(outputs)[:, None] * stride - padding + torch.arange(kernel) * dilation
+
+
+def _transposed_window(outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+    shifted = torch.arange(outputs)[:, None] + padding - torch.arange(kernel) * dilation
+    return torch.where(shifted % stride == 0, shifted.div(stride, rounding_mode="floor"), NO_TAP)
+
+
+def _taps(reads: Tensor) -> Tensor:
+    """The taps [outputs, taps] of a matrix that says which output reads which input: bool [outputs, inputs]."""
+    taps = torch.where(reads, torch.arange(reads.shape[1]), NO_TAP).sort(1).values
+    return taps[:, : max(1, int(reads.sum(1).max()))]
+
+
+@rule("convolution")
+def _convolution(call: Call) -> Reach:
+    image, weight, bias = (call.args[name] for name in ("input", "weight", "bias"))
+    if image.reach is None or (call.args["transposed"] and weight.reach is not None):
+        raise Unsupported(f"{call.func} with weights that depend on the image")
+    ndim = len(image.shape) - 2
+    reach = regrouped(image.reach, image.shape[1], call.args["groups"], call.shape[1])
+    windows = (_per_dim(call.args[name], ndim) for name in ("stride", "padding", "dilation"))
+    for dim, (stride, padding, dilation) in enumerate(zip(*windows, strict=True), 2):
+        window = _transposed_window if call.args["transposed"] else _window
+        taps = window(call.shape[dim], weight.shape[dim], stride, padding, dilation)
+        reach = slid(reach, dim, image.shape[dim], taps, 1 / stride if call.args["transposed"] else stride)
+    reaches = [reach]
+    for operand in (weight, bias):  # filters computed from the image: each output channel sees all that made them
+        if operand is not None and operand.reach is not None:
+            made = merged(operand.reach, range(1, len(operand.shape)), keepdim=False)
+            reaches.append(replace(made, bounds=made.bounds.reshape(4, 1, -1, *[1] * ndim)))
+    return union(reaches, len(call.shape))
+
+
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d")
+def _pool(call: Call) -> Reach:
+    shape = call.main.shape
+    ndim = int(call.name.split("pool")[1][0])
+    kernel = _per_dim(call.args["kernel_size"], ndim)
+    strides = _per_dim(call.args["stride"] or kernel, ndim)
+    padding = _per_dim(call.args["padding"], ndim)
+    dilation = _per_dim(call.args.get("dilation", 1), ndim)
+    reach = call.reach
+    for i in range(ndim):
+        dim = len(shape) - ndim + i
+        taps = _window(call.shape[dim], kernel[i], strides[i], padding[i], dilation[i])
+        reach = slid(reach, dim, shape[dim], taps, strides[i])
+    return reach
+
+
+@rule("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+def _adaptive_pool(call: Call) -> Reach:
+    reach = call.reach
+    for dim in range(len(call.shape) - len(call.args["output_size"]), len(call.shape)):
+        n, outputs = call.main.shape[dim], call.shape[dim]
+        if outputs == 1:
+            reach = merged(reach, [dim])
+            continue
+        output = torch.arange(outputs)[:, None]
+        first = (output * n).div(outputs, rounding_mode="floor")
+        last = ((output + 1) * n - 1).div(outputs, rounding_mode="floor")
+        position = torch.arange(n)
+        reach = slid(reach, dim, n, _taps((position >= first) & (position <= last)), n / outputs)
+    return reach
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d")
+@rule("upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d")
+@rule("_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa")
+def _interpolation(call: Call) -> Reach:
+    shape = call.main.shape
+    ndim = len(shape) - 2
+    if "output_size" not in call.args or "scale_factors" in call.args:
+        raise Unsupported(f"no closed form for {call.func}")
+    reach = call.reach
+    scales = {1: ["scales"], 2: ["scales_h", "scales_w"], 3: ["scales_d", "scales_h", "scales_w"]}[ndim]
+    for i in range(ndim):
+        n, outputs = shape[2 + i], call.shape[2 + i]
+        # The operator itself on unit impulses gives its weights, those that are exactly zero included.
+        here = [int(j == i) for j in range(ndim)]
+        impulses = torch.eye(n, dtype=call.dtype).reshape(1, n, *[n if h else 1 for h in here])
+        rest = dict(list(call.args.items())[1:])
+        rest["output_size"] = [outputs if h else 1 for h in here]
+        rest |= {scale: None for scale, h in zip(scales, here, strict=True) if not h}
+        weights = call.func(impulses, **rest).reshape(n, outputs)
+        reach = slid(reach, 2 + i, n, _taps((weights != 0).T), n / outputs)
+    return reach
+
+
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+@rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
+def _pad(call: Call) -> Reach:
+    shape, reach = call.main.shape, call.reach
+    pads = call.args["pad"] if "pad" in call.args else call.args["padding"]
+    for i, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+        n = shape[-1 - i]
+        taps = torch.arange(-before, n + after)  # what lies outside [0, n) is padding
+        if call.name != "constant_pad_nd":
+            mode = "reflect" if call.name.startswith("reflection") else "replicate"
+            taps = F.pad(torch.arange(n, dtype=torch.float64)[None, None], (before, after), mode).long().flatten()
+        reach = slid(reach, len(shape) - 1 - i, n, taps[:, None])
+    return reach

@@ -1,0 +1,164 @@
+"""Trace a model once and carry reaches through its graph: the closed form of its receptive fields."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from unitvis.errors import UnitvisError
+from unitvis.receptive_fields.reach import Reach, source
+from unitvis.receptive_fields.rules import Call, Operand, Unsupported, carry
+
+_map_nodes: Any = fx.node.map_arg  # its declared type knows of nodes mapped to nodes only
+Axes = tuple[Reach, Reach, Reach]  # images, rows, columns
+
+
+class MixedError(UnitvisError):
+    """A response that depends on chance, or on other images of its batch."""
+
+
+def trace(function: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> fx.GraphModule:
+    """The ATen graph of `function` without views written to or in-place operators; nothing is computed."""
+    for _ in range(2):  # again, because some operators (circular padding) write to views below functionalisation
+        traced = make_fx(torch.func.functionalize(function), tracing_mode="fake", _allow_non_fake_inputs=True)
+        with torch.no_grad():
+            graph = traced(images)
+        if not _writing(graph):
+            break
+        function = graph
+    return graph
+
+
+def _writing(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose writing the graph does not show as a value.
+
+    New strides, counters kept in the model and what goes back to the images at the end are not among them.
+    """
+    return [
+        node
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and torch.Tag.inplace_view not in node.target.tags
+        and not (isinstance(node.args[0], fx.Node) and node.args[0].op in ("placeholder", "get_attr"))
+    ]
+
+
+def reaches(graph: fx.GraphModule) -> dict[str, tuple[tuple[int, ...], Axes | None]]:
+    """For each output of the graph its shape and what reaches it (None: nothing); raises Unsupported, MixedError."""
+    if writing := _writing(graph):
+        raise Unsupported(f"no closed form for {writing[0].target}, which writes in place")
+    walk = _Walk(graph)
+    (returned,) = next(node for node in graph.graph.nodes if node.op == "output").args
+    needed = set(returned.values())
+    for node in reversed(graph.graph.nodes):
+        if node in needed and node.op != "output":
+            needed.update(node.all_input_nodes)
+    with torch.device("cpu"):  # whatever the caller's default: the bounds are small
+        for node in graph.graph.nodes:
+            if node in needed and node.op != "output":
+                walk.visit(node)
+    return {name: (tuple(node.meta["val"].shape), walk.axes.get(node)) for name, node in returned.items()}
+
+
+class _Walk:
+    """What reaches each node so far; a node in neither dictionary is a constant."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.graph = graph
+        self.axes: dict[fx.Node, Axes] = {}
+        self.several: dict[fx.Node, list[Axes | None]] = {}  # of operators with several outputs
+        self.constants: dict[fx.Node, Any] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            shape = node.meta["val"].shape
+            self.axes[node] = (source(shape, 0), source(shape, -2), source(shape, -1))
+        elif node.op != "call_function":
+            return
+        elif node.target is operator.getitem and node.args[0] in self.several:
+            self._item(node)
+        else:
+            self._call(node)
+
+    def _item(self, node: fx.Node) -> None:
+        origin, index = node.args
+        axes = self.several[origin][index]  # type: ignore[index]
+        if axes is None:
+            raise Unsupported(f"no closed form for output {index} of {origin.target}")  # type: ignore[union-attr]
+        self.axes[node] = axes
+
+    def _call(self, node: fx.Node) -> None:
+        func = node.target
+        if not isinstance(func, torch._ops.OpOverload):
+            if any(origin in self.axes or origin in self.several for origin in node.all_input_nodes):
+                raise Unsupported(f"no closed form for {func}")
+            return
+        args = _named(func, node)
+        if _is_random(func, args):
+            raise MixedError(f"{func} is random: the model has active dropout or noise; switch it off")
+        if not any(origin in self.axes for origin in node.all_input_nodes):
+            return
+        value = node.meta["val"]
+        values = [v for v in value if isinstance(v, Tensor)] if isinstance(value, list | tuple) else [value]
+        results = []
+        for axis in range(3):
+            operands = _map_nodes(args, partial(self._operand, axis=axis))
+            result = carry(Call(func, operands, tuple(values[0].shape), values[0].dtype))
+            results.append([result] if isinstance(result, Reach) else list(result))
+        first, last = results[0][0].bounds[:2]
+        if bool((first + last > 0).any()):
+            raise MixedError(f"{func} mixes the images of a batch, so that a response depends on its neighbours")
+        if not isinstance(value, list | tuple):
+            self.axes[node] = tuple(result[0] for result in results)  # type: ignore[assignment]
+            return
+        outputs: list[Axes | None] = list(zip(*results, strict=True))
+        if len(outputs) == 1:  # shared by all outputs of its shape: values and indices, variance and mean
+            same = [isinstance(v, Tensor) and v.shape == values[0].shape for v in value]
+            outputs = [outputs[0] if shared else None for shared in same]
+        self.several[node] = outputs
+
+    def _operand(self, node: fx.Node, axis: int) -> Operand:
+        axes = self.axes.get(node)
+        value = node.meta["val"]
+        reach = None if axes is None else axes[axis]
+        return Operand(tuple(value.shape), tuple(value.stride()), reach, lambda: self._constant(node))
+
+    def _constant(self, node: fx.Node) -> Any:
+        if node.op == "placeholder" or node in self.axes:
+            raise Unsupported("a value that depends on the image is used as an index")
+        if node not in self.constants:
+            if node.op == "get_attr":
+                self.constants[node] = getattr(self.graph, str(node.target))
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._constant)
+                with torch.no_grad():
+                    self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.constants[node]
+
+
+def _named(func: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by their names in the schema, defaults included."""
+    args = dict(zip((argument.name for argument in func._schema.arguments), node.args, strict=False))
+    for argument in func._schema.arguments[len(node.args) :]:
+        if argument.name in node.kwargs:
+            args[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            args[argument.name] = argument.default_value
+    return args
+
+
+def _is_random(func: torch._ops.OpOverload, args: dict[str, Any]) -> bool:
+    """Whether this call draws random numbers: operators with a switch or a probability draw only when it is on."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for switch in ("dropout_p", "training", "train"):
+        if args.get(switch) is not None:
+            return bool(args[switch])
+    return True

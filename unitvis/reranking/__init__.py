@@ -1,0 +1,1 @@
+"""From candidates in half precision to the exact result."""

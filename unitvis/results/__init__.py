@@ -1,0 +1,1 @@
+"""What a scan found, as arrays and as a folder; nothing here draws."""

@@ -1,0 +1,172 @@
+"""Several runs over parts of the same images made into one, as if one scan had seen them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import unitvis_kernels as uk
+from unitvis import models
+from unitvis.errors import UnitvisError
+from unitvis.ranking.recorder import Recorder
+from unitvis.results.manifest import describe_model
+from unitvis.run import Run, check_output, load
+from unitvis.scanning.scan import complete
+from unitvis.sources import Source, open_source, reopen_source
+from unitvis.sources.transform import Transform
+from unitvis.state.intervals import Coverage
+from unitvis.state.partial import Partial, refuse_differences
+
+NAN_COUNT = -2  # the state's column with the number of NaN responses
+
+
+@torch.inference_mode(False)
+def merge(
+    runs: Sequence[Run | str | Path],
+    model: nn.Module | str | models.Loaded | None = None,
+    *,
+    out: str | Path | None = None,
+    images: object = None,
+    device: torch.device | str | None = None,
+    on_error: str = "skip",
+    partial: bool = False,
+    overwrite: bool = False,
+) -> Run:
+    """One run of all images that the runs cover; they are those of shards (`scan(shard=)`) or came from a merge.
+
+    The order of the runs does not matter, nor does it to give one twice or to merge merged ones. The second pass runs
+    once, here. model, images: what was scanned, where the manifest does not say where to find it again. partial: merge
+    what is there although images are missing, into a run to merge on. UnitvisError names what differs between the runs,
+    and which images are missing.
+    """
+    folder = None if out is None else check_output(out, overwrite=overwrite)
+    loaded = {str(run): load(run) for run in runs if not isinstance(run, Run)}
+    loaded |= {f"run {number}": run for number, run in enumerate(runs, 1) if isinstance(run, Run)}
+    if not loaded:
+        raise UnitvisError("there is nothing to merge; name the runs of the shards")
+    parts: dict[str, Partial] = {}
+    for name, run in loaded.items():
+        if run.partial is None:
+            raise UnitvisError(f"{name} has no state to merge; runs of shards have one: scan with --shard I/N")
+        parts[name] = run.partial
+    merged = merge_partials(parts)
+    manifest = next(iter(loaded.values())).manifest
+    records = {id: record for run in loaded.values() for id, record in run.records.items()}
+    if partial:
+        failures = {one["id"]: one for run in loaded.values() for one in run.manifest["failures"]}
+        run = _still_partial(merged, manifest, [failures[id] for id in merged.failures])
+        run.records = {id: records[id] for id in merged.candidates.tolist() if id in records}
+    else:
+        run = _finished(merged, manifest, records, model, images, device, on_error)
+    if folder is not None:
+        run.write(folder)
+    return run
+
+
+def merge_partials(parts: Mapping[str, Partial]) -> Partial:
+    """The union of parts that may overlap, by name; UnitvisError where they are not parts of one scan."""
+    # The largest first: a part that lies inside one that is in already adds nothing, not even to the number of NaN.
+    order = sorted(parts, key=lambda name: -len(parts[name].coverage))
+    first = order[0]
+    merged, seconds = parts[first], parts[first].seconds
+    state, coverage, failures = merged.state.clone(), merged.coverage, dict(merged.failures)
+    for name in order[1:]:
+        part = parts[name]
+        refuse_differences(f"{first} and {name} cannot be merged", merged.identity, part.identity)
+        failures |= part.failures
+        twice = coverage & part.coverage
+        if len(twice) == len(part.coverage):
+            continue
+        if len(twice) and ((state[:, NAN_COUNT] > 0) & (part.state[:, NAN_COUNT] > 0)).any():
+            raise UnitvisError(
+                f"{name} has images {twice} in common with the others, and both count NaN responses, which cannot be "
+                "told apart; merge runs that overlap wholly or not at all"
+            )
+        uk.topk_merge_states_(state, part.state)
+        coverage, seconds = coverage | part.coverage, seconds + part.seconds
+    failed = np.array(sorted(failures), np.int64)
+    failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}  # one run could read it after all
+    return Partial(merged.identity, state, coverage, failures, seconds)
+
+
+def missing(part: Partial, images: int | None) -> Coverage:
+    """The ids that are neither in the state nor known as failures."""
+    return Coverage([(0, images or 0)]) - (part.coverage | Coverage.of(part.failures))
+
+
+def _still_partial(part: Partial, manifest: dict[str, Any], failures: list[dict[str, Any]]) -> Run:
+    found = {"failures": failures, "images": len(part.coverage), "coverage": part.coverage.ranges.tolist()}
+    return Run({}, manifest | found | {"shard": None, "partial": True}, {}, partial=part)
+
+
+def _finished(
+    part: Partial,
+    manifest: dict[str, Any],
+    records: Mapping[int, dict[str, Any]],
+    model: nn.Module | str | models.Loaded | None,
+    images: object,
+    device: torch.device | str | None,
+    on_error: str,
+) -> Run:
+    start = time.perf_counter()
+    source = _source(manifest, images)
+    if len(gap := missing(part, source.length)):
+        raise UnitvisError(
+            f"{len(gap):,} of {source.length:,} images are in none of the runs: {gap}; scan the shards that hold them, "
+            "or merge what there is with partial=True (--partial)"
+        )
+    module, place = _model(manifest, model)
+    names = list(manifest["layers"])
+    with Recorder(
+        module, names, manifest["k"], unit=manifest["unit"], device=device, transform=source.transform
+    ) as recorder:
+        channels, height, width = manifest["input"]
+        recorder.prepare((channels, height, width))
+        recorder.scan_in(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
+        recorder.go_on(part)
+        source.take_failures(part.failures)
+        undecided = manifest["precision"] == "exact" and recorder.precision != "fp32"
+        run = recorder.result(source if undecided else None)
+    run.attach(source, records)
+    run.partial = part
+    run.manifest |= {"precision": manifest["precision"], "plan": manifest["plan"]}
+    run.manifest["model"] |= place
+    run.manifest["failures"] = [asdict(failure) for failure in source.failures]
+    run.manifest["seconds"] |= {"scan": part.seconds, "merge": time.perf_counter() - start}
+    complete(run, source, module, device, on_error)
+    return run
+
+
+def _source(manifest: dict[str, Any], images: object) -> Source:
+    transform = manifest["transform"]
+    if images is None:
+        return reopen_source(manifest["source"], transform)
+    decoding = manifest["source"].get("decoding", {})
+    source = open_source(images, Transform.from_json(transform) if transform else None, **decoding)
+    if manifest["source"]["kind"] != "recorder":
+        found, wanted = ({**what, "path": None} for what in (source.describe(), manifest["source"]))
+        refuse_differences("the images are not those of the runs", wanted, found)
+    return source
+
+
+def _model(manifest: dict[str, Any], model: nn.Module | str | models.Loaded | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of the runs, and what the manifest says of where it is."""
+    said = manifest["model"]
+    if model is None:
+        if said.get("spec") is None:
+            raise UnitvisError("the runs do not say where their model is; give model= (--model) for the second pass")
+        model = models.load(said["spec"], said["file"], pretrained=said["pretrained"])
+    elif isinstance(model, str):
+        model = models.load(model)
+    place = model.place() if isinstance(model, models.Loaded) else {"spec": None}
+    module = model.model if isinstance(model, models.Loaded) else model
+    found = describe_model(module)
+    refuse_differences("the model is not that of the runs (there and here)", {key: said[key] for key in found}, found)
+    return module, place

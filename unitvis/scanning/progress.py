@@ -1,0 +1,183 @@
+"""A scan that may be stopped: what is done is written down every so often, and can be gone on with."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from unitvis.errors import Interrupted, UnitvisError
+from unitvis.ranking.recorder import Recorder
+from unitvis.run import PREVIOUS, PROGRESS, read_manifest, replacing
+from unitvis.scanning.signals import Signals
+from unitvis.sources import Source
+from unitvis.state.intervals import Coverage
+from unitvis.state.partial import Identity, Partial, identity, read_partial, refuse_differences
+from unitvis.state.shards import Shard
+
+EVERY = 60.0  # seconds between checkpoints
+
+
+class Progress:
+    """Around the loop of a scan::
+
+        with Progress(folder, recorder, source, shard) as progress:
+            for batch in source.batches(n, ids=progress.left()):
+                recorder(batch.pixels, batch.ids)
+                progress.after_batch()
+            progress.finish()
+            ...  # the second pass, and writing the run
+
+    folder: where checkpoints go; None: nowhere, and signals are left alone. SIGINT and SIGTERM end the loop with a
+    checkpoint and `Interrupted`; a second one ends it at once, as does the first one after `finish`.
+    """
+
+    def __init__(
+        self, folder: Path | None, recorder: Recorder, source: Source, shard: Shard | None, every: float = EVERY
+    ) -> None:
+        if not every > 0:
+            raise UnitvisError(f"checkpoints come every {every} seconds; more than 0 are needed")
+        self._folder = folder if source.rereadable else None
+        self._recorder, self._source, self._shard, self._every = recorder, source, shard, every
+        self.ids = None if shard is None else shard.ids(source.length, source.kind)
+        self.before = 0.0  # seconds of scanning in earlier attempts
+        self.writing = 0.0  # seconds that checkpoints took
+        self._identity: Identity | None = None
+        self._signals = Signals()
+
+    def __enter__(self) -> Self:
+        self._start = self._last = time.perf_counter()
+        if self._folder is not None:
+            self._signals.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._signals.__exit__()
+
+    def resume(self, batch_size: int | None = None) -> bool:
+        """Go on with what the folder holds, if anything; True where the scan is finished already.
+
+        batch_size: given where the precision is free: the scan goes on in the one that it began with. UnitvisError that
+        names the difference where it is another scan.
+        """
+        if self._folder is None:
+            raise UnitvisError(f"a {self._source.kind} is read once, so a scan of it cannot be resumed")
+        if part := read_progress(self._folder):
+            if batch_size is not None:
+                self._recorder.scan_in(part.identity["precision"], batch_size)
+            self._accept(f"the scan in {self._folder} cannot be gone on with (there and now)", part.identity)
+            self._recorder.go_on(part)
+            self._source.take_failures(part.failures)
+            self.before = part.seconds
+            return False
+        if not (self._folder / "manifest.json").exists():
+            return False
+        manifest = read_manifest(self._folder)
+        found = identity(manifest) | {"shard": manifest.get("shard")}
+        if batch_size is not None:
+            self._recorder.scan_in(found["precision"], batch_size)
+        self._accept(f"{self._folder} holds the run of another scan (there and now)", found)
+        return True
+
+    def _accept(self, what: str, found: Identity) -> None:
+        """Prepare the recorder for a scan like the one that was found; UnitvisError where this one is another."""
+        unprepared = {"input": found["input"], "layers": found["layers"]}
+        refuse_differences(what, found, self._identity_now() | unprepared)
+        channels, height, width = found["input"]
+        self._recorder.prepare((channels, height, width))
+        refuse_differences(what, found, self.identity)
+
+    @property
+    def identity(self) -> Identity:
+        """Of this scan; made once, since it takes a hash of the weights."""
+        if self._identity is None:
+            self._identity = self._identity_now()
+        return self._identity
+
+    def _identity_now(self) -> Identity:
+        described = self._recorder.about() | {"source": self._source.describe()}
+        return identity(described) | {"shard": None if self._shard is None else str(self._shard)}
+
+    def left(self) -> Iterable[int] | None:
+        """The ids still to be read; None for all."""
+        done = len(self._recorder.coverage) + len(self._source.reasons)
+        if self.ids is None and not done:
+            return None
+        wanted = range(self._source.length or 0) if self.ids is None else self.ids
+        return (self._recorder.coverage | Coverage.of(self._source.reasons)).left(wanted)
+
+    def after_batch(self) -> None:
+        """Write a checkpoint if it is time, or if a signal came."""
+        if self._signals.came is not None:
+            self.checkpoint()
+            raise Interrupted(f"interrupted after {self._count()}; {HOW}", self._signals.came)
+        if time.perf_counter() - self._last >= self._every:
+            self.checkpoint()
+
+    def finish(self) -> None:
+        """The last checkpoint. What follows can be repeated from it, so a signal need not wait any more."""
+        self.checkpoint()
+        self._signals.raise_at_once(f"interrupted after the scan, before its run was written; {HOW}")
+
+    def checkpoint(self) -> None:
+        """Write down what is done, and keep what was written before."""
+        start = time.perf_counter()
+        self._recorder.flush()
+        if self._folder is None or not self._recorder.images:
+            return
+        part = self.part()
+        try:
+            with replacing(self._folder / PROGRESS) as path:
+                part.write(path)
+                with suppress(FileNotFoundError):
+                    (self._folder / PROGRESS).replace(self._folder / PREVIOUS)
+        except OSError as error:
+            raise UnitvisError(
+                f"after {self._count()} the checkpoint could not be written into {self._folder}: {error.strerror}; "
+                f"mend that, then {HOW}"
+            ) from error
+        self._last = time.perf_counter()
+        self.writing += self._last - start
+
+    def part(self) -> Partial:
+        """What is done."""
+        return self._recorder.part(self.identity, self._source.reasons, self.seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Of scanning, in this attempt and those before, without the preparation."""
+        return self.before + time.perf_counter() - self._start - self._recorder.preparation
+
+    def _count(self) -> str:
+        total = "" if self._source.length is None else f" of {len(self.ids or range(self._source.length)):,}"
+        return f"{self._recorder.images:,}{total} images"
+
+
+HOW = "go on with the same command and --resume (resume=True)"
+
+
+def read_progress(folder: Path) -> Partial | None:
+    """The newest whole checkpoint in the folder; None where there is none at all, UnitvisError where none is whole."""
+    damaged = None
+    for name in (PROGRESS, PREVIOUS):
+        if (folder / name).exists():
+            try:
+                part = read_partial(folder / name)
+            except UnitvisError as error:
+                damaged = damaged or error
+                continue
+            if damaged:
+                warnings.warn(f"{damaged}; going on with the checkpoint before it, {len(part.coverage):,} images")
+            return part
+    if damaged:
+        raise UnitvisError(f"{damaged}, and there is no other checkpoint; start again with --overwrite")
+    return None
+
+
+def forget_progress(folder: Path) -> None:
+    """Remove checkpoints: their scan is finished, or is not to be gone on with."""
+    for name in (PROGRESS, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)

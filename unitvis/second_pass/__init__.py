@@ -1,1 +1,0 @@
-"""The images that matter are read again, and decided by canonical responses."""
