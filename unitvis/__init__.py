@@ -4,8 +4,8 @@ from unitvis.attribution.deconvnet import Projection, project
 from unitvis.attribution.responses import ResponseMap, response_map
 from unitvis.errors import ImageError, Interrupted, UnitvisError
 from unitvis.gallery import gallery
+from unitvis.network.receptive_fields.fields import ReceptiveField, receptive_field
 from unitvis.ranking.recorder import Recorder
-from unitvis.receptive_fields.fields import ReceptiveField, receptive_field
 from unitvis.run import LayerTop, Run, load
 from unitvis.scanning.merge import merge
 from unitvis.scanning.pack import pack

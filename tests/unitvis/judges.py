@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unitvis.errors import UnitvisError
-from unitvis.network.layers import as_map
-from unitvis.receptive_fields.fields import ReceptiveField, receptive_fields
+from unitvis.network.forward import as_map
+from unitvis.network.receptive_fields.fields import ReceptiveField, receptive_fields
 
 
 def responses(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

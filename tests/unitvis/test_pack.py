@@ -22,7 +22,7 @@ from torch import nn
 
 import unitvis
 from half import rounded  # noqa: F401  # a fixture
-from unitvis import Interrupted, UnitvisError, cli
+from unitvis import Interrupted, UnitvisError, cli, models
 from unitvis import pack as pack_function
 from unitvis.drawing import sheets
 from unitvis.run import ARRAYS

@@ -24,10 +24,11 @@ import unitvis_kernels as uk
 from unitvis.drawing.colours import GREY, signed
 from unitvis.drawing.patches import Box, cut
 from unitvis.errors import UnitvisError, check_unit, first_line
-from unitvis.network.canonical import BATCH, canonical_settings, compute_batch
-from unitvis.network.layers import Taps
-from unitvis.ranking.recorder import Recorder
-from unitvis.run import LayerTop, Run
+from unitvis.network.canonical import canonical_settings
+from unitvis.network.forward import COMPUTE_BATCH, compute_batch
+from unitvis.network.network import Network
+from unitvis.results.arrays import LayerArrays
+from unitvis.results.data import RunData
 from unitvis.sources import Source, open_source
 from unitvis.sources.transform import Transform
 
@@ -78,7 +79,7 @@ def project(
     if isinstance(units, int | np.integer):
         units = [int(units)]
     chosen = None if units is None else list(units)
-    if isinstance(images, Run):
+    if isinstance(images, RunData):
         run = images
         names = [layers] if isinstance(layers, str) else run.layers if layers is None else list(layers)
         return _of_run(model, run, names, chosen, device)
@@ -89,15 +90,16 @@ def project(
 
 
 def _of_run(
-    model: nn.Module, run: Run, layers: list[str], units: list[int] | None, device: torch.device | str | None
+    model: nn.Module, run: RunData, layers: list[str], units: list[int] | None, device: torch.device | str | None
 ) -> Iterator[Projection]:
-    with Recorder(model, layers, device=device, transform=run.source.transform) as recorder:
+    network = Network(model, device=device, transform=run.source.transform)
+    with network.evaluating():
         for layer in layers:
             jobs = _jobs(run[layer], units)
-            for start in range(0, len(jobs), BATCH):
-                part = jobs[start : start + BATCH]
-                (batch,) = run.source.batches(BATCH, ids=[image for image, _ in part])
-                passed = _Pass(recorder, layer, recorder.as_images(batch.pixels))
+            for start in range(0, len(jobs), COMPUTE_BATCH):
+                part = jobs[start : start + COMPUTE_BATCH]
+                (batch,) = run.source.batches(COMPUTE_BATCH, ids=[image for image, _ in part])
+                passed = _Pass(network, layer, network.normalise(batch.pixels))
                 rounds = len(part[0][1])
                 for turn in range(rounds):
                     now = [(slot, groups[turn]) for slot, (_, groups) in enumerate(part) if turn < len(groups)]
@@ -131,7 +133,7 @@ class _Winner:
         return own
 
 
-def _jobs(top: LayerTop, units: list[int] | None) -> list[tuple[int, list[list[_Winner]]]]:
+def _jobs(top: LayerArrays, units: list[int] | None) -> list[tuple[int, list[list[_Winner]]]]:
     """(image, groups of winners): a group goes back at once, the groups of a job one after the other.
 
     Longest jobs first, so that those of a batch, which share a forward pass, are about as long.
@@ -160,11 +162,12 @@ def _jobs(top: LayerTop, units: list[int] | None) -> list[tuple[int, list[list[_
 def _of_images(
     model: nn.Module, source: Source, layers: list[str], units: list[int] | None, device: torch.device | str | None
 ) -> Iterator[Projection]:
-    with Recorder(model, layers, device=device, transform=source.transform) as recorder:
+    network = Network(model, device=device, transform=source.transform)
+    with network.evaluating():
         for layer in layers:
-            for batch in source.batches(BATCH):
+            for batch in source.batches(COMPUTE_BATCH):
                 ids = batch.ids.tolist()
-                passed = _Pass(recorder, layer, recorder.as_images(batch.pixels))
+                passed = _Pass(network, layer, network.normalise(batch.pixels))
                 channels, _, width = passed.shape[1:]
                 for unit in (every := range(channels) if units is None else units):
                     check_unit(layer, unit, channels)
@@ -175,7 +178,7 @@ def _of_images(
                         yield Projection(layer, unit, None, image, neuron, signal, passed.method)
 
 
-def neuron_of(top: LayerTop, unit: int, rank: int) -> Neuron:
+def neuron_of(top: LayerArrays, unit: int, rank: int) -> Neuron:
     """Channel, row and column of a winner's neuron."""
     row, column = top.positions[unit, rank].tolist()
     per_channel = top.info["height"] * top.info["width"] if top.info["unit"] == "neuron" else 1
@@ -183,11 +186,11 @@ def neuron_of(top: LayerTop, unit: int, rank: int) -> Neuron:
 
 
 class _Pass:
-    """One forward pass of at most `BATCH` images up to a layer, kept for any number of ways back."""
+    """One forward pass of at most `COMPUTE_BATCH` images up to a layer, kept for any number of ways back."""
 
     @torch.inference_mode(False)
-    def __init__(self, recorder: Recorder, layer: str, images: Tensor) -> None:
-        self._layer, self._device = layer, recorder.device
+    def __init__(self, network: Network, layer: str, images: Tensor) -> None:
+        self._layer, self._device = layer, network.device
         self._pixels = compute_batch(images).requires_grad_()
         edges: list[GradientEdge] = []
 
@@ -196,15 +199,15 @@ class _Pass:
                 raise UnitvisError(f"no gradient leads from layer {layer!r} to the image (detach, or no_grad?)")
             edges.append(get_gradient_edge(maps))  # now: an in-place activation may overwrite the map next
             self.shape, self._dtype = maps.shape, maps.dtype
-            self.strongest = uk.unpack(uk.spatial_argmax(maps.detach()))[1]  # [BATCH, C]
+            self.strongest = uk.unpack(uk.spatial_argmax(maps.detach()))[1]  # [COMPUTE_BATCH, C]
 
-        with torch.enable_grad(), canonical_settings(self._device), Taps(recorder.model, [layer]) as taps:
-            taps.run(self._pixels.clone(), read)  # a clone: a model may overwrite its input
+        with network.reading_maps([layer]) as canonical:
+            canonical.differentiable_maps(self._pixels, read)
         self._edge = edges[0]
         self.method = _rectify_signals(self._edge.node, layer)
 
     def signals(self, seeds: Sequence[tuple[int, Neuron]], *, last: bool) -> NDArray[np.float32]:
-        """[BATCH, C, H, W]: what comes back of 1 in these neurons, each in an image's slot; last: of this pass."""
+        """[COMPUTE_BATCH, C, H, W]: the signal of 1 in these neurons, each in an image's slot; last: of this pass."""
         seed = torch.zeros(self.shape, dtype=self._dtype, device=self._device)
         slots, channels, rows, columns = zip(*((slot, *neuron) for slot, neuron in seeds), strict=True)
         seed[slots, channels, rows, columns] = 1

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from unitvis.network.canonical import evaluating
 from unitvis.network.layers import Examination
-from unitvis.run import Run
+from unitvis.results.data import RunData
 
 
-def first_filters(model: nn.Module, run: Run) -> dict[str, NDArray[np.float32]]:
+def first_filters(model: nn.Module, run: RunData) -> dict[str, NDArray[np.float32]]:
     """{layer: [channels, C, h, w]} of the run's layer that is the first convolution to run, or the BatchNorm after it.
 
     Empty where that convolution is no layer of the run, takes more than an image's channels, or is 1x1. A BatchNorm

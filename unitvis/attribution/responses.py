@@ -18,10 +18,8 @@ from unitvis.drawing.colours import heat, heat_levels
 from unitvis.drawing.notebook import png
 from unitvis.drawing.patches import Box, whole
 from unitvis.errors import check_unit
-from unitvis.network.canonical import canonical_settings, compute_batch
-from unitvis.network.layers import Taps
-from unitvis.ranking.recorder import Recorder
-from unitvis.receptive_fields.fields import receptive_field
+from unitvis.network.network import Network
+from unitvis.network.receptive_fields.fields import receptive_field
 from unitvis.sources import open_source
 from unitvis.sources.transform import Transform
 
@@ -81,11 +79,11 @@ def response_map(
     images = image[None] if isinstance(image, np.ndarray | Tensor) else [image]
     source = open_source(images, transform)
     maps: list[Tensor] = []
-    with Recorder(model, layer, device=device, transform=source.transform) as recorder:
-        pixels = recorder.as_images(source.read(0)[None])
-        field = receptive_field(recorder.model, layer, (pixels.shape[1], pixels.shape[2], pixels.shape[3]))
-        with torch.inference_mode(), canonical_settings(recorder.device), Taps(recorder.model, [layer]) as taps:
-            taps.run(compute_batch(pixels), lambda _, found: maps.append(found[:1].clone()))
+    network = Network(model, device=device, transform=source.transform)
+    pixels = source.read(0)[None]
+    field = receptive_field(network.model, layer, network.input_shape_of(pixels))
+    with network.evaluating(), network.reading_maps([layer]) as canonical:
+        canonical.maps(pixels, lambda _, found: maps.append(found.clone()))
     channels, _, width = maps[0].shape[1:]
     check_unit(layer, unit, channels)
     value, place = (part[0, unit].item() for part in uk.unpack(uk.spatial_argmax(maps[0])))

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from unitvis.network.layers import Taps
+from unitvis.network.forward import Hooks
 
 
 class Forward:
@@ -23,19 +23,19 @@ class Forward:
 
     def __init__(self, model: nn.Module, layers: Sequence[str], k: int = 9) -> None:
         self.k = k
-        self._taps = Taps(model, layers)
+        self._hooks = Hooks(model, layers)
 
     def __enter__(self) -> Self:
-        self._taps.__enter__()
+        self._hooks.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._taps.__exit__()
+        self._hooks.__exit__()
 
     def __call__(self, batch: Tensor, ids: Tensor) -> None:
         """Forward a batch; ids int64, ascending from call to call, of all its images but those that pad it."""
         with torch.inference_mode():
-            self._taps.run(batch, lambda layer, maps: self._read(layer, maps[: len(ids)], ids))
+            self._hooks.run(batch, lambda layer, maps: self._read(layer, maps[: len(ids)], ids))
 
     def _read(self, layer: int, maps: Tensor, ids: Tensor) -> None:
         pass

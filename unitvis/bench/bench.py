@@ -16,15 +16,18 @@ from torch.nn import functional as F
 from unitvis.bench.baselines import DeviceHook, Forward, HostHook
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
-from unitvis.network.canonical import BATCH, canonical_settings, compute_batch
+from unitvis.network.canonical import canonical_settings
+from unitvis.network.forward import COMPUTE_BATCH, compute_batch
+from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
-from unitvis.run import UNSEPARATED, Run
+from unitvis.results.arrays import UNSEPARATED
+from unitvis.run import Run
 from unitvis.scanning.precision import plan, speed
 from unitvis.sources.transform import Transform
 
-K, READ = 9, 4 * BATCH
+K, READ = 9, 4 * COMPUTE_BATCH
 SECONDS = 45.0  # what all passes over the images together may take
-MOST, FEWEST, ROUNDS = 2048, 2 * BATCH, 3
+MOST, FEWEST, ROUNDS = 2048, 2 * COMPUTE_BATCH, 3
 HOST, DEVICE, BARE, FLOAT = "naive host hook", "amax + topk hook", "bare forward", "unitvis, float32"
 BASELINES: dict[str, type[Forward]] = {HOST: HostHook, DEVICE: DeviceHook, BARE: Forward}
 TENSOR_FLOAT = "; where PyTorch is left to choose, float32 convolutions of the others are in TensorFloat-32"
@@ -46,36 +49,38 @@ def bench(
         raise UnitvisError(f"the number of images must be at least 1, not {count}")
     crop = transform.crop or 224
     size = crop if isinstance(crop, tuple) else (crop, crop)
-    with Recorder(model, k=K, device=device, transform=transform) as examined:  # in eval mode till then
-        examined.prepare((3, *size))
-        one = Bench(examined)
+    network = Network(model, device=device, transform=transform)
+    network.examine((3, *size))
+    network.find_receptive_fields()
+    with network.evaluating():
+        one = Bench(network)
         if count is None:
-            count = one.affordable(pictures(2 * BATCH, size))
+            count = one.affordable(pictures(2 * COMPUTE_BATCH, size))
         images = pictures(count, size)
         said = one.check(images)
         rounds = ROUNDS if count > FEWEST else 1
-        seconds = interleaved(one.contenders(images), rounds, examined.device)
-        plans = [plan(n, examined.units, K, examined.device, rereadable=True).line for n in (count, 10**6)]
+        seconds = interleaved(one.contenders(images), rounds, network.device)
+        plans = [plan(n, network.units, K, network.device, rereadable=True).line for n in (count, 10**6)]
     return "\n".join([
-        f"{count:,} images of {size[0]} x {size[1]} in memory, {examined.units:,} units of {len(examined.layers)} "
-        f"layers, {examined.device}; equal: {said}",
+        f"{count:,} images of {size[0]} x {size[1]} in memory, {network.units:,} units of {len(network.layers)} "
+        f"layers, {network.device}; equal: {said}",
         *table(seconds, count),
         f"medians of {rounds} rounds in which all took turns, each up to the last of the layers; the amax + topk hook "
-        f"finds no positions{TENSOR_FLOAT if examined.device.type == 'cuda' else ''}",
+        f"finds no positions{TENSOR_FLOAT if network.device.type == 'cuda' else ''}",
         f"what scan does with these images: {plans[0]}",
         f"with a million: {plans[1]}",
     ])  # fmt: skip
 
 
 class Bench:
-    """The contenders for one model, as a prepared Recorder knows it."""
+    """The contenders for one network whose layers are known."""
 
-    def __init__(self, examined: Recorder) -> None:
-        self.model, self.device = examined.model, examined.device
+    def __init__(self, network: Network) -> None:
+        self.model, self.device = network.model, network.device
         # What the images are is what the model gets, so nothing is resized or cropped.
-        self.transform = replace(examined.transform or Transform(), resize=None, crop=None)
-        self.shape = (examined._shape[0], examined._shape[1], examined._shape[2])
-        self.layers = [layer.name for layer in examined.layers]
+        self.transform = replace(network.transform or Transform(), resize=None, crop=None)
+        self.shape = network.input_shape
+        self.layers = [layer.name for layer in network.layers]
         self.half = fastest_half(self.device)
 
     def contenders(self, images: Pixels) -> dict[str, Contender]:
@@ -97,7 +102,7 @@ class Bench:
     def baseline(self, kind: type[Forward], images: Pixels, *, canonical: bool = False) -> Forward:
         """A baseline after a pass over the images, in batches as a user reads them or as canonical responses need."""
         with torch.inference_mode(), kind(self.model, self.layers, K) as hooks:
-            for start, pixels in batches(images, BATCH if canonical else READ):
+            for start, pixels in batches(images, COMPUTE_BATCH if canonical else READ):
                 batch = self.transform.normalize(pixels.to(self.device))
                 ids = torch.arange(start, start + len(batch), device=self.device)
                 if canonical:
@@ -133,7 +138,7 @@ class Bench:
         synchronise(self.device)
         seconds = (time.perf_counter() - start) / len(few)
         passes = 4 + (len(BASELINES) + (2 if self.half else 1)) * ROUNDS
-        return min(MOST, max(FEWEST, int(SECONDS / passes / seconds) // BATCH * BATCH))
+        return min(MOST, max(FEWEST, int(SECONDS / passes / seconds) // COMPUTE_BATCH * COMPUTE_BATCH))
 
     def check(self, images: Pixels) -> str:
         """Compare all contenders; UnitvisError where two disagree. Says what was compared and how closely."""

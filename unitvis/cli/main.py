@@ -17,11 +17,12 @@ from unitvis import models
 from unitvis.cli.options import Command, parser
 from unitvis.drawing import sheets
 from unitvis.errors import Interrupted, UnitvisError
+from unitvis.files import replacing
 from unitvis.gallery import MOST_UNITS, gallery
 from unitvis.gallery.figures import DPI, figure
-from unitvis.ranking.recorder import Recorder
+from unitvis.network.network import Network
 from unitvis.results.nonfinite import odd_responses
-from unitvis.run import Run, load, replacing
+from unitvis.run import Run, load
 from unitvis.scanning.merge import merge
 from unitvis.scanning.pack import pack
 from unitvis.scanning.scan import scan
@@ -61,11 +62,12 @@ def _load(arguments: argparse.Namespace) -> models.Loaded:
 def _layers(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments)
     size = arguments.crop or (loaded.transform and loaded.transform.crop) or (224, 224)
-    with Recorder(loaded.model, arguments.layer or None) as recorder:
-        recorder.prepare((3, *(size if isinstance(size, tuple) else (size, size))))
+    network = Network(loaded.model)
+    network.examine((3, *(size if isinstance(size, tuple) else (size, size))), arguments.layer or None)
+    network.find_receptive_fields()
     print(f"{'layer':<28} {'channels':>8} {'map':>11} {'receptive field':>17} {'stride':>9}")
-    for layer in recorder.layers:
-        field = recorder.fields[layer.name]
+    for layer in network.layers:
+        field = network.fields[layer.name]
         seen = "whole image" if field.whole_image else f"{field.size[0]} x {field.size[1]}"
         stride = f"{field.stride[0]:g} x {field.stride[1]:g}" if field.stride else "-"
         print(f"{layer.name:<28} {layer.channels:>8} {f'{layer.height} x {layer.width}':>11} {seen:>17} {stride:>9}")
@@ -173,7 +175,7 @@ def _tell_failures(failures: list[dict[str, Any]], where: str) -> None:
 
 
 def _tell_result(run: Run) -> None:
-    counts = sheets.summary(run)
+    counts = run.count()
     seconds = run.manifest["seconds"]
     images = run.manifest["images"]
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)

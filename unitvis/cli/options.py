@@ -8,9 +8,9 @@ from pathlib import Path
 
 from unitvis import models
 from unitvis.gallery.figures import FIGURES
-from unitvis.scanning.progress import EVERY
 from unitvis.scanning.scan import PRECISIONS
 from unitvis.sources.decoding import DECODERS
+from unitvis.state.checkpoints import CHECKPOINT_SECONDS
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -48,7 +48,11 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
         sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
         sub.add_argument(
-            "--checkpoint-every", type=float, default=EVERY, metavar="SECONDS", help="a kill loses no more (60)"
+            "--checkpoint-every",
+            type=float,
+            default=CHECKPOINT_SECONDS,
+            metavar="SECONDS",
+            help="a kill loses no more (60)",
         )
 
     def run_argument(sub: argparse.ArgumentParser) -> None:

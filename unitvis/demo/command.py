@@ -14,9 +14,12 @@ from unitvis.demo import network
 from unitvis.demo.overview import overview
 from unitvis.demo.pictures import CLASSES, pictures
 from unitvis.drawing.sheets import render
+from unitvis.files import replacing
 from unitvis.gallery import gallery
-from unitvis.network.canonical import canonical_settings, compute_batch
-from unitvis.run import Run, check_output, replacing
+from unitvis.network.canonical import canonical_settings
+from unitvis.network.forward import compute_batch
+from unitvis.results.folder import check_output
+from unitvis.run import Run
 from unitvis.scanning.scan import scan
 from unitvis.sources.transform import Transform
 

@@ -72,7 +72,7 @@ def shadow(alpha: Field, softness: float, right: float, down: float) -> Field:
 
 
 def edge(distance: Field, width: float = PIXEL) -> Field:
-    """Coverage of the side where `distance` is positive, anti-aliased over `width`."""
+    """IntervalSet of the side where `distance` is positive, anti-aliased over `width`."""
     return np.clip(distance / width + 0.5, 0, 1)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from unitvis.errors import UnitvisError
-from unitvis.run import LayerTop, Run
+from unitvis.results.arrays import LayerArrays
+from unitvis.results.data import RunData
 
 Box = tuple[int, int, int, int]
 
@@ -27,11 +28,11 @@ def default_crop(info: Mapping[str, Any], input_size: tuple[int, int]) -> str:
     return "effective" if info["effective_box"] else "image"
 
 
-def crop_of(run: Run, layer: str, crop: str | None) -> str:
+def crop_of(run: RunData, layer: str, crop: str | None) -> str:
     """The crop as asked for, or the layer's default."""
     info = run[layer].info
     if crop is None:
-        return default_crop(info, input_size(run))
+        return default_crop(info, run.input_size)
     if crop not in CROPS:
         raise UnitvisError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
     if crop == "effective" and not info["effective_box"]:
@@ -39,13 +40,7 @@ def crop_of(run: Run, layer: str, crop: str | None) -> str:
     return crop
 
 
-def input_size(run: Run) -> tuple[int, int]:
-    """(height, width) of the model's input."""
-    _, height, width = run.manifest["input"]
-    return height, width
-
-
-def drawn_box(top: LayerTop, unit: int, rank: int, crop: str, size: tuple[int, int]) -> Box:
+def drawn_box(top: LayerArrays, unit: int, rank: int, crop: str, size: tuple[int, int]) -> Box:
     """Left, top, right, bottom, in model-input pixels, of what is drawn of a winner; it may leave the image."""
     left, upper, right, lower = top.boxes[unit, rank].tolist()
     if crop == "image":
@@ -99,7 +94,7 @@ def _inside(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float
     return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[0])), min(box[3], float(size[1]))
 
 
-def places(run: Run, layer: str, units: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
+def places(run: RunData, layer: str, units: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
     """The (unit, rank) pairs to draw, by image; blanks and what did not fire have no patch."""
     top = run[layer]
     fired = top.fired
@@ -110,18 +105,18 @@ def places(run: Run, layer: str, units: Iterable[int]) -> dict[int, list[tuple[i
     return by_image
 
 
-def patches(run: Run, wanted: dict[str, tuple[list[int], str, int]]) -> Iterator[tuple[str, int, int, Image.Image]]:
+def patches(run: RunData, wanted: dict[str, tuple[list[int], str, int]]) -> Iterator[tuple[str, int, int, Image.Image]]:
     """Cut patches, each picture opened once: {layer: (units, crop, size)} -> (layer, unit, rank, patch), any order."""
     per_layer = {layer: places(run, layer, units) for layer, (units, _, _) in wanted.items()}
     for image, picture, to_picture in pictures(run, sorted(set().union(*per_layer.values()))):
         for layer, by_image in per_layer.items():
             _, crop, size = wanted[layer]
             for unit, rank in by_image.get(image, []):
-                box = drawn_box(run[layer], unit, rank, crop, input_size(run))
-                yield layer, unit, rank, cut(picture, to_picture, box, input_size(run), size)
+                box = drawn_box(run[layer], unit, rank, crop, run.input_size)
+                yield layer, unit, rank, cut(picture, to_picture, box, run.input_size, size)
 
 
-def pictures(run: Run, images: list[int]) -> Iterator[tuple[int, Any, Any]]:
+def pictures(run: RunData, images: list[int]) -> Iterator[tuple[int, Any, Any]]:
     """(image, picture, where a box of model-input pixels lies in it) for each of these; see `Source.picture`.
 
     Raises UnitvisError where an image file is no longer the one that was scanned.
@@ -133,7 +128,7 @@ def pictures(run: Run, images: list[int]) -> Iterator[tuple[int, Any, Any]]:
         yield image, *run.source.picture(image, shown)
 
 
-def _value_range(run: Run) -> tuple[float, float]:
+def _value_range(run: RunData) -> tuple[float, float]:
     """What black and white are where the source has normalised floats only: one range for the whole run."""
     if not run.source.rereadable:
         raise UnitvisError(

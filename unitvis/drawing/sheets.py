@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.drawing.patches import crop_of, input_size, patches
+from unitvis.drawing.patches import crop_of, patches
 from unitvis.errors import UnitvisError, check_unit
-from unitvis.run import SEPARATED, LayerTop, Run, file_name, replacing
+from unitvis.files import file_name, replacing
+from unitvis.results.arrays import SEPARATED, LayerArrays
+from unitvis.results.data import RunData
 
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)
 EMPTY, EMPTY_MARK = (238, 238, 238), (205, 205, 205)
 MOST_PIXELS = 400_000_000  # of patches held at once while a run is rendered
 
 
-def patch(run: Run, layer: str, unit: int, rank: int, *, crop: str | None, size: int) -> Image.Image:
+def patch(run: RunData, layer: str, unit: int, rank: int, *, crop: str | None, size: int) -> Image.Image:
     top = _unit(run, layer, unit)
     if not 0 <= rank < top.values.shape[1]:
         raise UnitvisError(f"there is no rank {rank}: the run keeps {top.values.shape[1]} winners, from 0")
@@ -27,13 +28,13 @@ def patch(run: Run, layer: str, unit: int, rank: int, *, crop: str | None, size:
     return cells.get((unit, rank)) or not_there(top, unit, rank, size)
 
 
-def tile(run: Run, layer: str, unit: int, *, crop: str | None, size: int) -> Image.Image:
+def tile(run: RunData, layer: str, unit: int, *, crop: str | None, size: int) -> Image.Image:
     _unit(run, layer, unit)
     cells = cut_cells(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
     return compose(run[layer], unit, cells, size)
 
 
-def sheet(run: Run, layer: str, units: Sequence[int] | None, *, crop: str | None, size: int | None) -> Image.Image:
+def sheet(run: RunData, layer: str, units: Sequence[int] | None, *, crop: str | None, size: int | None) -> Image.Image:
     chosen = checked_units(run, layer, units)
     size = size or _patch_size(len(chosen))
     crop = crop_of(run, layer, crop)
@@ -41,7 +42,7 @@ def sheet(run: Run, layer: str, units: Sequence[int] | None, *, crop: str | None
     return _sheet(run, layer, chosen, crop, size, cells)
 
 
-def render(run: Run, folder: Path, *, crop: str | None = None) -> list[Path]:
+def render(run: RunData, folder: Path, *, crop: str | None = None) -> list[Path]:
     """Write sheets/LAYER.png for every layer; each picture is opened once for as many layers as fit in memory."""
     run.need_winners()
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def render(run: Run, folder: Path, *, crop: str | None = None) -> list[Path]:
     return written
 
 
-def grouped(run: Run, sizes: Mapping[str, int]) -> list[list[str]]:
+def grouped(run: RunData, sizes: Mapping[str, int]) -> list[list[str]]:
     """Layers whose patches, `sizes` pixels wide, are held at once."""
     groups: list[list[str]] = [[]]
     held = 0
@@ -71,7 +72,9 @@ def grouped(run: Run, sizes: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def cut_cells(run: Run, wanted: dict[str, tuple[list[int], str, int]]) -> dict[str, dict[tuple[int, int], Image.Image]]:
+def cut_cells(
+    run: RunData, wanted: dict[str, tuple[list[int], str, int]]
+) -> dict[str, dict[tuple[int, int], Image.Image]]:
     """{layer: (units, crop, size)} -> {layer: {(unit, rank): patch}}."""
     cells: dict[str, dict[tuple[int, int], Image.Image]] = {layer: {} for layer in wanted}
     for layer, unit, rank, image in patches(run, wanted):
@@ -84,7 +87,7 @@ def _patch_size(units: int) -> int:
     return 64 if units <= 64 else 48 if units <= 256 else 40
 
 
-def not_there(top: LayerTop, unit: int, rank: int, size: int) -> Image.Image:
+def not_there(top: LayerArrays, unit: int, rank: int, size: int) -> Image.Image:
     """The place of a blank (empty), or of a response that does not get through the ReLU (struck out)."""
     image = Image.new("RGB", (size, size), EMPTY)
     if top.images[unit, rank] >= 0:
@@ -92,7 +95,7 @@ def not_there(top: LayerTop, unit: int, rank: int, size: int) -> Image.Image:
     return image
 
 
-def compose(top: LayerTop, unit: int, cells: dict[tuple[int, int], Image.Image], size: int) -> Image.Image:
+def compose(top: LayerArrays, unit: int, cells: dict[tuple[int, int], Image.Image], size: int) -> Image.Image:
     """A unit's tile from patches that are cut already: {(unit, rank): patch}, each `size` pixels wide."""
     k = top.values.shape[1]
     across, gap = math.ceil(math.sqrt(k)), _gap(size)
@@ -104,7 +107,7 @@ def compose(top: LayerTop, unit: int, cells: dict[tuple[int, int], Image.Image],
 
 
 def _sheet(
-    run: Run, layer: str, units: Sequence[int], crop: str, size: int, cells: dict[tuple[int, int], Image.Image]
+    run: RunData, layer: str, units: Sequence[int], crop: str, size: int, cells: dict[tuple[int, int], Image.Image]
 ) -> Image.Image:
     top = run[layer]
     across = math.ceil(math.sqrt(top.values.shape[1]))
@@ -132,9 +135,9 @@ def _sheet(
     return page
 
 
-def _caption(run: Run, top: LayerTop, crop: str) -> list[str]:
+def _caption(run: RunData, top: LayerArrays, crop: str) -> list[str]:
     info, field = top.info, top.info["receptive_field"]
-    height, width = input_size(run)
+    height, width = run.input_size
     seen = "the whole image" if field["whole_image"] else f"{field['size'][1]} x {field['size'][0]} input pixels"
     shown = {
         "rf": f"a patch is the unit's receptive field, {seen}",
@@ -152,7 +155,7 @@ def _caption(run: Run, top: LayerTop, crop: str) -> list[str]:
     return lines
 
 
-def unit_name(top: LayerTop, unit: int) -> str:
+def unit_name(top: LayerArrays, unit: int) -> str:
     """A channel's number, or a neuron's channel/row/column."""
     if top.info["unit"] == "channel":
         return str(unit)
@@ -160,7 +163,7 @@ def unit_name(top: LayerTop, unit: int) -> str:
     return f"{unit // (height * width)}/{unit // width % height}/{unit % width}"
 
 
-def _note(top: LayerTop, unit: int) -> str:
+def _note(top: LayerArrays, unit: int) -> str:
     """What stands beside the unit's number: its largest value, or why it has none worth showing."""
     if top.images[unit, 0] < 0:
         return "no response"
@@ -178,13 +181,13 @@ def _side(patches: int, size: int) -> int:
     return patches * size + (patches - 1) * _gap(size)
 
 
-def _unit(run: Run, layer: str, unit: int) -> LayerTop:
+def _unit(run: RunData, layer: str, unit: int) -> LayerArrays:
     top = run[layer]
     check_unit(layer, unit, len(top))
     return top
 
 
-def checked_units(run: Run, layer: str, units: Sequence[int] | None) -> list[int]:
+def checked_units(run: RunData, layer: str, units: Sequence[int] | None) -> list[int]:
     """The units of a layer that were named, or all; UnitvisError for one that is not there, or none."""
     chosen = list(range(len(run[layer]))) if units is None else [int(np.int64(u)) for u in units]
     for unit in chosen:
@@ -209,14 +212,3 @@ def parse_units(text: str) -> list[int]:
             raise UnitvisError(f"units {text!r} are more than the {MOST_UNITS:,} that a sheet can hold")
         units.extend(range(int(first), end))
     return units
-
-
-def summary(run: Run) -> dict[str, Any]:
-    """How the run came out: {units, dead, blank, statuses...}, over all layers."""
-    tops = list(run.tops.values())
-    status = np.concatenate([top.status for top in tops])
-    return {
-        "units": len(status),
-        **{name: int((status == name).sum()) for name in sorted(set(status.tolist()))},
-        "dead": int(sum(top.dead.sum() for top in tops)),
-    }

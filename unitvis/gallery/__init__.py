@@ -15,10 +15,10 @@ from torch import nn
 from unitvis import models
 from unitvis.drawing.patches import crop_of
 from unitvis.errors import UnitvisError
+from unitvis.files import replacing
 from unitvis.gallery import facts, pictures
-from unitvis.ranking.recorder import Recorder
-from unitvis.results.manifest import describe_model
-from unitvis.run import Run, replacing
+from unitvis.network.network import Network
+from unitvis.results.data import RunData
 
 MOST_UNITS = 200_000  # of files in a folder, and of tiles on a page
 _HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ _HERE = Path(__file__).parent
 
 @torch.inference_mode(False)
 def gallery(
-    run: Run,
+    run: RunData,
     path: str | Path,
     model: nn.Module | str | models.Loaded | None = None,
     *,
@@ -67,13 +67,13 @@ def gallery(
     return _write_pages(run, folder, drawn)
 
 
-def _check_model(run: Run, model: nn.Module, device: torch.device | str | None) -> None:
-    found = describe_model(Recorder(model, device=device).model)["weights"]
+def _check_model(run: RunData, model: nn.Module, device: torch.device | str | None) -> None:
+    found = Network(model, device=device).description["weights"]
     if found != (scanned := run.manifest["model"]["weights"]):
         raise UnitvisError(f"the model has other weights ({found}) than the one that was scanned ({scanned})")
 
 
-def _prepared(run: Run, folder: Path) -> Path:
+def _prepared(run: RunData, folder: Path) -> Path:
     """The folder, made if need be; a gallery of another run in it goes, anything else in it is not touched."""
     if folder.exists() and not folder.is_dir():
         raise UnitvisError(f"{folder} is a file; a gallery is a folder: give another path")
@@ -91,7 +91,7 @@ def _prepared(run: Run, folder: Path) -> Path:
     return folder
 
 
-def _drawn_before(run: Run, folder: Path, crop: str | None) -> dict[str, dict[str, Any]]:
+def _drawn_before(run: RunData, folder: Path, crop: str | None) -> dict[str, dict[str, Any]]:
     """What was drawn with the model and still holds, by layer; fetched from the run's own folder if need be."""
     before = pictures.read_drawn(folder)
     if not before and run.folder is not None and run.folder != folder:
@@ -111,7 +111,7 @@ def _drawn_before(run: Run, folder: Path, crop: str | None) -> dict[str, dict[st
     return drawn
 
 
-def _digest(run: Run) -> str:
+def _digest(run: RunData) -> str:
     """Which run it is: the model's weights and all winners."""
     digest = hashlib.blake2b(run.manifest["model"]["weights"].encode(), digest_size=16)
     for layer, top in run.tops.items():
@@ -121,7 +121,7 @@ def _digest(run: Run) -> str:
     return digest.hexdigest()
 
 
-def _write_pages(run: Run, folder: Path, drawn: dict[str, dict[str, Any]]) -> Path:
+def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]]) -> Path:
     within = folder / "gallery"
     texts = {
         within / "drawn.json": json.dumps({"run": _digest(run), "layers": drawn}),

@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 
 from unitvis.attribution.responses import covered
-from unitvis.drawing.patches import input_size
 from unitvis.drawing.sheets import unit_name
+from unitvis.files import file_name
 from unitvis.gallery.pictures import across
-from unitvis.run import SEPARATED, LayerTop, Run, file_name
+from unitvis.results.arrays import SEPARATED, LayerArrays
+from unitvis.results.data import RunData
 
 STRIP = 16  # units of a layer on the first page
 
 
-def index(run: Run) -> dict[str, Any]:
+def index(run: RunData) -> dict[str, Any]:
     """What the first page shows: the run, and each layer with a strip of its units."""
     manifest = run.manifest
-    height, width = input_size(run)
+    height, width = run.input_size
     return {
         "title": title(run),
         "run": f"The {manifest['k']} strongest of {manifest['images']:,} images{_data_set(manifest)}, for each unit of "
@@ -34,13 +35,13 @@ def index(run: Run) -> dict[str, Any]:
     }
 
 
-def title(run: Run) -> str:
+def title(run: RunData) -> str:
     """The model, as it was named."""
     spec = run.manifest["model"].get("spec")
     return os.path.basename(spec) if spec else run.manifest["model"]["class"]
 
 
-def _layer_entry(top: LayerTop) -> dict[str, Any]:
+def _layer_entry(top: LayerArrays) -> dict[str, Any]:
     live = np.flatnonzero(top.fired[:, 0])
     strip = live[np.linspace(0, len(live) - 1, min(STRIP, len(live))).round().astype(int)] if len(live) else live
     counts = {"dead": int(top.dead.sum()), "not separated": int((top.status != SEPARATED).sum())}
@@ -59,10 +60,10 @@ def _layer_entry(top: LayerTop) -> dict[str, Any]:
     }
 
 
-def layer(run: Run, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
+def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """What a layer's page and its units' views show; lists have one entry a unit, blanks are null."""
     top = run[name]
-    height, width = input_size(run)
+    height, width = run.input_size
     images = np.unique(top.images[top.images >= 0]).tolist()
     return {
         "name": name,
@@ -83,13 +84,13 @@ def layer(run: Run, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _inner_box(top: LayerTop) -> int | None:
+def _inner_box(top: LayerArrays) -> int | None:
     """The side of the effective box where it is another one than the receptive field, about a known centre."""
     side, field = top.info["effective_box"], top.info["receptive_field"]
     return side if side and not field["whole_image"] and side < max(field["size"]) else None
 
 
-def note(top: LayerTop, unit: int) -> str:
+def note(top: LayerArrays, unit: int) -> str:
     """What is out of the ordinary with a unit, in a few words; empty where nothing is."""
     values = top.values[unit]
     if top.images[unit, 0] < 0:
@@ -110,7 +111,7 @@ NOTES = {
 }
 
 
-def _winners(top: LayerTop, unit: int) -> list[list[Any]]:
+def _winners(top: LayerArrays, unit: int) -> list[list[Any]]:
     """[value, image, row, column, left, top, right, bottom] for each that is not blank."""
     count = int((top.images[unit] >= 0).sum())
     columns = [
@@ -127,7 +128,7 @@ def _number(value: float) -> float | str:
     return float(f"{value:.5g}") if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _area(run: Run, name: str, kept: list[int]) -> dict[str, Any]:
+def _area(run: RunData, name: str, kept: list[int]) -> dict[str, Any]:
     """Of the kept response maps: rows and columns, and what they cover, as shares of the input's width and height."""
     top, (rows, columns, block) = run[name], kept
     field = top.info["receptive_field"]
@@ -135,7 +136,7 @@ def _area(run: Run, name: str, kept: list[int]) -> dict[str, Any]:
     stride = field["stride"] and [step * block for step in field["stride"]]
     # A cell of several neurons is as good as one in the middle of them.
     position = [(place + 0.5) / block - 0.5 for place in top.positions[unit, rank].tolist()]
-    height, width = input_size(run)
+    height, width = run.input_size
     box = top.boxes[unit, rank].tolist()
     left, upper, right, lower = covered(
         stride, field["whole_image"], box, (position[0], position[1]), (rows, columns), (height, width)
@@ -143,7 +144,7 @@ def _area(run: Run, name: str, kept: list[int]) -> dict[str, Any]:
     return {"rows": rows, "columns": columns, "area": [left / width, upper / height, right / width, lower / height]}
 
 
-def _field(top: LayerTop) -> str:
+def _field(top: LayerArrays) -> str:
     field = top.info["receptive_field"]
     return "the whole image" if field["whole_image"] else f"{field['size'][1]} x {field['size'][0]} pixels"
 
@@ -156,11 +157,11 @@ def _data_set(manifest: Mapping[str, Any]) -> str:
     return f" of {os.path.basename(paths[0])}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
-def answers(run: Run, name: str, drawn: Mapping[str, Any]) -> list[list[str]]:
+def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]]:
     """[question, answer] in one line each, about what stands on a layer's page."""
     top, manifest = run[name], run.manifest
     info, field, crop, filters = top.info, top.info["receptive_field"], drawn["crop"], drawn.get("filters", False)
-    height, width = input_size(run)
+    height, width = run.input_size
     shown = {
         "rf": (field["size"][1], "its receptive field"),
         "effective": (

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unitvis.drawing import sheets
-from unitvis.drawing.patches import crop_of, input_size
+from unitvis.drawing.patches import crop_of
 from unitvis.drawing.sheets import FAINT, INK, PAPER, unit_name
 from unitvis.errors import UnitvisError
 from unitvis.gallery.pictures import PATCH, filter_of, projections_of
-from unitvis.run import LayerTop, Run
+from unitvis.results.arrays import LayerArrays
+from unitvis.results.data import RunData
 
 FIGURES = ("lecture", "paper")
 UNITS = 9
@@ -23,7 +24,7 @@ _HEAD = 140  # above a layer's tiles
 
 
 def figure(
-    run: Run, layers: Sequence[str], style: str, units: Sequence[int] | None = None, *, crop: str | None = None
+    run: RunData, layers: Sequence[str], style: str, units: Sequence[int] | None = None, *, crop: str | None = None
 ) -> Image.Image:
     """A page of 3x3 tiles, nine units a layer unless units are named.
 
@@ -51,18 +52,18 @@ def figure(
     return page
 
 
-def _chosen(top: LayerTop) -> list[int]:
+def _chosen(top: LayerArrays) -> list[int]:
     """The first nine units that fire for all their images; the first of the others where those are fewer."""
     return np.argsort(~top.fired.all(axis=1), kind="stable")[:UNITS].tolist()
 
 
-def _note(run: Run, style: str) -> str:
+def _note(run: RunData, style: str) -> str:
     k, images = run.manifest["k"], run.manifest["images"]
     what = "" if style == "lecture" else "; left: its projections, or its filter (grey is 0)"
     return f"Each tile is one unit: its {k} strongest patches of {images:,} images, one an image{what}."
 
 
-def _block(run: Run, layer: str, style: str, units: Sequence[int], crop: str | None) -> Image.Image:
+def _block(run: RunData, layer: str, style: str, units: Sequence[int], crop: str | None) -> Image.Image:
     """A layer's name, what it sees, and its tiles."""
     top, kind = run[layer], crop_of(run, layer, crop)
     cells = sheets.cut_cells(run, {layer: (list(units), kind, PATCH)})[layer]
@@ -88,7 +89,7 @@ def _block(run: Run, layer: str, style: str, units: Sequence[int], crop: str | N
     return block
 
 
-def _beside(run: Run, top: LayerTop, unit: int, crop: str) -> Image.Image:
+def _beside(run: RunData, top: LayerArrays, unit: int, crop: str) -> Image.Image:
     """What stands left of a unit's patches: its filter in the first layer, else its projections."""
     empty = sheets.compose(top, unit, {}, PATCH)
     if (weights := filter_of(run, top.name, unit)) is not None:
@@ -106,8 +107,8 @@ def _beside(run: Run, top: LayerTop, unit: int, crop: str) -> Image.Image:
     return sheets.compose(top, unit, {(unit, rank): found[rank] for rank in range(int(top.fired[unit].sum()))}, PATCH)
 
 
-def _sees(run: Run, top: LayerTop, crop: str) -> str:
-    field, (height, width) = top.info["receptive_field"], input_size(run)
+def _sees(run: RunData, top: LayerArrays, crop: str) -> str:
+    field, (height, width) = top.info["receptive_field"], run.input_size
     size = "the whole image" if field["whole_image"] else f"{field['size'][1]} x {field['size'][0]}"
     shown = {"rf": "", "effective": f"; {top.info['effective_box']} drawn", "image": "; the whole image drawn"}[crop]
     return f"sees {size} of {width} x {height} pixels{shown}"

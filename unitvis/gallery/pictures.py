@@ -20,11 +20,12 @@ from unitvis.attribution.deconvnet import project
 from unitvis.attribution.filters import first_filters
 from unitvis.drawing import sheets
 from unitvis.drawing.colours import heat, heat_levels, signed
-from unitvis.drawing.patches import crop_of, cut, drawn_box, input_size, pictures, places, whole
-from unitvis.network.canonical import BATCH, canonical_settings, compute_batch
-from unitvis.network.layers import Taps
-from unitvis.ranking.recorder import Recorder
-from unitvis.run import LayerTop, Run, file_name
+from unitvis.drawing.patches import crop_of, cut, drawn_box, pictures, places, whole
+from unitvis.files import file_name
+from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.network import Network
+from unitvis.results.arrays import LayerArrays
+from unitvis.results.data import RunData
 
 Device = torch.device | str | None
 PATCH = 112  # pixels of a patch: a multiple of 16, so that JPEG's blocks do not reach across patches
@@ -44,11 +45,11 @@ def layer_folder(folder: Path, layer: str) -> Path:
     return path
 
 
-def draw_patches(run: Run, folder: Path, crop: str | None) -> None:
+def draw_patches(run: RunData, folder: Path, crop: str | None) -> None:
     """gallery/layers/LAYER/UNIT.jpg, and gallery/images/ID.jpg: all that the model sees of an image."""
     images = folder / "gallery" / "images"
     images.mkdir(parents=True, exist_ok=True)
-    size = input_size(run)
+    size = run.input_size
     shown: set[int] = set()
     for group in sheets.grouped(run, dict.fromkeys(run, PATCH)):
         crops = {layer: crop_of(run, layer, crop) for layer in group}
@@ -69,7 +70,7 @@ def draw_patches(run: Run, folder: Path, crop: str | None) -> None:
 class _Sprites:
     """A layer's units, each put together and saved as soon as all its places are there."""
 
-    def __init__(self, top: LayerTop, folder: Path, ending: str, **options: Any) -> None:
+    def __init__(self, top: LayerArrays, folder: Path, ending: str, **options: Any) -> None:
         self._top, self._folder, self._ending, self._options = top, folder, ending, options
         self._cells: dict[int, dict[int, Image.Image]] = {}
         for unit in np.flatnonzero(~top.fired.any(axis=1)).tolist():
@@ -91,7 +92,7 @@ class _Sprites:
         sprite.save(self._folder / f"{unit}{self._ending}", **self._options)
 
 
-def draw_projections(model: nn.Module, run: Run, folder: Path, crop: str | None, device: Device) -> dict[str, str]:
+def draw_projections(model: nn.Module, run: RunData, folder: Path, crop: str | None, device: Device) -> dict[str, str]:
     """gallery/layers/LAYER/UNIT-projections.jpg, each cut as its patch is; {layer: the method, in words}."""
     methods = {}
     for layer in run:
@@ -100,13 +101,13 @@ def draw_projections(model: nn.Module, run: Run, folder: Path, crop: str | None,
         sprites = _Sprites(top, layer_folder(folder, layer), "-projections.jpg", quality=85, subsampling=0)
         for one in project(model, run, layer, device=device):
             assert one.rank is not None  # noqa: S101 - for the type checker: it comes from a run
-            box = drawn_box(top, one.unit, one.rank, kind, input_size(run))
+            box = drawn_box(top, one.unit, one.rank, kind, run.input_size)
             sprites.put(one.unit, one.rank, one.picture(box, PATCH))
             methods[layer] = one.method
     return methods
 
 
-def draw_responses(model: nn.Module, run: Run, folder: Path, device: Device) -> dict[str, tuple[int, int, int]]:
+def draw_responses(model: nn.Module, run: RunData, folder: Path, device: Device) -> dict[str, tuple[int, int, int]]:
     """gallery/layers/LAYER/UNIT-responses.png: the unit's response maps of its winners, in levels of heat.
 
     {layer: (height, width, neurons a cell and side)} of the maps as they are kept. Of a run that ranks neurons none.
@@ -131,12 +132,11 @@ def draw_responses(model: nn.Module, run: Run, folder: Path, device: Device) -> 
         shape = (*tops[layer].values.shape, *levels.shape[1:])
         kept.setdefault(layer, np.zeros(shape, np.uint8))[units, ranks] = levels
 
-    with Recorder(model, names, device=device, transform=run.source.transform) as recorder:
-        taps = Taps(recorder.model, names)
-        with taps, torch.inference_mode(), canonical_settings(recorder.device):
-            for batch in run.source.batches(BATCH, ids=order):
-                ids = batch.ids.tolist()
-                taps.run(compute_batch(recorder.as_images(batch.pixels)), read)
+    network = Network(model, device=device, transform=run.source.transform)
+    with network.evaluating(), network.reading_maps(names) as canonical:
+        for batch in run.source.batches(COMPUTE_BATCH, ids=order):
+            ids = batch.ids.tolist()
+            canonical.maps(batch.pixels, read)
     for layer, levels in kept.items():
         for unit in np.flatnonzero(tops[layer].fired.any(axis=1)).tolist():
             _save_heat(levels[unit], layer_folder(folder, layer) / f"{unit}-responses.png")
@@ -155,7 +155,7 @@ def _save_heat(levels: NDArray[np.uint8], path: Path) -> None:
     image.save(path, "PNG", bits=4, transparency=image.info["transparency"])
 
 
-def draw_filters(model: nn.Module, run: Run, folder: Path) -> list[str]:
+def draw_filters(model: nn.Module, run: RunData, folder: Path) -> list[str]:
     """gallery/layers/LAYER/UNIT-filter.png for the first layer, whose name is returned: grey is 0, one scale each."""
     found = first_filters(model, run)
     for layer, weights in found.items():
@@ -166,7 +166,7 @@ def draw_filters(model: nn.Module, run: Run, folder: Path) -> list[str]:
     return list(found)
 
 
-def projections_of(run: Run, layer: str, unit: int, crop: str) -> list[Image.Image] | None:
+def projections_of(run: RunData, layer: str, unit: int, crop: str) -> list[Image.Image] | None:
     """A unit's projections, [k], `PATCH` pixels wide, as they were drawn in the run's own folder; None: not so cut."""
     drawn = _drawn(run, layer)
     if run.folder is None or not drawn.get("projections") or drawn["crop"] != crop:
@@ -177,7 +177,7 @@ def projections_of(run: Run, layer: str, unit: int, crop: str) -> list[Image.Ima
         return [sprite.crop((x, y, x + PATCH, y + PATCH)) for x, y in corners]
 
 
-def filter_of(run: Run, layer: str, unit: int) -> Image.Image | None:
+def filter_of(run: RunData, layer: str, unit: int) -> Image.Image | None:
     """A first layer's filter as it was drawn in the run's own folder, one pixel a weight."""
     if run.folder is None or not _drawn(run, layer).get("filters"):
         return None
@@ -185,7 +185,7 @@ def filter_of(run: Run, layer: str, unit: int) -> Image.Image | None:
         return image.convert("RGB")
 
 
-def _drawn(run: Run, layer: str) -> dict[str, Any]:
+def _drawn(run: RunData, layer: str) -> dict[str, Any]:
     return read_drawn(run.folder).get("layers", {}).get(layer, {}) if run.folder else {}
 
 

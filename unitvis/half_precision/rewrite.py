@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import unitvis_kernels as uk
 from unitvis.errors import first_line
-from unitvis.network.layers import as_map
+from unitvis.network.forward import as_map
 from unitvis_kernels.choice import prefer
 
 _RELUS = {nn.ReLU: "relu", nn.ReLU6: "relu6", F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
@@ -35,8 +35,8 @@ class Pool(NamedTuple):
     padding: int
 
 
-class Floor:
-    """What a layer's responses must reach to matter: float32 [units of all layers], or None where all do."""
+class Threshold:
+    """What responses must reach to enter the top-k: float32 [units of all layers], or None where all may enter."""
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
@@ -59,14 +59,14 @@ class Chain(nn.Module):
         conv: nn.Conv2d,
         activation: str | None,
         pool: Pool | None,
-        floor: Callable[[], Tensor | None] | None,
+        threshold: Callable[[], Tensor | None] | None,
         *,
         key_after: bool,
         one_pass: bool,
     ) -> None:
         super().__init__()
         self.conv, self.activation, self.pool = conv, activation, pool
-        self.floor, self.key_after, self.one_pass = floor, key_after, one_pass
+        self.threshold, self.key_after, self.one_pass = threshold, key_after, one_pass
         self.store = True  # somebody takes the map
         self.fused: str | None = None  # how it is known that `conv_argmax` is the faster way; None where it is not
 
@@ -114,24 +114,24 @@ class Chain(nn.Module):
             raw = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
             return uk.epilogue(raw, conv.bias, self.activation, self.pool, key_after=self.key_after)
         y = conv(x)
-        keys = None if self.floor is None or self.key_after else uk.spatial_argmax(y, self.floor())
+        keys = None if self.threshold is None or self.key_after else uk.spatial_argmax(y, self.threshold())
         if self.activation is not None:
             y = F.relu_(y) if self.activation == "relu" else F.relu6(y, inplace=True)
-        if self.floor is not None and self.key_after:
-            keys = uk.spatial_argmax(y, self.floor())
+        if self.threshold is not None and self.key_after:
+            keys = uk.spatial_argmax(y, self.threshold())
         return keys, y if self.pool is None else F.max_pool2d(y, *self.pool)
 
 
 class Key(nn.Module):
     """The keys of a tapped layer's output that no chain makes."""
 
-    def __init__(self, name: str, kind: type[nn.Module], floor: Callable[[], Tensor | None]) -> None:
+    def __init__(self, name: str, kind: type[nn.Module], threshold: Callable[[], Tensor | None]) -> None:
         super().__init__()
-        self.name, self.kind, self.floor = name, kind, floor
+        self.name, self.kind, self.threshold = name, kind, threshold
 
     def forward(self, output: object) -> Tensor:
         """Keys int64 [N, C]."""
-        return uk.spatial_argmax(as_map(self.name, self.kind, output), self.floor())
+        return uk.spatial_argmax(as_map(self.name, self.kind, output), self.threshold())
 
 
 class _Tracer(fx.Tracer):
@@ -148,7 +148,7 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def rewritten(model: nn.Module, layers: Mapping[str, slice], floor: Floor, *, one_pass: bool) -> fx.GraphModule:
+def rewritten(model: nn.Module, layers: Mapping[str, slice], threshold: Threshold, *, one_pass: bool) -> fx.GraphModule:
     """A copy of a model in eval mode that maps a batch to the layers' keys, one int64 [N, C] a layer.
 
     layers: names, in the order of the forward pass, and each one's units. Raises NotRewrittenError, with the reason,
@@ -164,7 +164,7 @@ def rewritten(model: nn.Module, layers: Mapping[str, slice], floor: Floor, *, on
     except Exception as error:  # whatever a model's own code does with a symbol in place of a tensor
         raise NotRewrittenError(f"it cannot be traced ({type(error).__name__}: {first_line(error)})") from error
 
-    floors = {name: _part(floor, units) for name, units in layers.items()}
+    thresholds = {name: _own_threshold(threshold, units) for name, units in layers.items()}
     keys: dict[str, fx.Node] = {}
     modules = dict(model.named_modules())
     for number, node in enumerate(list(graph.nodes)):
@@ -174,7 +174,7 @@ def rewritten(model: nn.Module, layers: Mapping[str, slice], floor: Floor, *, on
                 link.folded(modules),
                 link.activation,
                 link.pool,
-                floors[names[0]] if names else None,
+                thresholds[names[0]] if names else None,
                 key_after=link.key_after,
                 one_pass=one_pass,
             )
@@ -189,7 +189,7 @@ def rewritten(model: nn.Module, layers: Mapping[str, slice], floor: Floor, *, on
                 graph.erase_node(absorbed)
     for index, (name, node) in enumerate(tapped.items()):
         if name not in keys:
-            model.add_module(f"key{index}", Key(name, type(modules[name]), floors[name]))
+            model.add_module(f"key{index}", Key(name, type(modules[name]), thresholds[name]))
             with graph.inserting_after(node):  # before anything can overwrite it
                 keys[name] = graph.call_module(f"key{index}", (node,))
     _end(graph, [keys[name] for name in layers])
@@ -278,8 +278,8 @@ def _max_pool(node: fx.Node, modules: Mapping[str, nn.Module]) -> Pool | None:
     return Pool(*sizes)
 
 
-def _part(floor: Floor, units: slice) -> Callable[[], Tensor | None]:
-    return lambda: floor.of(units)
+def _own_threshold(threshold: Threshold, units: slice) -> Callable[[], Tensor | None]:
+    return lambda: threshold.of(units)
 
 
 def _end(graph: fx.Graph, keys: Sequence[fx.Node]) -> None:

@@ -1,31 +1,36 @@
-"""The step of a scan that decides nothing: pixels in, keys in half precision, candidates out, at full speed."""
+"""The step of a scan in half precision: pixels in, candidates out; float32 decides between them later."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis.half_precision.capture import Replay
-from unitvis.half_precision.rewrite import Chain, Floor, NotRewrittenError, rewritten
+from unitvis.half_precision.rewrite import Chain, NotRewrittenError, Threshold, rewritten
 from unitvis.network.canonical import canonical_settings
-from unitvis.network.layers import Taps
+from unitvis.network.device import copied
+from unitvis.network.forward import COMPUTE_BATCH, Hooks, compute_batch
+from unitvis.network.network import Network
 from unitvis.sources.transform import Transform
+from unitvis.state.topk import TopK
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-INFINITY = int(uk.pack(torch.tensor(torch.inf), torch.tensor(0)))
-MINUS_INFINITY = int(uk.pack(torch.tensor(-torch.inf), torch.tensor(0))) >> 32
-CLOSE = 1e-4  # of a layer's largest response: what rewriting may change in float32
+INFINITY_KEY = int(uk.pack(torch.tensor(torch.inf), torch.tensor(0)))
+MINUS_INFINITY_HIGH_WORD = int(uk.pack(torch.tensor(-torch.inf), torch.tensor(0))) >> 32
+REWRITING_TOLERANCE = 1e-4  # of a layer's largest response: what rewriting the model may change in float32
 
 
 class Step:
-    """Folds batches of at most `size` images into a state, computed by a rewritten copy of the model.
+    """Folds batches of at most `size` images into a top-k, computed by a rewritten copy of the model.
 
     model: in eval mode, and the step's to keep. layers: names, in the order of the forward pass, and the units of
-    each in `state`. sample: float32 images [N, C, H, W], and `responses`, float32 [N, units], the canonical ones of
+    each in `topk`. sample: float32 images [N, C, H, W], and `responses`, float32 [N, units], the canonical ones of
     them: what the copy is checked against, in float32, before it is trusted. `how` says what became of it.
     """
 
@@ -33,7 +38,7 @@ class Step:
         self,
         model: nn.Module,
         layers: Mapping[str, slice],
-        state: Tensor,
+        topk: TopK,
         *,
         dtype: torch.dtype,
         size: int,
@@ -42,14 +47,32 @@ class Step:
         sample: Tensor,
         responses: Tensor,
     ) -> None:
-        self.state, self.size = state, size
+        self.topk, self.size = topk, size
         self.how: dict[str, Any] = {}
         self._layers, self._neurons = layers, neurons
         self._dtype, self._transform, self._device = dtype, transform, sample.device
-        self._floor = Floor()
+        self._threshold = Threshold()
         self.model = model  # until it is rewritten
         self._keys = self._copy(model, sample, responses)
         self._replay: Replay | None = None
+
+    @classmethod
+    def of(cls, network: Network, topk: TopK, images: Tensor, *, precision: str, size: int) -> Self:
+        """The step of a network whose layers are known; some images as they were read are what it is checked with."""
+        model, images = copied(network.model), images[:COMPUTE_BATCH]
+        with network.reading() as canonical:
+            keys = network.check_independence(canonical, images)
+        return cls(
+            model,
+            dict(zip((layer.name for layer in network.layers), network.columns, strict=True)),
+            topk,
+            dtype=HALF[precision],
+            size=size,
+            transform=network.transform,
+            neurons=network.unit == "neuron",
+            sample=compute_batch(network.normalise(images))[: len(images)],
+            responses=uk.unpack(keys)[0],
+        )
 
     def __call__(self, images: Tensor, ids: Tensor) -> None:
         """Fold uint8 [N, H, W, 3], for the transform to normalise, or float [N, C, H, W], with ids int64 [N]."""
@@ -64,18 +87,21 @@ class Step:
 
     def _fold(self, images: Tensor, ids: Tensor) -> None:
         if self._device.type == "cpu":  # positions are looked for only where a response can enter
-            last = (self.state.shape[1] - 2) // 2 - 1
-            self._floor.values = uk.unpack(self.state[:, last])[0]
+            self._threshold.values = self.topk.threshold()
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             keys = self._keys(self._input(images))
             # What half precision cannot hold is a candidate ahead of all others: float32 must see it.
-            keys.masked_fill_((keys == uk.NAN_KEY) | ((keys >> 32) == MINUS_INFINITY), INFINITY)
-            uk.topk_merge_(self.state, keys, ids)
+            not_finite = (keys == uk.NAN_KEY) | ((keys >> 32) == MINUS_INFINITY_HIGH_WORD)
+            self.topk.merge(keys.masked_fill_(not_finite, INFINITY_KEY), ids)
+
+    def responses(self, images: Tensor) -> NDArray[np.float64]:
+        """float64 [N, units]: what half precision gives for images as they were read."""
+        return uk.unpack(self.keys(images))[0].cpu().double().numpy()
 
     def keys(self, images: Tensor) -> Tensor:
         """Keys int64 [N, units] of images as they are given to the step, N at most its size."""
         images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)))
-        self._floor.values = None
+        self._threshold.values = None
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             return self._keys(self._input(images))[:count]
 
@@ -98,7 +124,7 @@ class Step:
         try:
             if self._neurons:
                 raise NotRewrittenError("neurons are ranked")
-            copied = rewritten(model, self._layers, self._floor, one_pass=self._device.type == "cuda")
+            copied = rewritten(model, self._layers, self._threshold, one_pass=self._device.type == "cuda")
             if layer := self._differs(copied, sample, responses):
                 raise NotRewrittenError(f"rewritten, layer {layer!r} gives other responses")
         except NotRewrittenError as reason:
@@ -116,17 +142,20 @@ class Step:
         for (name, units), keys in zip(self._layers.items(), found, strict=True):
             want, got = responses[:, units], uk.unpack(keys)[0]
             finite = want[want.isfinite()]
-            slack = CLOSE * float(finite.abs().max()) if len(finite) else 0.0
-            if got.shape != want.shape or not torch.allclose(got, want, rtol=CLOSE, atol=slack, equal_nan=True):
+            slack = REWRITING_TOLERANCE * float(finite.abs().max()) if len(finite) else 0.0
+            close = got.shape == want.shape and torch.allclose(
+                got, want, rtol=REWRITING_TOLERANCE, atol=slack, equal_nan=True
+            )
+            if not close:
                 return name
         return None
 
     def _hooked(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The model as it is, in the scan's precision, read by hooks."""
         self.model = _channels_last(model).to(self._dtype)
-        taps = Taps(self.model, list(self._layers)).__enter__()  # for good: the model is nobody else's
+        hooks = Hooks(self.model, list(self._layers)).__enter__()  # for good: the model is nobody else's
         units = list(self._layers.values())
-        return lambda batch: taps.keys(batch, units, self._floor.values, neurons=self._neurons)
+        return lambda batch: hooks.keys(batch, units, self._threshold.values, neurons=self._neurons)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

@@ -1,15 +1,12 @@
-"""Canonical responses: the one way of computing a response whose bits can be asked for again.
+"""The settings under which canonical responses are computed: IEEE float32, deterministic, eager, in eval mode.
 
-The model as given, in eval mode, eager, IEEE float32, channels-last input, in compute batches of exactly `BATCH`
-images. Convolution and matrix libraries choose another algorithm for another shape, and with it other last bits; at
-one fixed shape an image's responses do not depend on its neighbours, its slot or the number of threads.
+With the fixed compute batch of `forward.CanonicalPass` they make a response's bits ones that can be asked for again.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,15 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-import unitvis_kernels as uk
-from unitvis.errors import UnitvisError
-
-BATCH = 16
-
 # On a CPU a product of few rows and many columns is split over the threads along the sum, so its bits depend on their
 # number; with one thread they do not. Products of more rows are split along the rows and keep their speed.
-_PRODUCTS = {F.linear, torch.addmm, torch.mm, torch.matmul, Tensor.addmm, Tensor.mm, Tensor.matmul, Tensor.__matmul__}
-_FEW_ROWS = 4 * BATCH
+_MATRIX_PRODUCTS = {
+    F.linear, torch.addmm, torch.mm, torch.matmul, Tensor.addmm, Tensor.mm, Tensor.matmul, Tensor.__matmul__
+}  # fmt: skip
+_FEW_ROWS = 64
 
 
 class _OneThreadForSmallProducts(TorchFunctionMode):
@@ -36,7 +30,7 @@ class _OneThreadForSmallProducts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         left = args[1] if func in (torch.addmm, Tensor.addmm) and len(args) > 1 else args[0] if args else None
-        small = func in _PRODUCTS and isinstance(left, Tensor) and left.numel() <= _FEW_ROWS * left.shape[-1]
+        small = func in _MATRIX_PRODUCTS and isinstance(left, Tensor) and left.numel() <= _FEW_ROWS * left.shape[-1]
         threads = torch.get_num_threads()
         if not small or threads == 1:
             return func(*args, **kwargs)
@@ -64,7 +58,7 @@ _SETTINGS: list[tuple[Any, str, Any]] = [
 ]
 
 
-def _said(setting: Callable[[], Any]) -> Any:
+def _read_setting(setting: Callable[[], Any]) -> Any:
     """A setting; None where PyTorch's older and newer ways of saying it contradict each other, so that it raises."""
     try:
         return setting()
@@ -72,8 +66,8 @@ def _said(setting: Callable[[], Any]) -> Any:
         return None
 
 
-class _Process:
-    """Settings of the process while any of its threads computes: the last one puts back what the first one found."""
+class _ProcessSettings:
+    """Context manager for settings of the process: the first thread to enter makes them, the last restores them."""
 
     def __init__(self) -> None:
         self._lock, self._computing = threading.Lock(), 0
@@ -83,12 +77,12 @@ class _Process:
             self._computing += 1
             if self._computing > 1:
                 return
-            self._products = _said(torch.get_float32_matmul_precision) or "highest"
-            found = [(one, _said(partial(getattr, *one[:2]))) for one in _SETTINGS]
+            self._matmul_precision = _read_setting(torch.get_float32_matmul_precision) or "highest"
+            found = [(one, _read_setting(partial(getattr, *one[:2]))) for one in _SETTINGS]
             self._found = [(one, value) for one, value in found if value is not None]
             self._deterministic = torch.are_deterministic_algorithms_enabled()
             self._warns = torch.is_deterministic_algorithms_warn_only_enabled()
-            if self._products != "highest":
+            if self._matmul_precision != "highest":
                 torch.set_float32_matmul_precision("highest")
             for (owner, name, value), _ in self._found:
                 setattr(owner, name, value)
@@ -100,13 +94,13 @@ class _Process:
             if self._computing:
                 return
             torch.use_deterministic_algorithms(self._deterministic, warn_only=self._warns)
-            if self._products != "highest":
-                torch.set_float32_matmul_precision(self._products)
+            if self._matmul_precision != "highest":
+                torch.set_float32_matmul_precision(self._matmul_precision)
             for (owner, name, _), value in self._found:
                 setattr(owner, name, value)
 
 
-_process = _Process()
+_process_settings = _ProcessSettings()
 
 
 @contextmanager
@@ -116,7 +110,7 @@ def canonical_settings(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cpu":
             stack.enter_context(_OneThreadForSmallProducts())
-        stack.enter_context(_process)
+        stack.enter_context(_process_settings)
         yield
 
 
@@ -134,31 +128,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def compute_batch(images: Tensor) -> Tensor:
-    """At most `BATCH` float images [n, C, H, W] as a compute batch: float32, channels last, padded with zeros."""
-    shape, layout = (BATCH, *images.shape[1:]), torch.channels_last
-    batch = torch.empty(shape, dtype=torch.float32, device=images.device, memory_format=layout)
-    batch[: len(images)] = images
-    batch[len(images) :] = 0
-    return batch
-
-
-def check_independence(keys: Tensor, again: Tensor, layers: Mapping[str, slice]) -> None:
-    """Keys [N, units] of images, and of the same ones in another order: what differs is no response to an image.
-
-    UnitvisError names the first layer whose values differ by more than rounding; a warning tells of less.
-    """
-    if torch.equal(keys, again):
-        return
-    first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
-    for name, units in layers.items():
-        a, b = first[:, units], second[:, units]
-        if not torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.nan_to_num(0, 0, 0).abs().max()), equal_nan=True):
-            raise UnitvisError(
-                f"layer {name!r} gives other responses when the same images come in another order: something "
-                f"in the model mixes the images of a batch or draws at random (BatchNorm without running "
-                f"statistics, active dropout); such responses cannot be ranked"
-            )
-    warnings.warn("on this device the last bits of responses depend on an image's place in its batch")

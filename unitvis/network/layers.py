@@ -1,4 +1,4 @@
-"""Where responses are read: a layer's output as a map [N, C, H, W], whatever the layer."""
+"""The layers of a model: which modules run, how often, what feeds what, and which are read by default."""
 
 from __future__ import annotations
 
@@ -12,33 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
-import unitvis_kernels as uk
-from unitvis.errors import UnitvisError, closest, first_line, some
-
-
-def as_map(name: str, kind: type[nn.Module], output: object) -> Tensor:
-    """The layer's output as [N, C, H, W], a view of it.
-
-    [N, C] counts as a 1x1 map. `nn.Linear` and `nn.LayerNorm` put channels last: [N, L, C] becomes one row of L
-    positions, [N, H, W, C] a map. Anything else is refused, because its channel axis would be a guess.
-    """
-    if not isinstance(output, Tensor):
-        raise UnitvisError(f"layer {name!r} returns {type(output).__name__}, not a tensor; name a layer inside it")
-    if not output.is_floating_point():
-        raise UnitvisError(f"layer {name!r} returns {output.dtype}; only floating-point responses can be ranked")
-    shape = tuple(output.shape)
-    if output.ndim == 2:
-        return output[:, :, None, None]
-    channels_last = kind in (nn.Linear, nn.LayerNorm)
-    if channels_last and output.ndim == 3:
-        return output.transpose(1, 2)[:, :, None, :]
-    if output.ndim == 4:
-        return output.permute(0, 3, 1, 2) if channels_last else output
-    raise UnitvisError(
-        f"layer {name!r} returns a tensor of shape {shape}; a feature map [N, C, H, W] or a vector [N, C] is needed"
-    )
+from unitvis.errors import UnitvisError, closest, some
+from unitvis.network.forward import as_map, call
 
 
 @dataclass(frozen=True)
@@ -178,84 +154,3 @@ class Examination:
 
 
 _LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-
-
-def call(model: nn.Module, batch: Tensor) -> None:
-    """One forward pass; what the model raises comes out as a UnitvisError that names the batch."""
-    try:
-        model(batch)
-    except UnitvisError:
-        raise
-    except Exception as error:
-        raise UnitvisError(
-            f"the model raised {type(error).__name__} on a batch of shape {list(batch.shape)}: {first_line(error)}"
-        ) from error
-
-
-class _LastTapRead(BaseException):
-    """Ends a forward pass; no `except Exception` of a model's own swallows it."""
-
-
-class Taps:
-    """Hooks on named layers for the length of a `with` block: `run` reads each layer's map as the layer returns it,
-    before an in-place activation can overwrite it, and stops the forward pass after the last one.
-    """
-
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self._model, self._layers = model, list(layers)
-        self._handles: list[RemovableHandle] = []
-        self._read: Callable[[int, Tensor], None] | None = None
-        self._seen: set[int] = set()
-
-    def __enter__(self) -> Taps:
-        modules = dict(self._model.named_modules())
-        for index, name in enumerate(self._layers):
-            if name not in modules:
-                raise UnitvisError(f"the model has no layer {name!r}; {closest(name, filter(None, modules))}")
-            self._handles.append(modules[name].register_forward_hook(self._hook(index, name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _hook(self, index: int, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if self._read is None:  # the model is called by somebody else meanwhile
-                return
-            if index in self._seen:
-                raise UnitvisError(
-                    f"layer {name!r} ran twice in one forward pass; only layers that run once can be ranked"
-                )
-            self._seen.add(index)
-            self._read(index, as_map(name, type(module), output))
-            if len(self._seen) == len(self._layers):
-                raise _LastTapRead
-
-        return hook
-
-    def keys(self, batch: Tensor, units: Sequence[slice], floor: Tensor | None, *, neurons: bool = False) -> Tensor:
-        """Keys int64 [N, units of all layers] of a batch; units: each layer's. floor: see `uk.spatial_argmax`."""
-        keys = torch.empty(len(batch), units[-1].stop, dtype=torch.int64, device=batch.device)
-
-        def read(index: int, maps: Tensor) -> None:
-            if neurons:
-                maps = maps.flatten(1)[:, :, None, None]
-            own = units[index]
-            keys[:, own] = uk.spatial_argmax(maps, None if floor is None else floor[own])
-
-        self.run(batch, read)
-        return keys
-
-    def run(self, batch: Tensor, read: Callable[[int, Tensor], None]) -> None:
-        """Forward `batch` and call `read(index of the layer, map [N, C, H, W])` for every layer."""
-        self._read, self._seen = read, set()
-        try:
-            call(self._model, batch)
-        except _LastTapRead:
-            return
-        finally:
-            self._read = None
-        missing = [name for index, name in enumerate(self._layers) if index not in self._seen]
-        raise UnitvisError(f"layer {missing[0]!r} never ran in this forward pass, though it did in the first")

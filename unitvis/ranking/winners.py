@@ -1,51 +1,62 @@
-"""From places in a top-k to winners: rows, columns, boxes, and what a run says of their layer."""
+"""From places in a top-k to winners: rows, columns, boxes, status, and what a run says of their layer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.network.layers import Layer
-from unitvis.receptive_fields.fields import ReceptiveField
-from unitvis.results.nonfinite import infinite_info
-from unitvis.run import UNSEPARATED, LayerTop
+from unitvis.network.network import Network
+from unitvis.network.receptive_fields.fields import ReceptiveField
+from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED, LayerArrays
+from unitvis.results.nonfinite import infinite_info, nan_info
+from unitvis.state.topk import Ranked, TopK
 
 
-class Top(NamedTuple):
-    """A layer's part of the state, on the host."""
+def winners(network: Network, topk: TopK, k: int, decided: NDArray[np.bool_]) -> Mapping[str, LayerArrays]:
+    """The k winners of every unit, by layer.
 
-    values: NDArray[np.float32]  # [units, places], descending; NaN where blank
-    ids: NDArray[np.int64]  # [units, places]; -1 where blank
-    positions: NDArray[np.int64]  # [units, places], of the flattened map, or anything where the unit is a neuron
-    nan: NDArray[np.int64]  # [units, 2]: how many responses were NaN, and the first image with one
+    topk: k places a unit or more; those beyond k tell whether the k-th shares its value, and count as responses.
+    decided: bool [units], the first k places are exactly brute force's.
+    """
+    ranked = topk.read()
+    found = {}
+    for layer, units in zip(network.layers, network.columns, strict=True):
+        own = ranked.of(units)
+        tied = (own.images[:, k] >= 0) & (own.values[:, k] == own.values[:, k - 1])
+        status = np.where(decided[units], np.where(tied, TIED, SEPARATED), UNSEPARATED)
+        found[layer.name] = _layer(layer, network.fields[layer.name], network.unit, k, own, status)
+    return found
 
 
-def layer_top(layer: Layer, field: ReceptiveField, unit: str, k: int, top: Top, status: NDArray[np.str_]) -> LayerTop:
-    """The k winners of every unit ("channel" or "neuron") of a layer; the places beyond k only count."""
+def _layer(
+    layer: Layer, field: ReceptiveField, unit: str, k: int, own: Ranked, status: NDArray[np.str_]
+) -> LayerArrays:
     info = asdict(layer) | {"unit": unit, "units": len(status)}
-    info |= {"receptive_field": _field(field), "effective_box": None}
-    info |= {"nan": _nan(top.nan), "infinite": infinite_info(top.values, top.ids)}
-    status = status.astype(f"<U{len(UNSEPARATED)}")  # as wide whatever a layer's units are
+    info |= {"receptive_field": _field_info(field), "effective_box": None}
+    info |= {"nan": nan_info(own.nan), "infinite": infinite_info(own.values, own.images)}
+    status = status.astype(f"<U{len(UNSEPARATED)}")  # of one width whatever a layer's units are
     info["unseparated"] = int((status == UNSEPARATED).sum())
 
-    values, ids, flat = top.values[:, :k], top.ids[:, :k], top.positions[:, :k]
-    channels = np.arange(len(ids))[:, None]
+    values, images, flat = own.values[:, :k], own.images[:, :k], own.positions[:, :k]
+    channels = np.arange(len(images))[:, None]
     if unit == "neuron":  # the unit is the position
         channels, flat = channels // (layer.height * layer.width), channels % (layer.height * layer.width)
-    channels, flat, blank = np.broadcast_arrays(channels, flat, ids < 0)
+    channels, flat, blank = np.broadcast_arrays(channels, flat, images < 0)
     positions = np.stack([flat // layer.width, flat % layer.width], axis=-1).astype(np.int32)
     positions[blank] = -1
-    boxes = np.zeros((*ids.shape, 4), np.int32)
+    boxes = np.zeros((*images.shape, 4), np.int32)
     live = ~blank
     boxes[live] = field.boxes(channels[live], positions[live][:, 0], positions[live][:, 1])
-    return LayerTop(layer.name, values, ids, positions, boxes, status, info)
+    return LayerArrays(layer.name, values, images, positions, boxes, status, info)
 
 
-def _field(field: ReceptiveField) -> dict[str, Any]:
-    """A layer's receptive field in plain numbers."""
+def _field_info(field: ReceptiveField) -> dict[str, Any]:
+    """A layer's receptive field in plain numbers, for the manifest."""
     return {
         "size": list(field.size),
         "stride": list(field.stride) if field.stride else None,
@@ -53,10 +64,3 @@ def _field(field: ReceptiveField) -> dict[str, Any]:
         "method": field.method,
         "note": field.note,
     }
-
-
-def _nan(nan: NDArray[np.int64]) -> dict[str, int] | None:
-    """How many responses were NaN, of how many units, and the first image with one; nan: [units, 2]."""
-    if not nan[:, 0].any():
-        return None
-    return {"responses": int(nan[:, 0].sum()), "units": int((nan[:, 0] > 0).sum()), "first_image": int(nan[:, 1].min())}

@@ -1,4 +1,4 @@
-"""How far a response may lie above what half precision said, beyond what was seen: a statistical bound."""
+"""A statistical bound on how far canonical responses exceed those of half precision where only the latter are known."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-DOUBT = 1e-3  # the chance, a layer, that one of its outsiders lies above the bound
-FEWEST = 200  # errors a layer; with fewer nothing is bounded
+EXCEEDING_PROBABILITY = 1e-3  # of a layer: that the response of an image left out lies above the bound
+MIN_ERRORS = 200  # known errors of a layer; with fewer nothing is bounded
 
 
-def upper_bound(errors: NDArray[np.float64], draws: float, doubt: float = DOUBT) -> float:
-    """What the largest of `draws` further errors stays below with probability 1 - doubt; infinite for few errors.
+def upper_bound(errors: NDArray[np.float64], draws: float, doubt: float = EXCEEDING_PROBABILITY) -> float:
+    """A bound that the largest of `draws` further errors exceeds with probability `doubt`; infinite for few errors.
 
     The largest errors follow a generalised Pareto distribution (Pickands 1975), fitted by probability-weighted moments
     (Hosking & Wallis 1987, section 3) to the largest of them; a tail lighter than exponential counts as exponential,
     and one standard error is added to the shape, which is the uncertain part.
     """
-    if len(errors) < FEWEST:
+    if len(errors) < MIN_ERRORS:
         return math.inf
     count = max(40, math.isqrt(len(errors)))
     tail = np.sort(np.partition(errors, len(errors) - count - 1)[-count - 1 :])

@@ -1,4 +1,4 @@
-"""Responses that are to be computed again: pairs of an image and a unit, looked up image by image."""
+"""Responses to compute again: pairs of an image and a unit, found image by image."""
 
 from __future__ import annotations
 

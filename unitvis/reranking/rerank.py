@@ -1,103 +1,150 @@
-"""From candidates in half precision to the exact result: what can still win is computed again, canonically.
+"""Re-ranking: from candidates in half precision to the exact result.
 
-An outsider is an image whose canonical response to a unit is not known. What half precision said of it is at most the
-unit's last candidate; by how much it may have erred is bounded from the images where both are known (`bound`). A unit
-whose k-th canonical response lies above all that is decided.
+An outsider is an image whose canonical response to a unit is not known. Its response in half precision is at most the
+unit's last candidate; by how much half precision may have erred there is bounded from the images where both are known
+(`bound`). A unit whose k-th canonical response lies above all that is decided.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 import unitvis_kernels as uk
-from unitvis.network.canonical import BATCH
-from unitvis.network.layers import Taps
-from unitvis.ranking.recorder import Recorder
-from unitvis.reranking.bound import DOUBT, upper_bound
+from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.network import Network
+from unitvis.reranking.bound import upper_bound
 from unitvis.reranking.places import Places
-from unitvis.run import SEPARATED, TIED, UNSEPARATED, Run
 from unitvis.sources import Source
+from unitvis.state.intervals import IntervalSet
+from unitvis.state.sampling import sample
+from unitvis.state.topk import TopK
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
-MOST = 0.4  # once this share of the images was computed again, the rest is too rather than left undecided
+
+MAX_RECOMPUTED_SHARE = 0.4  # of the images: once so many were computed again, all others are too
 
 
-class Rescorer(Recorder):
-    """Computes canonical responses of images of a half-precision scan, in the layers that need them.
+@dataclass(frozen=True)
+class Scanned:
+    """What a scan in half precision leaves to be decided."""
 
-    `state` keeps the strongest; `places` are the candidates, [units, M] flattened where there is one.
+    k: int
+    candidates: TopK  # more than k places a unit, ranked by half precision
+    coverage: IntervalSet  # the ids that were scanned
+    responses: Callable[[Tensor], Floats]  # images as they were read -> float64 [N, units] in half precision
+    resolution: float  # the distance from 1 to the next number in the precision of the scan
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """The canonical top-k after re-ranking."""
+
+    topk: TopK  # k + 1 places a unit
+    decided: NDArray[np.bool_]  # [units]: no other image can enter
+    computed: int  # images whose canonical responses were computed
+    sampled: int  # of these, images of the sample
+
+
+def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
+    """Compute canonical responses of what can win until each unit is decided, or as far as that pays.
+
+    network: in eval mode, its layers known. Reads again, once each, a sample of the images and those that can hold a
+    place; where the undecided are few beside what that took, or a layer overflowed, all the rest.
+    """
+    again = _Reranking(network, scanned, source)
+    again.compute_sample()
+    margins = again.margins()
+    k, half = scanned.k, again.half
+    kth, last = half[:, min(k, half.shape[1]) - 1], half[:, -1]
+    with np.errstate(invalid="ignore"):
+        hopeless = kth <= last + margins / 4  # a plateau: no candidate more or less will decide it
+        near = ~(half < (kth - 2 * margins)[:, None])  # [units, M]; NaN margins and blanks count as near
+    near[hopeless, k + 1 :] = False
+    again.compute_candidates(near[again.rows, again.ranks])
+    margins = again.margins()
+    again.decide(margins)
+
+    with np.errstate(invalid="ignore"):
+        open_units = ~again.decided & ~(last + margins > again.kth)  # another candidate can decide these
+    again.compute_candidates(open_units[again.rows])
+    again.decide(again.margins())
+
+    overflowed = np.isposinf(last)
+    pays = len(again.computed) >= MAX_RECOMPUTED_SHARE * len(scanned.coverage)
+    rest = again.layer_of[~again.decided & (overflowed | pays)]
+    if len(rest):
+        again.compute_all(rest.max())
+    return Reranked(again.topk, again.decided, len(again.computed), again.sampled)
+
+
+class _Reranking:
+    """Canonical responses of a half-precision scan's images, in the layers that need them, and what they decide.
+
+    `places` are the candidates, [units, M] flattened where there is one; `rows` and `ranks` tell each one's unit and
+    rank. A place's value is NaN until its image is computed.
     """
 
-    def __init__(self, scanned: Recorder) -> None:
-        super().__init__(scanned.model, k=scanned.k, unit=scanned.unit, transform=scanned.transform)
-        self._scanned = scanned
-        self.adopt(scanned)
-        values, ids, _ = (part.cpu().numpy() for part in uk.topk_read(scanned.state))
-        self.half: Floats = values.astype(np.float64)  # [units, M]; NaN where blank
-        self.candidates: Ids = ids  # [units, M]; -1 where blank
-        unit, rank = np.nonzero(ids >= 0)
-        self.places = Places(ids[unit, rank], unit)
-        self.rows, self.ranks = unit[self.places.order], rank[self.places.order]  # of each place
-        self.decided = np.zeros(len(ids), bool)
-        self.layer_of = np.repeat(np.arange(len(self.layers)), [u.stop - u.start for u in self._units])  # [units]
+    def __init__(self, network: Network, scanned: Scanned, source: Source) -> None:
+        self._network, self._scanned, self._source = network, scanned, source
+        self.topk = TopK.empty(network.units, scanned.k + 1, network.device)
+        candidates = scanned.candidates.read()
+        self.half: Floats = candidates.values.astype(np.float64)  # [units, M]; NaN where blank
+        self._images = candidates.images  # [units, M]; -1 where blank
+        unit, rank = np.nonzero(candidates.images >= 0)
+        self.places = Places(candidates.images[unit, rank], unit)
+        self.rows, self.ranks = unit[self.places.order], rank[self.places.order]
+        self.decided = np.zeros(network.units, bool)
+        self.layer_of = network.layer_of
         self.computed, self._depth = np.zeros(0, np.int64), np.zeros(0, np.int64)  # ids, and of how many layers
-        self._sample: list[Floats] | None = None
-        self._half_sample = self._canonical_sample = np.zeros((0, len(ids)))
+        self._half_sample = self._canonical_sample = np.zeros((0, network.units))
 
-    @contextmanager
-    def _only(self, first: int, last: int) -> Iterator[None]:
-        """Read the layers first <= i < last alone."""
-        start = self._units[first].start
-        self._columns = slice(start, self._units[last - 1].stop)
-        self._own = [slice(units.start - start, units.stop - start) for units in self._units[first:last]]
-        with Taps(self.model, [layer.name for layer in self.layers[first:last]]) as self._taps:
-            yield
+    @property
+    def sampled(self) -> int:
+        """How many images the sample has."""
+        return len(self._half_sample)
 
-    def _floor(self) -> Tensor:
-        return uk.unpack(self.state[self._columns, self.k])[0]
+    def compute(self, ids: Ids, depths: NDArray[np.int64]) -> list[Floats]:
+        """Canonical responses of images in their first layers, as many as `depths`; never one twice.
 
-    def _read(self, batch: Tensor) -> Tensor:
-        return self._taps.keys(batch, self._own, self._floor())
-
-    def _take(self, keys: Tensor, ids: Tensor) -> None:
-        uk.topk_merge_(self.state[self._columns], keys, ids)
-        self.places.take(keys, ids, self._columns.start)
-        if self._sample is not None:
-            self._sample.append(uk.unpack(keys)[0].cpu().double().numpy())
-
-    def compute(self, source: Source, ids: Ids, depths: NDArray[np.int64]) -> None:
-        """Canonical responses of images in their first layers, as many as `depths`; never one twice."""
+        Returns the values, float64 [n, units of the layers], of each compute batch.
+        """
         at = np.searchsorted(self.computed, ids).clip(max=max(0, len(self.computed) - 1))
         before = np.where(self.computed[at] == ids, self._depth[at], 0) if len(self.computed) else np.zeros_like(ids)
+        values = []
         for first, last in np.unique(np.stack([before, depths])[:, depths > before], axis=1).T.tolist():
-            with self._only(first, last):
-                for batch in source.batches(4 * BATCH, ids=ids[(before == first) & (depths == last)].tolist()):
-                    self(batch.pixels, batch.ids)
-                self.flush()
+            values += list(self._compute(ids[(before == first) & (depths == last)], first, last))
         both, deep = np.concatenate([self.computed, ids]), np.concatenate([self._depth, depths])
         order = np.lexsort((-deep, both))
         self.computed, first_of_each = np.unique(both[order], return_index=True)
         self._depth = deep[order][first_of_each]
+        return values
 
-    def compute_sample(self, source: Source) -> None:
-        """The sample, in all layers, and what half precision says of it."""
-        ids = self._scanned.sample
-        half = [self._scanned.half_responses(batch.pixels) for batch in source.batches(BATCH, ids=ids.tolist())]
-        self._sample = []
-        self.compute(source, ids, np.full(len(ids), len(self.layers)))
-        self._half_sample, self._canonical_sample = np.concatenate(half), np.concatenate(self._sample)
-        self._sample = None
+    def _compute(self, ids: Ids, first: int, last: int) -> Iterator[Floats]:
+        """Rank images in the layers first <= number < last alone."""
+        columns = slice(self._network.columns[first].start, self._network.columns[last - 1].stop)
+        topk = self.topk.of(columns)
+        with self._network.reading(first, last) as canonical:
+            for batch in self._source.batches(COMPUTE_BATCH, ids=ids.tolist()):
+                keys = canonical.keys(batch.pixels, topk.threshold())
+                topk.merge(keys, batch.ids.to(keys.device))
+                self.places.take(keys, batch.ids, columns.start)
+                yield uk.unpack(keys)[0].cpu().double().numpy()
+
+    def compute_sample(self) -> None:
+        """The images with the smallest hashes of their ids, in all layers, in both precisions."""
+        ids = sample(self._scanned.coverage.ranges)
+        batches = self._source.batches(COMPUTE_BATCH, ids=ids.tolist())
+        self._half_sample = np.concatenate([self._scanned.responses(batch.pixels) for batch in batches])
+        self._canonical_sample = np.concatenate(self.compute(ids, np.full(len(ids), len(self._network.layers))))
 
     def margins(self) -> Floats:
-        """[units]: how far an outsider's response may lie above its value in half precision."""
+        """float64 [units]: how far an outsider's response may lie above its value in half precision."""
         with np.errstate(invalid="ignore"):
             sampled = self._canonical_sample - self._half_sample  # [images, units]
             error = self.places.values - self.half[self.rows, self.ranks]
@@ -111,7 +158,7 @@ class Rescorer(Recorder):
         scale = np.maximum(np.sqrt(square / np.maximum(count, 1)), largest * self._scanned.resolution / 4)
         scale[scale == 0] = 1.0  # all zero, in half precision and in float32
         margins = np.empty(len(self.half))
-        for own in self._units:
+        for own in self._network.columns:
             pooled = np.concatenate(
                 [(sampled[:, own] / scale[own]).ravel(), (error / scale[unit])[(unit >= own.start) & (unit < own.stop)]]
             )
@@ -121,94 +168,42 @@ class Rescorer(Recorder):
         return margins
 
     def outsiders(self) -> Floats:
-        """[units]: the largest value in half precision of an image whose canonical response is not known."""
+        """float64 [units]: the largest value in half precision of an image whose canonical response is not known."""
         unknown = self.half.copy()
         known = self.places.known
         unknown[self.rows[known], self.ranks[known]] = -np.inf
-        unknown[self.candidates < 0] = -np.inf
-        full = (self.candidates[:, -1] >= 0) & (self._scanned.images > self.candidates.shape[1])
+        unknown[self._images < 0] = -np.inf
+        full = (self._images[:, -1] >= 0) & (len(self._scanned.coverage) > self._images.shape[1])
         unknown[:, -1] = np.where(full, self.half[:, -1], unknown[:, -1])
         return unknown.max(axis=1)
 
     def complete(self) -> NDArray[np.bool_]:
-        """[units]: all images were computed in its layer."""
-        deep = np.bincount(self._depth, minlength=len(self.layers) + 1)[::-1].cumsum()[::-1][1:]  # images, by layer
-        return (deep >= self._scanned.images)[self.layer_of]
+        """Bool [units]: all images were computed in the unit's layer."""
+        deep = np.bincount(self._depth, minlength=len(self._network.layers) + 1)[::-1].cumsum()[::-1][1:]
+        return (deep >= len(self._scanned.coverage))[self.layer_of]  # deep: int64 [layers], images computed in each
 
     def decide(self, margins: Floats) -> None:
-        """Which units no outsider can enter."""
+        """Mark the units that no outsider can enter."""
         best = np.where(self.complete(), -np.inf, self.outsiders())
         with np.errstate(invalid="ignore"):
             self.decided |= (best == -np.inf) | (self.kth > best + margins)
 
     @property
     def kth(self) -> Floats:
-        """[units]: the k-th canonical response so far; NaN where there is room."""
-        values, _, _ = uk.topk_read(self.state)
-        return values[:, self.k - 1].cpu().double().numpy()
+        """float64 [units]: the k-th canonical response so far; NaN where there is room."""
+        return self.topk.threshold(self._scanned.k - 1).cpu().double().numpy()
 
-    def compute_candidates(self, source: Source, wanted: NDArray[np.bool_]) -> None:
+    def compute_candidates(self, wanted: NDArray[np.bool_]) -> None:
         """The images of the places wanted [places], each in the layers up to the last that wants it."""
         images, depth = self.places.images[wanted], self.layer_of[self.rows[wanted]] + 1
         ids, at = np.unique(images, return_inverse=True)
         depths = np.zeros(len(ids), np.int64)
         np.maximum.at(depths, at, depth)
-        self.compute(source, ids, depths)
+        self.compute(ids, depths)
 
-    def compute_all(self, source: Source, layers: NDArray[np.int64]) -> None:
-        """Every image that can be read, up to the last of the layers: all units up to there are decided."""
-        failed = np.array([failure.id for failure in source.failures], np.int64)
-        ids = np.setdiff1d(np.arange(source.length or 0), failed)
-        self.compute(source, ids, np.full(len(ids), layers.max() + 1))
-        self.decided |= self.layer_of <= layers.max()
-
-    def _check_ids(self) -> None:
-        """An image comes again where layers behind those of its first time want it."""
-
-    def _status(self, tied: NDArray[np.bool_], units: slice) -> NDArray[np.str_]:
-        return np.where(self.decided[units], np.where(tied, TIED, SEPARATED), UNSEPARATED)
-
-    def _manifest(self, tops: dict[str, Any]) -> dict[str, Any]:
-        return super()._manifest(tops) | {
-            "images": self._scanned.images,
-            "coverage": self._scanned.coverage.ranges.tolist(),
-            "precision": "exact",
-            "scan": self._scanned.how,
-            "rescored": {"images": len(self.computed), "sample": len(self._half_sample), "doubt": DOUBT},
-        }
-
-
-def rescored(scanned: Recorder, source: Source) -> Run:
-    """The exact run of a half-precision scan: each unit's status says whether the bound decides it.
-
-    Reads again, once each, a sample of the images and those that can hold a place; where the undecided are few beside
-    what that took, or a layer overflowed, all the rest.
-    """
-    start = time.perf_counter()
-    with Rescorer(scanned) as again:
-        again.compute_sample(source)
-        margins = again.margins()
-        k, half = again.k, again.half
-        kth, last = half[:, min(k, half.shape[1]) - 1], half[:, -1]
-        with np.errstate(invalid="ignore"):
-            hopeless = kth <= last + margins / 4  # a plateau: no candidate more or less will decide it
-            near = ~(half < (kth - 2 * margins)[:, None])  # [units, M]; NaN margins and blanks count as near
-        near[hopeless, k + 1 :] = False
-        again.compute_candidates(source, near[again.rows, again.ranks])
-        margins = again.margins()
-        again.decide(margins)
-
-        with np.errstate(invalid="ignore"):
-            open_units = ~again.decided & ~(last + margins > again.kth)  # another candidate can decide these
-        again.compute_candidates(source, open_units[again.rows])
-        again.decide(again.margins())
-
-        overflowed = np.isposinf(last)
-        pays = len(again.computed) >= MOST * scanned.images
-        rest = again.layer_of[~again.decided & (overflowed | pays)]
-        if len(rest):
-            again.compute_all(source, rest)
-        run = again.result()
-    run.manifest["seconds"]["rescoring"] = time.perf_counter() - start
-    run.attach(source)
-    return run
+    def compute_all(self, layer: int) -> None:
+        """Every image that can be read, up to a layer: all units up to there are decided."""
+        failed = np.array([failure.id for failure in self._source.failures], np.int64)
+        ids = np.setdiff1d(np.arange(self._source.length or 0), failed)
+        self.compute(ids, np.full(len(ids), layer + 1))
+        self.decided |= self.layer_of <= layer

@@ -1,28 +1,37 @@
-"""What a run's manifest says of a model, and what it warns of."""
+"""What a run's manifest says of a scan."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import nn
-
-from unitvis.run import LayerTop
-
-
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Its class, its number of parameters, and a hash of all its tensors."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"class": type(model).__name__, "parameters": parameters, "weights": digest.hexdigest()}
+from unitvis.network.device import fingerprint
+from unitvis.network.network import Network
+from unitvis.results.arrays import LayerArrays
+from unitvis.results.folder import FORMAT
 
 
-def saturation(top: LayerTop) -> str | None:
-    """A warning where a layer that takes a convolution's output reaches one same largest value again and again."""
+def scan_manifest(network: Network, k: int, precision: str, scan: Mapping[str, Any]) -> dict[str, Any]:
+    """What is ranked and how, before the first result. scan: how the images are computed."""
+    return {
+        "format": FORMAT,
+        "model": dict(network.description),
+        "input": list(network.input_shape),
+        "layers": {layer.name: asdict(layer) for layer in network.layers},
+        "k": k,
+        "unit": network.unit,
+        "precision": precision,
+        "plan": "as asked",
+        "source": {"kind": "recorder"},
+        "transform": network.transform.to_json() if network.transform else None,
+        "fingerprint": fingerprint(network.device),
+        "scan": dict(scan),
+    }
+
+
+def saturation_warning(top: LayerArrays) -> str | None:
+    """A sentence where a layer that takes a convolution's output reaches one same largest value again and again."""
     full = top.fired.all(axis=1)
     if top.info["fed_by"] is None or top.values.shape[1] < 2 or not full.any():
         return None

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
-from unitvis.run import Run
+from unitvis.results.data import RunData
 
 
 def infinite_info(values: Any, ids: Any) -> dict[str, int] | None:
@@ -27,7 +28,14 @@ def infinite_info(values: Any, ids: Any) -> dict[str, int] | None:
     }
 
 
-def odd_responses(run: Run) -> Iterator[str]:
+def nan_info(nan: NDArray[np.int64]) -> dict[str, int] | None:
+    """How many responses were NaN, of how many units, and the first image with one; nan: [units, 2]."""
+    if not nan[:, 0].any():
+        return None
+    return {"responses": int(nan[:, 0].sum()), "units": int((nan[:, 0] > 0).sum()), "first_image": int(nan[:, 1].min())}
+
+
+def odd_responses(run: RunData) -> Iterator[str]:
     """A sentence for each layer with NaN, and for each with infinite responses."""
     for name, top in run.tops.items():
         if nan := top.info["nan"]:
@@ -42,7 +50,7 @@ def odd_responses(run: Run) -> Iterator[str]:
             )
 
 
-def refuse_odd_responses(run: Run) -> None:
+def refuse_odd_responses(run: RunData) -> None:
     """UnitvisError at the first NaN or infinite response, for on_error="raise"."""
     for sentence in odd_responses(run):
         raise UnitvisError(f"{sentence}; on_error='skip' (--on-error skip) goes on and counts them")

@@ -1,18 +1,21 @@
-"""Who has the cores where the same ones decode and compute."""
+"""How decoding threads and computing threads share the cores of a CPU."""
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.ranking.recorder import Recorder
 from unitvis.sources import Source
 from unitvis.sources.encoded import EncodedSource
 
-ENOUGH = 1000  # images/s of one thread; a core decodes three hundred photographs, or some thousand small pictures
+# images/s of one computing thread; a core decodes three hundred photographs, or some thousand small pictures, a second
+FAST_ON_ONE_THREAD = 1000
 
 
 class Threads:
@@ -27,7 +30,7 @@ class Threads:
 
     def __init__(self, recorder: Recorder, source: Source) -> None:
         self._recorder, self._before = recorder, torch.get_num_threads()
-        shared = recorder.device.type == "cpu" and self._before > 1
+        shared = recorder.network.device.type == "cpu" and self._before > 1
         self._encoded = source if shared and isinstance(source, EncodedSource) else None
         self._undecided = self._encoded is not None and recorder.precision == "fp32"
 
@@ -44,14 +47,22 @@ class Threads:
 
     def choose(self, images: Tensor) -> None:
         """Decide, by some images that were recorded; once."""
-        if not self._undecided or not self._recorder.started:
+        if not self._undecided or not self._recorder.images:
             return
         self._undecided = False
         torch.set_num_threads(1)
-        rate = self._recorder.rate(images)
-        if rate > ENOUGH / 4:  # not far below: what else runs may have slowed it down
-            rate = max(rate, *(self._recorder.rate(images) for _ in range(2)))
-        if rate < ENOUGH:
+        rate = compute_rate(self._recorder, images)
+        if rate > FAST_ON_ONE_THREAD / 4:  # not far below: what else runs may have slowed it down
+            rate = max(rate, *(compute_rate(self._recorder, images) for _ in range(2)))
+        if rate < FAST_ON_ONE_THREAD:
             torch.set_num_threads(self._before)
         else:
             self._encoded = None
+
+
+def compute_rate(recorder: Recorder, images: Tensor) -> float:
+    """Canonical images/s, by one compute batch of images like those that were recorded; it records nothing."""
+    with recorder.network.reading() as canonical:
+        start = time.perf_counter()
+        canonical.keys(images[:COMPUTE_BATCH], recorder.topk.threshold())
+        return COMPUTE_BATCH / (time.perf_counter() - start)

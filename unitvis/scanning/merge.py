@@ -12,19 +12,17 @@ import numpy as np
 import torch
 from torch import nn
 
-import unitvis_kernels as uk
 from unitvis import models
 from unitvis.errors import UnitvisError
+from unitvis.network.identity import describe_model
 from unitvis.ranking.recorder import Recorder
-from unitvis.results.manifest import describe_model
-from unitvis.run import Run, check_output, load
+from unitvis.results.folder import check_output
+from unitvis.run import Run, load
 from unitvis.scanning.scan import complete
 from unitvis.sources import Source, open_source, reopen_source
 from unitvis.sources.transform import Transform
-from unitvis.state.intervals import Coverage
+from unitvis.state.intervals import IntervalSet
 from unitvis.state.partial import Partial, refuse_differences
-
-NAN_COUNT = -2  # the state's column with the number of NaN responses
 
 
 @torch.inference_mode(False)
@@ -76,7 +74,7 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     order = sorted(parts, key=lambda name: -len(parts[name].coverage))
     first = order[0]
     merged, seconds = parts[first], parts[first].seconds
-    state, coverage, failures = merged.state.clone(), merged.coverage, dict(merged.failures)
+    topk, coverage, failures = merged.topk.to("cpu"), merged.coverage, dict(merged.failures)
     for name in order[1:]:
         part = parts[name]
         refuse_differences(f"{first} and {name} cannot be merged", merged.identity, part.identity)
@@ -84,21 +82,21 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
         twice = coverage & part.coverage
         if len(twice) == len(part.coverage):
             continue
-        if len(twice) and ((state[:, NAN_COUNT] > 0) & (part.state[:, NAN_COUNT] > 0)).any():
+        if len(twice) and (topk.counts_nan() & part.topk.counts_nan()).any():
             raise UnitvisError(
                 f"{name} has images {twice} in common with the others, and both count NaN responses, which cannot be "
                 "told apart; merge runs that overlap wholly or not at all"
             )
-        uk.topk_merge_states_(state, part.state)
+        topk.merge_all(part.topk)
         coverage, seconds = coverage | part.coverage, seconds + part.seconds
     failed = np.array(sorted(failures), np.int64)
     failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}  # one run could read it after all
-    return Partial(merged.identity, state, coverage, failures, seconds)
+    return Partial(merged.identity, topk, coverage, failures, seconds)
 
 
-def missing(part: Partial, images: int | None) -> Coverage:
-    """The ids that are neither in the state nor known as failures."""
-    return Coverage([(0, images or 0)]) - (part.coverage | Coverage.of(part.failures))
+def missing(part: Partial, images: int | None) -> IntervalSet:
+    """The ids that are neither ranked nor known as failures."""
+    return IntervalSet([(0, images or 0)]) - (part.coverage | IntervalSet.of(part.failures))
 
 
 def _still_partial(part: Partial, manifest: dict[str, Any], failures: list[dict[str, Any]]) -> Run:
@@ -129,8 +127,8 @@ def _finished(
     ) as recorder:
         channels, height, width = manifest["input"]
         recorder.prepare((channels, height, width))
-        recorder.scan_in(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
-        recorder.go_on(part)
+        recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
+        recorder.restore(part)
         source.take_failures(part.failures)
         undecided = manifest["precision"] == "exact" and recorder.precision != "fp32"
         run = recorder.result(source if undecided else None)

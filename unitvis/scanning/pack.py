@@ -8,21 +8,19 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from unitvis.errors import Interrupted, UnitvisError, first_line
-from unitvis.network.canonical import BATCH
-from unitvis.run import replacing
-from unitvis.scanning.progress import EVERY, HOW
+from unitvis.errors import Interrupted, UnitvisError
+from unitvis.files import flush_to_disk, replacing, write_arrays
+from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.scanning.signals import Signals
 from unitvis.sources import Batch, PackSource, Source, open_source
 from unitvis.sources.base import Seen, SeenTable
@@ -30,6 +28,7 @@ from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.names import Names
 from unitvis.sources.packed import BAKED, FORMAT, MARK, pack_source, pixels_hash, read_about, tables_hash
 from unitvis.sources.transform import Transform
+from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, Arrays, Checkpoints, check_interval
 from unitvis.state.partial import refuse_differences
 
 
@@ -46,7 +45,7 @@ def pack(
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    every: float = EVERY,
+    every: float = CHECKPOINT_SECONDS,
     progress: bool = True,
 ) -> PackSource:
     """Decode, resize and crop images once, into FILE.npy, uint8 [images, H, W, 3]; FILE.json and FILE.npz know of what.
@@ -58,8 +57,7 @@ def pack(
     from there, also after a crash. The other options are those of `scan`. Returns the pack, as `scan` takes it. Raises
     UnitvisError for whatever the caller can mend.
     """
-    if not every > 0:
-        raise UnitvisError(f"checkpoints come every {every} seconds; more than 0 are needed")
+    check_interval(every)
     target = _target(Path(path), overwrite, resume)
     source = open_source(
         images,
@@ -80,7 +78,7 @@ def pack(
             ids = range(packing.done, packing.images) if packing.done else None
             begin, off = packing.done, None if progress else True
             with (
-                closing(source.batches(4 * BATCH, workers=workers, ids=ids)) as batches,
+                closing(source.batches(4 * COMPUTE_BATCH, workers=workers, ids=ids)) as batches,
                 tqdm(total=packing.images, initial=begin, desc="pack", unit=" images", disable=off, leave=False) as bar,
             ):
                 for batch in batches:
@@ -88,7 +86,7 @@ def pack(
                     bar.update(packing.done - bar.n)
                     if signals.came is not None:
                         packing.checkpoint()
-                        raise Interrupted(f"interrupted after {packing.count}; {HOW}", signals.came)
+                        raise Interrupted(f"interrupted after {packing.count}; {HOW_TO_RESUME}", signals.came)
             packing.finish()
     packed = pack_source(str(target), source.transform, on_error=on_error)
     assert packed is not None  # noqa: S101  it is whole now
@@ -101,8 +99,8 @@ class _Packing:
     """
 
     def __init__(self, target: Path, source: Source, every: float) -> None:
-        self._target, self._source, self._every = target, source, every
-        self._part, self._progress = _unfinished(target)
+        self._target, self._source = target, source
+        self._part, self._checkpoints = _part(target), Checkpoints(_checkpoint(target), every)
         self.images = source.length or 0
         self.done = 0  # ids below it are in the array, or known as failures
         self._seen = np.zeros(self.images, SeenTable.ROW)
@@ -111,7 +109,6 @@ class _Packing:
         self._start = 0  # bytes of the header
         self._file: io.FileIO | None = None  # once it can be written
         self._held: io.FileIO | None = None  # the same, from when it is open
-        self._last = time.perf_counter()
 
     @property
     def count(self) -> str:
@@ -124,12 +121,14 @@ class _Packing:
             if (about := read_about(self._target)) is None or not self._target.exists():
                 return False
             self._refuse_another(f"{self._target} is another pack", about)
-            self._progress.unlink(missing_ok=True)
+            self._checkpoints.remove()
             return True
-        if not self._progress.exists():
+        if not self._checkpoints.exist:
             return False
         file = self._opened()
-        about, seen = self._checkpointed()
+        found = self._checkpoints.read(self._checkpointed)
+        assert found is not None  # noqa: S101  there is one
+        about, seen = found
         self._refuse_another(f"the pack {self._target} cannot be gone on with", about)
         self.done, self._file = len(seen), file
         self._seen[: self.done] = seen
@@ -137,18 +136,12 @@ class _Packing:
         file.truncate(self._bytes(self.done))  # what came after the checkpoint is made again
         return False
 
-    def _checkpointed(self) -> tuple[dict[str, Any], NDArray[np.void]]:
-        """What the last checkpoint says of the pack and of its images so far."""
-        try:
-            with open(self._progress, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                about, seen = json.loads(arrays["about"].tobytes()), arrays["seen"]
-            self._has_rows_of(tuple(about["row"]))
-            if self._part.stat().st_size < self._bytes(len(seen)):
-                raise ValueError(f"{self._part} is shorter than it says")
-        except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything
-            raise UnitvisError(
-                f"{self._progress} is damaged ({first_line(error)}); start again with --overwrite"
-            ) from error
+    def _checkpointed(self, arrays: Arrays) -> tuple[dict[str, Any], NDArray[np.void]]:
+        """What a checkpoint says of the pack and of its images so far."""
+        about, seen = json.loads(arrays["about"].tobytes()), arrays["seen"]
+        self._has_rows_of(tuple(about["row"]))
+        if self._part.stat().st_size < self._bytes(len(seen)):
+            raise ValueError(f"{self._part} is shorter than it says")
         return about, seen
 
     def _refuse_another(self, what: str, about: Mapping[str, Any]) -> None:
@@ -171,7 +164,8 @@ class _Packing:
         except OSError as error:
             self._keep()
             raise UnitvisError(
-                f"after {self.count} {self._target} could not be written: {error.strerror}; mend that, then {HOW}"
+                f"after {self.count} {self._target} could not be written: {error.strerror}; "
+                f"mend that, then {HOW_TO_RESUME}"
             ) from error
         except UnitvisError:
             self._keep()
@@ -201,7 +195,7 @@ class _Packing:
             record = self._source.record(id)
             self._table[id] = Seen(bytes.fromhex(record["hash"]), record["width"], record["height"])
             self.done = id + 1
-        if time.perf_counter() - self._last >= self._every:
+        if self._checkpoints.due:
             self.checkpoint()
 
     def _opened(self) -> io.FileIO:
@@ -219,7 +213,7 @@ class _Packing:
     def _begun(self, row: tuple[int, ...]) -> io.FileIO:
         """The array's file, with its header; refused where the array will not fit."""
         file = self._opened()
-        self._progress.unlink(missing_ok=True)
+        self._checkpoints.remove()
         file.truncate(0)
         header = self._has_rows_of(row)
         total, free = self._bytes(self.images), shutil.disk_usage(self._target.parent).free
@@ -248,11 +242,12 @@ class _Packing:
         if self._file is None:
             return
         self._file.truncate(self._bytes(self.done))
-        _to_disk(self._file)
+        flush_to_disk(self._file)
         failures = {id: reason for id, reason in self._source.reasons.items() if id < self.done}
         about = self._about() | {"row": self._row, "failures": failures}
-        _write(self._progress, about=np.frombuffer(json.dumps(about).encode(), np.uint8), seen=self._seen[: self.done])
-        self._last = time.perf_counter()
+        self._checkpoints.write(
+            {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "seen": self._seen[: self.done]}
+        )
 
     def finish(self) -> None:
         """Make a whole pack of it."""
@@ -270,12 +265,13 @@ class _Packing:
             "failures": [asdict(failure) for failure in self._source.failures],
         }
         self._target.unlink(missing_ok=True)  # the pack that was there: its array and the new JSON are no pack
-        _write(self._target.with_suffix(".npz"), **tables)
+        with replacing(self._target.with_suffix(".npz")) as part:
+            write_arrays(part, tables)
         with replacing(self._target.with_suffix(".json")) as path, open(path, "w", encoding="utf-8") as file:
             file.write(json.dumps(about, indent=1) + "\n")
-            _to_disk(file)
+            flush_to_disk(file)
         os.replace(self._part, self._target)
-        self._progress.unlink()
+        self._checkpoints.remove()
 
 
 def _target(path: Path, overwrite: bool, resume: bool) -> Path:
@@ -288,7 +284,7 @@ def _target(path: Path, overwrite: bool, resume: bool) -> Path:
     if not path.parent.is_dir():
         raise UnitvisError(f"there is no folder {path.parent} to write {path.name} into")
     known = read_about(path) is not None
-    unfinished = any(one.exists() for one in _unfinished(path))
+    unfinished = _part(path).exists() or Checkpoints(_checkpoint(path)).exist
     for ending in (".npy", ".json") if unfinished else (".npy", ".json", ".npz"):
         if not known and (other := path.with_suffix(ending)).exists():
             raise UnitvisError(f"{other} is there and belongs to no pack, so it is not overwritten; give another path")
@@ -299,24 +295,17 @@ def _target(path: Path, overwrite: bool, resume: bool) -> Path:
     return path
 
 
-def _unfinished(target: Path) -> tuple[Path, Path]:
-    """Where pixels and progress of a pack are until it is whole."""
-    return target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.progress")
+def _part(target: Path) -> Path:
+    """Where the pixels of a pack are until it is whole."""
+    return target.with_name(f"{target.name}.part")
 
 
-def _write(path: Path, **arrays: Any) -> None:
-    """An npz without pickle, whole or not at all, on the disk when this returns."""
-    with replacing(path) as part, open(part, "wb") as file:
-        np.savez(file, **arrays)
-        _to_disk(file)
+def _checkpoint(target: Path) -> Path:
+    """Where the newest checkpoint of a pack is until it is whole."""
+    return target.with_name(f"{target.name}.progress")
 
 
 def _write_all(file: io.FileIO, data: memoryview) -> None:
     data = data.cast("B")
     while data:
         data = data[file.write(data) :]
-
-
-def _to_disk(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,24 +1,21 @@
-"""A scan that may be stopped: what is done is written down every so often, and can be gone on with."""
+"""A scan that may be stopped: checkpoints every so often, signals, and going on from a checkpoint."""
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.ranking.recorder import Recorder
-from unitvis.run import PREVIOUS, PROGRESS, read_manifest, replacing
+from unitvis.results.folder import read_manifest
 from unitvis.scanning.signals import Signals
 from unitvis.sources import Source
-from unitvis.state.intervals import Coverage
-from unitvis.state.partial import Identity, Partial, identity, read_partial, refuse_differences
+from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, SCAN_CHECKPOINT, Checkpoints, check_interval
+from unitvis.state.intervals import IntervalSet
+from unitvis.state.partial import Identity, Partial, identity, refuse_differences
 from unitvis.state.shards import Shard
-
-EVERY = 60.0  # seconds between checkpoints
 
 
 class Progress:
@@ -36,12 +33,17 @@ class Progress:
     """
 
     def __init__(
-        self, folder: Path | None, recorder: Recorder, source: Source, shard: Shard | None, every: float = EVERY
+        self,
+        folder: Path | None,
+        recorder: Recorder,
+        source: Source,
+        shard: Shard | None,
+        every: float = CHECKPOINT_SECONDS,
     ) -> None:
-        if not every > 0:
-            raise UnitvisError(f"checkpoints come every {every} seconds; more than 0 are needed")
+        check_interval(every)
         self._folder = folder if source.rereadable else None
-        self._recorder, self._source, self._shard, self._every = recorder, source, shard, every
+        self._checkpoints = None if self._folder is None else Checkpoints(self._folder / SCAN_CHECKPOINT, every)
+        self._recorder, self._source, self._shard = recorder, source, shard
         self.ids = None if shard is None else shard.ids(source.length, source.kind)
         self.before = 0.0  # seconds of scanning in earlier attempts
         self.writing = 0.0  # seconds that checkpoints took
@@ -49,7 +51,7 @@ class Progress:
         self._signals = Signals()
 
     def __enter__(self) -> Self:
-        self._start = self._last = time.perf_counter()
+        self._start = time.perf_counter()
         if self._folder is not None:
             self._signals.__enter__()
         return self
@@ -63,13 +65,13 @@ class Progress:
         batch_size: given where the precision is free: the scan goes on in the one that it began with. UnitvisError that
         names the difference where it is another scan.
         """
-        if self._folder is None:
+        if self._folder is None or self._checkpoints is None:
             raise UnitvisError(f"a {self._source.kind} is read once, so a scan of it cannot be resumed")
-        if part := read_progress(self._folder):
+        if part := self._checkpoints.read(Partial.from_arrays):
             if batch_size is not None:
-                self._recorder.scan_in(part.identity["precision"], batch_size)
+                self._recorder.set_precision(part.identity["precision"], batch_size)
             self._accept(f"the scan in {self._folder} cannot be gone on with (there and now)", part.identity)
-            self._recorder.go_on(part)
+            self._recorder.restore(part)
             self._source.take_failures(part.failures)
             self.before = part.seconds
             return False
@@ -78,7 +80,7 @@ class Progress:
         manifest = read_manifest(self._folder)
         found = identity(manifest) | {"shard": manifest.get("shard")}
         if batch_size is not None:
-            self._recorder.scan_in(found["precision"], batch_size)
+            self._recorder.set_precision(found["precision"], batch_size)
         self._accept(f"{self._folder} holds the run of another scan (there and now)", found)
         return True
 
@@ -107,77 +109,51 @@ class Progress:
         if self.ids is None and not done:
             return None
         wanted = range(self._source.length or 0) if self.ids is None else self.ids
-        return (self._recorder.coverage | Coverage.of(self._source.reasons)).left(wanted)
+        return (self._recorder.coverage | IntervalSet.of(self._source.reasons)).left(wanted)
 
     def after_batch(self) -> None:
         """Write a checkpoint if it is time, or if a signal came."""
         if self._signals.came is not None:
             self.checkpoint()
-            raise Interrupted(f"interrupted after {self._count()}; {HOW}", self._signals.came)
-        if time.perf_counter() - self._last >= self._every:
+            raise Interrupted(f"interrupted after {self._count()}; {HOW_TO_RESUME}", self._signals.came)
+        if self._checkpoints is not None and self._checkpoints.due:
             self.checkpoint()
 
     def finish(self) -> None:
         """The last checkpoint. What follows can be repeated from it, so a signal need not wait any more."""
         self.checkpoint()
-        self._signals.raise_at_once(f"interrupted after the scan, before its run was written; {HOW}")
+        self._signals.raise_at_once(f"interrupted after the scan, before its run was written; {HOW_TO_RESUME}")
 
     def checkpoint(self) -> None:
         """Write down what is done, and keep what was written before."""
         start = time.perf_counter()
         self._recorder.flush()
-        if self._folder is None or not self._recorder.images:
+        if self._checkpoints is None or not self._recorder.images:
             return
         part = self.part()
         try:
-            with replacing(self._folder / PROGRESS) as path:
-                part.write(path)
-                with suppress(FileNotFoundError):
-                    (self._folder / PROGRESS).replace(self._folder / PREVIOUS)
+            self._checkpoints.write(part.arrays())
         except OSError as error:
             raise UnitvisError(
                 f"after {self._count()} the checkpoint could not be written into {self._folder}: {error.strerror}; "
-                f"mend that, then {HOW}"
+                f"mend that, then {HOW_TO_RESUME}"
             ) from error
-        self._last = time.perf_counter()
-        self.writing += self._last - start
+        self.writing += time.perf_counter() - start
+
+    def forget(self) -> None:
+        """Remove checkpoints: the scan is finished, or is not to be gone on with."""
+        if self._checkpoints is not None:
+            self._checkpoints.remove()
 
     def part(self) -> Partial:
         """What is done."""
-        return self._recorder.part(self.identity, self._source.reasons, self.seconds)
+        return self._recorder.snapshot(self.identity, self._source.reasons, self.seconds)
 
     @property
     def seconds(self) -> float:
         """Of scanning, in this attempt and those before, without the preparation."""
-        return self.before + time.perf_counter() - self._start - self._recorder.preparation
+        return self.before + time.perf_counter() - self._start - self._recorder.network.preparation
 
     def _count(self) -> str:
         total = "" if self._source.length is None else f" of {len(self.ids or range(self._source.length)):,}"
         return f"{self._recorder.images:,}{total} images"
-
-
-HOW = "go on with the same command and --resume (resume=True)"
-
-
-def read_progress(folder: Path) -> Partial | None:
-    """The newest whole checkpoint in the folder; None where there is none at all, UnitvisError where none is whole."""
-    damaged = None
-    for name in (PROGRESS, PREVIOUS):
-        if (folder / name).exists():
-            try:
-                part = read_partial(folder / name)
-            except UnitvisError as error:
-                damaged = damaged or error
-                continue
-            if damaged:
-                warnings.warn(f"{damaged}; going on with the checkpoint before it, {len(part.coverage):,} images")
-            return part
-    if damaged:
-        raise UnitvisError(f"{damaged}, and there is no other checkpoint; start again with --overwrite")
-    return None
-
-
-def forget_progress(folder: Path) -> None:
-    """Remove checkpoints: their scan is finished, or is not to be gone on with."""
-    for name in (PROGRESS, PREVIOUS):
-        (folder / name).unlink(missing_ok=True)

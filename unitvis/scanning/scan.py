@@ -16,18 +16,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unitvis import models
+from unitvis.attribution.effective_boxes import effective_boxes
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
-from unitvis.network.canonical import BATCH
+from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.ranking.recorder import Recorder
+from unitvis.results.folder import check_output
 from unitvis.results.nonfinite import refuse_odd_responses
-from unitvis.run import Run, check_output, load
+from unitvis.run import Run, load
 from unitvis.scanning.cores import Threads
 from unitvis.scanning.precision import Plan, plan
-from unitvis.scanning.progress import EVERY, Progress, forget_progress
-from unitvis.scanning.verify import effective_boxes, verify
+from unitvis.scanning.progress import Progress
+from unitvis.scanning.verify import verify
 from unitvis.sources import Source, open_source
 from unitvis.sources.transform import Transform
+from unitvis.state.checkpoints import CHECKPOINT_SECONDS
 from unitvis.state.shards import parse_shard
 
 logger = logging.getLogger("unitvis")
@@ -55,7 +58,7 @@ def scan(
     allow_truncated: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    every: float = EVERY,
+    every: float = CHECKPOINT_SECONDS,
     progress: bool = True,
     workers: int | None = None,
 ) -> Run:
@@ -76,7 +79,7 @@ def scan(
     """
     if precision not in PRECISIONS:
         raise UnitvisError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    batch_size = 4 * BATCH if batch_size is None else batch_size
+    batch_size = 4 * COMPUTE_BATCH if batch_size is None else batch_size
     if batch_size < 1:
         raise UnitvisError(f"batch_size must be at least 1, not {batch_size}")
     share = parse_shard(shard)
@@ -103,9 +106,9 @@ def scan(
     with Progress(folder, recorder, source, share, every) as watch:
         with recorder:
             if folder is not None and not resume:
-                forget_progress(folder)
+                watch.forget()
             if precision != "exact":
-                recorder.scan_in(precision, batch_size)
+                recorder.set_precision(precision, batch_size)
             if folder is not None and resume and watch.resume(batch_size if precision == "exact" else None):
                 return load(folder, source)
             batches = source.batches(batch_size, workers=workers, ids=watch.left())
@@ -113,7 +116,7 @@ def scan(
             chosen = Plan(recorder.precision, "as it began" if recorder.images else "as asked")
             if precision == "exact" and first and not recorder.images:
                 chosen = _plan(recorder, source, first[0].pixels, k)
-                recorder.scan_in(chosen.precision, batch_size)
+                recorder.set_precision(chosen.precision, batch_size)
             silent = None if progress else True  # None: a bar on a terminal, nothing in a log
             bar = tqdm(
                 total=source.length if watch.ids is None else len(watch.ids),
@@ -149,16 +152,15 @@ def scan(
             complete(run, source, model, device, on_error)
         if folder is not None:
             run.write(folder)
-            forget_progress(folder)
+            watch.forget()
     return run
 
 
 def _plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> Plan:
-    recorder.prepare(recorder.input_shape(pixels))
-    ranks_channels = recorder.unit == "channel"
-    chosen = plan(
-        source.length, recorder.units, k, recorder.device, rereadable=source.rereadable, channels=ranks_channels
-    )
+    network = recorder.network
+    recorder.prepare(network.input_shape_of(pixels))
+    channels = network.unit == "channel"
+    chosen = plan(source.length, network.units, k, network.device, rereadable=source.rereadable, channels=channels)
     logger.info("%s", chosen.line)
     return chosen
 

@@ -15,7 +15,8 @@ from torch import distributed, nn
 
 from unitvis import models
 from unitvis.errors import UnitvisError
-from unitvis.run import Run, check_output
+from unitvis.results.folder import check_output
+from unitvis.run import Run
 from unitvis.scanning.merge import merge
 from unitvis.scanning.scan import scan
 

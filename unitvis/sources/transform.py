@@ -83,7 +83,12 @@ class Transform:
         """The model's input, float [N, 3, H, W] in channels_last memory, from uint8 [N, H, W, 3] on any device."""
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
             raise UnitvisError(f"pixels are uint8 [N, H, W, 3], not {batch.dtype} {list(batch.shape)}")
-        return uk.normalize(batch, self.mean or (0.0, 0.0, 0.0), self.std or (1.0, 1.0, 1.0), dtype)
+        return uk.normalize(batch, *self.mean_and_std, dtype)
+
+    @property
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Three numbers each, also where they were left out."""
+        return self.mean or (0.0, 0.0, 0.0), self.std or (1.0, 1.0, 1.0)
 
     def denormalize(self, image: Tensor) -> np.ndarray:
         """A picture, uint8 [H, W, 3], of the model's input [3, H, W]: clipped to 0..255 and rounded; NaN is black."""

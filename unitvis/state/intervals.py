@@ -1,4 +1,4 @@
-"""Which images are in: a set of ids that stays small while they come in order, and exact whatever the order."""
+"""An interval set: ids as disjoint ranges, small while they come in order, exact whatever the order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PENDING = 1 << 16  # ids that wait before they are folded in
 Ranges = NDArray[np.int64]
 
 
-class Coverage:
+class IntervalSet:
     """A set of ids from 0, kept as disjoint half-open ranges, int64 [n, 2] ascending, with a gap between any two."""
 
     def __init__(self, ranges: Iterable[Iterable[int]] | Ranges = ()) -> None:
@@ -21,7 +21,7 @@ class Coverage:
         self._waiting = 0
 
     @classmethod
-    def of(cls, ids: Iterable[int]) -> Coverage:
+    def of(cls, ids: Iterable[int]) -> IntervalSet:
         """The set of these ids, in any order."""
         return cls(_runs(np.unique(np.fromiter(ids, np.int64))))
 
@@ -44,28 +44,28 @@ class Coverage:
 
     def left(self, of: range) -> Iterator[int]:
         """The ids of a range (step 1) that are not in, ascending."""
-        for start, stop in (Coverage([(of.start, of.stop)]) - self).ranges.tolist():
+        for start, stop in (IntervalSet([(of.start, of.stop)]) - self).ranges.tolist():
             yield from range(start, stop)
 
-    def copy(self) -> Coverage:
+    def copy(self) -> IntervalSet:
         """The same set, which changes on its own."""
-        return Coverage(self.ranges)
+        return IntervalSet(self.ranges)
 
     def __len__(self) -> int:
         return int((self.ranges[:, 1] - self.ranges[:, 0]).sum())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Coverage) and np.array_equal(self.ranges, other.ranges)
+        return isinstance(other, IntervalSet) and np.array_equal(self.ranges, other.ranges)
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
-    def __or__(self, other: Coverage) -> Coverage:
-        return Coverage(np.concatenate([self.ranges, other.ranges]))
+    def __or__(self, other: IntervalSet) -> IntervalSet:
+        return IntervalSet(np.concatenate([self.ranges, other.ranges]))
 
-    def __and__(self, other: Coverage) -> Coverage:
+    def __and__(self, other: IntervalSet) -> IntervalSet:
         return self._combined(other, np.logical_and)
 
-    def __sub__(self, other: Coverage) -> Coverage:
+    def __sub__(self, other: IntervalSet) -> IntervalSet:
         return self._combined(other, lambda mine, theirs: mine & ~theirs)
 
     def __str__(self) -> str:
@@ -81,12 +81,12 @@ class Coverage:
         self._ranges = _joined(np.concatenate([self._ranges, _runs(ids)]))
 
     def _combined(
-        self, other: Coverage, keep: Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[np.bool_]]
-    ) -> Coverage:
+        self, other: IntervalSet, keep: Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[np.bool_]]
+    ) -> IntervalSet:
         """By looking at each stretch between two neighbouring ends: both sets are constant there."""
         points = np.unique(np.concatenate([self.ranges, other.ranges]))
         kept = keep(_holds(self.ranges, points), _holds(other.ranges, points)).nonzero()[0]
-        return Coverage(np.stack([points[kept], points[kept + 1]], axis=1)) if len(kept) else Coverage()
+        return IntervalSet(np.stack([points[kept], points[kept + 1]], axis=1)) if len(kept) else IntervalSet()
 
 
 def _holds(ranges: Ranges, points: NDArray[np.int64]) -> NDArray[np.bool_]:

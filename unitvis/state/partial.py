@@ -3,68 +3,69 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from unitvis.errors import UnitvisError, some
-from unitvis.state.intervals import Coverage
+from unitvis.files import read_arrays, write_arrays
+from unitvis.state.intervals import IntervalSet
+from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Partial:
-    """The state of all units after the images of `coverage`, taken together with them."""
+    """The top-k of all units after the images of `coverage`, taken together with them."""
 
     identity: Identity  # what must be equal for two of them to be parts of one scan; JSON
-    state: Tensor  # int64 [units, 2M + 2], on the CPU, see unitvis_kernels.topk_state
-    coverage: Coverage  # ids whose responses are in the state
+    topk: TopK  # on the CPU
+    coverage: IntervalSet  # ids whose responses are in the top-k
     failures: Mapping[int, str]  # ids that could not be used, with the reason
     seconds: float  # of scanning so far
 
     @property
     def candidates(self) -> NDArray[np.int64]:
-        """The ids that hold a place in the state, ascending."""
-        places = (self.state.shape[1] - 2) // 2
-        ids = np.unique(self.state[:, places : 2 * places].numpy())
-        return ids[ids >= 0]
+        """The ids that hold a place, ascending."""
+        return self.topk.images()
 
-    def write(self, path: Path) -> None:
-        """As an npz without pickle, on the disk when this returns."""
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything as arrays, for an npz file without pickle."""
         reasons = sorted(set(self.failures.values()))
         number = {reason: n for n, reason in enumerate(reasons)}
         about = {"identity": self.identity, "reasons": reasons, "seconds": self.seconds}
-        with open(path, "wb") as file:
-            np.savez(
-                file,
-                about=np.frombuffer(json.dumps(about).encode(), np.uint8),
-                state=self.state.numpy(),
-                coverage=self.coverage.ranges,
-                failed=np.array(list(self.failures), np.int64),
-                reason=np.array([number[reason] for reason in self.failures.values()], np.int64),
-            )
-            file.flush()
-            os.fsync(file.fileno())
+        return {
+            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+            "state": self.topk.tensor.numpy(),
+            "coverage": self.coverage.ranges,
+            "failed": np.array(list(self.failures), np.int64),
+            "reason": np.array([number[reason] for reason in self.failures.values()], np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """What `arrays` gave; raises nearly anything for others."""
+        about = json.loads(arrays["about"].tobytes())
+        reasons = [about["reasons"][number] for number in arrays["reason"].tolist()]
+        failures = dict(zip(arrays["failed"].tolist(), reasons, strict=True))
+        topk = TopK(torch.from_numpy(arrays["state"]))
+        return cls(about["identity"], topk, IntervalSet(arrays["coverage"]), failures, about["seconds"])
+
+    def write(self, path: Path) -> None:
+        """As an npz file, on the disk when this returns."""
+        write_arrays(path, self.arrays())
 
 
 def read_partial(path: Path) -> Partial:
     """What `Partial.write` wrote; every byte is checked against the file's checksums. UnitvisError if it is not so."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            parts = {name: arrays[name] for name in ("about", "state", "coverage", "failed", "reason")}
-        about = json.loads(parts["about"].tobytes())
-        reasons = [about["reasons"][number] for number in parts["reason"].tolist()]
-        failures = dict(zip(parts["failed"].tolist(), reasons, strict=True))
-        state = torch.from_numpy(parts["state"])
-        return Partial(about["identity"], state, Coverage(parts["coverage"]), failures, about["seconds"])
+        return Partial.from_arrays(read_arrays(path))
     except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything
         raise UnitvisError(f"{path} is damaged ({' '.join(str(error).split())})") from error
 

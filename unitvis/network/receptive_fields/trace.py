@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from unitvis.errors import UnitvisError
-from unitvis.receptive_fields.reach import Reach, source
-from unitvis.receptive_fields.rules import Call, Operand, Unsupported, carry
+from unitvis.network.receptive_fields.reach import Reach, source
+from unitvis.network.receptive_fields.rules import Call, Operand, Unsupported, carry
 
 _map_nodes: Any = fx.node.map_arg  # its declared type knows of nodes mapped to nodes only
 Axes = tuple[Reach, Reach, Reach]  # images, rows, columns

@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError, named
-from unitvis.network.layers import as_map
-from unitvis.receptive_fields.reach import NOTHING, Reach, collapse
-from unitvis.receptive_fields.rules import Unsupported
-from unitvis.receptive_fields.trace import MixedError, reaches, trace
+from unitvis.network.forward import as_map
+from unitvis.network.receptive_fields.reach import NOTHING, Reach, collapse
+from unitvis.network.receptive_fields.rules import Unsupported
+from unitvis.network.receptive_fields.trace import MixedError, reaches, trace
 
 InputSize = int | tuple[int, int] | tuple[int, int, int]
 

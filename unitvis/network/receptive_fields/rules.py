@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unitvis.receptive_fields.reach import (
+from unitvis.network.receptive_fields.reach import (
     NO_TAP,
     Reach,
     aligned,

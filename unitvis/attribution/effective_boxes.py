@@ -1,0 +1,100 @@
+"""Effective boxes: how much of its receptive field a layer really uses."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from unitvis.errors import UnitvisError, first_line
+from unitvis.network.canonical import canonical_settings
+from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.network import Network
+from unitvis.results.arrays import LayerArrays
+from unitvis.results.data import RunData
+
+MAX_WINNERS = 8  # of a layer, whose gradients give its effective box; their activations are all held at once
+GRADIENT_SHARE = 0.9  # of the squared gradient, that the effective box holds
+
+
+def effective_boxes(model: nn.Module, run: RunData, device: torch.device | str | None = None) -> dict[str, int | None]:
+    """Each layer's effective box: the side, in model-input pixels, of the smallest square centred on the neuron that
+    holds 90% of the squared input gradient, averaged over a sample of the layer's winners that a hash chooses.
+
+    None for a layer none of whose winners has a gradient. (Luo et al. 2016, section 2: the effective receptive field.)
+    """
+    chosen = {name: _sample(top) for name, top in run.tops.items()}
+    ids = sorted({image for winners in chosen.values() for image, _, _ in winners})
+    network = Network(model, device=device, transform=run.source.transform)
+    images: dict[int, Tensor] = {}
+    for batch in run.source.batches(4 * COMPUTE_BATCH, ids=ids):
+        images.update(zip(batch.ids.tolist(), batch.pixels, strict=True))
+    sides: dict[str, int | None] = {}
+    with network.evaluating():
+        for name, winners in chosen.items():
+            sides[name] = None
+            if winners:
+                pixels = network.normalise(torch.stack([images[image] for image, _, _ in winners]))
+                try:
+                    squares = _squared_gradients(network, name, pixels, [neuron for _, neuron, _ in winners])
+                except (RuntimeError, UnitvisError) as error:  # it is only for drawing
+                    warnings.warn(f"layer {name!r} has no effective box, for want of gradients ({first_line(error)})")
+                    continue
+                sides[name] = _side(squares, np.array([centre for *_, centre in winners]))
+    return sides
+
+
+def _sample(top: LayerArrays) -> list[tuple[int, tuple[int, int, int], tuple[float, float]]]:
+    """(image, neuron, centre of its box) of the winners with the smallest hash of image and unit."""
+    units, ranks = np.nonzero(top.fired)
+    with np.errstate(over="ignore"):
+        mixed = top.images[units, ranks].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + units.astype(np.uint64)
+        mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    per_channel = top.info["height"] * top.info["width"] if top.info["unit"] == "neuron" else 1
+    sample = []
+    for place in np.argsort(mixed ^ (mixed >> np.uint64(29)), kind="stable")[:MAX_WINNERS]:
+        unit, rank = units[place], ranks[place]
+        row, column = top.positions[unit, rank].tolist()
+        left, upper, right, lower = top.boxes[unit, rank].tolist()
+        centre = ((left + right) / 2, (upper + lower) / 2)
+        sample.append((int(top.images[unit, rank]), (int(unit) // per_channel, row, column), centre))
+    return sample
+
+
+def _squared_gradients(
+    network: Network, layer: str, images: Tensor, neurons: list[tuple[int, int, int]]
+) -> NDArray[np.float64]:
+    """[n, H, W]: the squared gradient of one neuron's response to each image, summed over the colours."""
+    pixels = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    responses: list[Tensor] = []
+
+    def read(_: int, maps: Tensor) -> None:
+        channel, row, column = torch.tensor(neurons, device=maps.device).T
+        responses.append(maps[torch.arange(len(neurons), device=maps.device), channel, row, column])
+
+    with network.reading_maps([layer]) as canonical:
+        canonical.differentiable_maps(pixels, read)
+    if not responses[0].requires_grad:
+        return np.zeros((len(neurons), *images.shape[2:]))
+    with torch.enable_grad(), canonical_settings(network.device):
+        (gradient,) = torch.autograd.grad(responses[0].sum(), pixels)
+    return gradient.double().square().sum(dim=1).cpu().numpy()
+
+
+def _side(squares: NDArray[np.float64], centres: NDArray[np.float64]) -> int | None:
+    """The side of the square about centres [n, 2] (x, y) that holds the share of squares [n, H, W], on average."""
+    total = squares.sum(axis=(1, 2))
+    alive = (total > 0) & np.isfinite(total)
+    if not alive.any():
+        return None
+    height, width = squares.shape[1:]
+    sides = []  # [n, H, W]: the side of the smallest centred square that contains each pixel
+    for x, y in centres[alive]:
+        across, down = abs(np.arange(width) + 0.5 - x), abs(np.arange(height) + 0.5 - y)
+        sides.append(np.rint(2 * np.maximum(across[None, :], down[:, None]) + 1).astype(int))
+    shares = (squares / np.where(alive, total, 1)[:, None, None])[alive] / alive.sum()
+    held = np.bincount(np.ravel(sides), weights=shares.ravel()).cumsum()
+    return int(np.searchsorted(held, GRADIENT_SHARE))

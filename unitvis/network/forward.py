@@ -1,0 +1,197 @@
+"""Forward passes that read layers: hooks that stop after the last layer, and the canonical pass built on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+import unitvis_kernels as uk
+from unitvis.errors import UnitvisError, closest, first_line
+from unitvis.network.canonical import canonical_settings
+from unitvis.sources.transform import Transform
+
+COMPUTE_BATCH = 16  # images of a canonical forward pass
+
+ReadMap = Callable[[int, Tensor], None]  # takes the number of the layer and its map [N, C, H, W]
+
+
+def as_map(name: str, kind: type[nn.Module], output: object) -> Tensor:
+    """A layer's output as [N, C, H, W], a view of it.
+
+    [N, C] counts as a 1x1 map. `nn.Linear` and `nn.LayerNorm` put channels last: [N, L, C] becomes one row of L
+    positions, [N, H, W, C] a map. Anything else is refused, because its channel axis would be a guess.
+    """
+    if not isinstance(output, Tensor):
+        raise UnitvisError(f"layer {name!r} returns {type(output).__name__}, not a tensor; name a layer inside it")
+    if not output.is_floating_point():
+        raise UnitvisError(f"layer {name!r} returns {output.dtype}; only floating-point responses can be ranked")
+    shape = tuple(output.shape)
+    if output.ndim == 2:
+        return output[:, :, None, None]
+    channels_last = kind in (nn.Linear, nn.LayerNorm)
+    if channels_last and output.ndim == 3:
+        return output.transpose(1, 2)[:, :, None, :]
+    if output.ndim == 4:
+        return output.permute(0, 3, 1, 2) if channels_last else output
+    raise UnitvisError(
+        f"layer {name!r} returns a tensor of shape {shape}; a feature map [N, C, H, W] or a vector [N, C] is needed"
+    )
+
+
+def call(model: nn.Module, batch: Tensor) -> None:
+    """One forward pass; what the model raises comes out as a UnitvisError that names the batch."""
+    try:
+        model(batch)
+    except UnitvisError:
+        raise
+    except Exception as error:
+        raise UnitvisError(
+            f"the model raised {type(error).__name__} on a batch of shape {list(batch.shape)}: {first_line(error)}"
+        ) from error
+
+
+class _LastLayerRead(BaseException):
+    """Ends a forward pass; no `except Exception` of a model's own swallows it."""
+
+
+class Hooks:
+    """Forward hooks on named layers for the length of a `with` block.
+
+    `run` reads each layer's map as the layer returns it, before an in-place activation can overwrite it, and stops the
+    forward pass after the last of the layers.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self._model, self._layers = model, list(layers)
+        self._handles: list[RemovableHandle] = []
+        self._read: ReadMap | None = None
+        self._seen: set[int] = set()
+
+    def __enter__(self) -> Self:
+        modules = dict(self._model.named_modules())
+        for index, name in enumerate(self._layers):
+            if name not in modules:
+                raise UnitvisError(f"the model has no layer {name!r}; {closest(name, filter(None, modules))}")
+            self._handles.append(modules[name].register_forward_hook(self._hook(index, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, index: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if self._read is None:  # the model is called by somebody else meanwhile
+                return
+            if index in self._seen:
+                raise UnitvisError(
+                    f"layer {name!r} ran twice in one forward pass; only layers that run once can be ranked"
+                )
+            self._seen.add(index)
+            self._read(index, as_map(name, type(module), output))
+            if len(self._seen) == len(self._layers):
+                raise _LastLayerRead
+
+        return hook
+
+    def run(self, batch: Tensor, read: ReadMap) -> None:
+        """Forward a batch and call `read(number of the layer, map [N, C, H, W])` for every layer."""
+        self._read, self._seen = read, set()
+        try:
+            call(self._model, batch)
+        except _LastLayerRead:
+            return
+        finally:
+            self._read = None
+        missing = [name for index, name in enumerate(self._layers) if index not in self._seen]
+        raise UnitvisError(f"layer {missing[0]!r} never ran in this forward pass, though it did in the first")
+
+    def keys(self, batch: Tensor, columns: Sequence[slice], threshold: Tensor | None, *, neurons: bool) -> Tensor:
+        """Keys, int64 [N, units of all layers], of a batch.
+
+        columns: each layer's units among those of all. threshold: float32 [units], see `uk.spatial_argmax`. neurons:
+        each element of a map is a unit of its own.
+        """
+        keys = torch.empty(len(batch), columns[-1].stop, dtype=torch.int64, device=batch.device)
+
+        def read(index: int, maps: Tensor) -> None:
+            if neurons:
+                maps = maps.flatten(1)[:, :, None, None]
+            own = columns[index]
+            keys[:, own] = uk.spatial_argmax(maps, None if threshold is None else threshold[own])
+
+        self.run(batch, read)
+        return keys
+
+
+class CanonicalPass:
+    """Canonical forward passes that read some layers of a model in eval mode, for the length of a `with` block.
+
+    layers: names, in the order of the forward pass; columns: the units of each, counted from 0 (needed by `keys`
+    alone). The model runs as given, eager, in IEEE float32, on channels-last input, in compute batches of exactly
+    `COMPUTE_BATCH` images: convolution and matrix libraries choose another algorithm for another shape, and with it
+    other last bits. At one fixed shape an image's responses do not depend on its neighbours or its slot.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        transform: Transform | None,
+        layers: Sequence[str],
+        columns: Sequence[slice] = (),
+        *,
+        neurons: bool = False,
+    ) -> None:
+        self._device, self._transform = device, transform
+        self._columns, self._neurons = columns, neurons
+        self._hooks = Hooks(model, layers)
+
+    def __enter__(self) -> Self:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.__exit__()
+
+    def keys(self, images: Tensor, threshold: Tensor | None = None) -> Tensor:
+        """Keys, int64 [n, units], of at most `COMPUTE_BATCH` images as they were read; threshold: see `Hooks.keys`."""
+        with torch.inference_mode(), canonical_settings(self._device):
+            batch = self._compute_batch(images)
+            return self._hooks.keys(batch, self._columns, threshold, neurons=self._neurons)[: len(images)]
+
+    def maps(self, images: Tensor, read: ReadMap) -> None:
+        """Call `read(number of the layer, map [n, C, H, W])` for every layer, of at most `COMPUTE_BATCH` images."""
+        with torch.inference_mode(), canonical_settings(self._device):
+            self._hooks.run(self._compute_batch(images), lambda index, maps: read(index, maps[: len(images)]))
+
+    def differentiable_maps(self, pixels: Tensor, read: ReadMap) -> None:
+        """Like `maps`, with gradients: of the model's input, float32 [N, C, H, W] that requires them, any N."""
+        with torch.inference_mode(False), torch.enable_grad(), canonical_settings(self._device):
+            self._hooks.run(pixels.clone(), read)  # a clone: a model may overwrite its input
+
+    def _compute_batch(self, images: Tensor) -> Tensor:
+        batch = model_input(images, self._transform, self._device)
+        normalised_here = images.dtype == torch.uint8  # and so in channels-last memory that nobody else holds
+        return batch if normalised_here and len(images) == COMPUTE_BATCH else compute_batch(batch)
+
+
+def model_input(images: Tensor, transform: Transform | None, device: torch.device) -> Tensor:
+    """float32 [N, C, H, W] on a device, from uint8 [N, H, W, 3], which is normalised, or from normalised floats."""
+    if images.dtype == torch.uint8 and transform is not None:
+        return uk.normalize(images.to(device), *transform.mean_and_std, torch.float32)
+    return images.to(device, torch.float32)
+
+
+def compute_batch(images: Tensor) -> Tensor:
+    """A copy of at most `COMPUTE_BATCH` images [n, C, H, W]: float32, channels last, padded with zeros."""
+    shape, layout = (COMPUTE_BATCH, *images.shape[1:]), torch.channels_last
+    batch = torch.empty(shape, dtype=torch.float32, device=images.device, memory_format=layout)
+    batch[: len(images)] = images
+    batch[len(images) :] = 0
+    return batch

@@ -1,0 +1,148 @@
+"""A network: the model on its device, what turns pixels into its input, and the layers that are read."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import unitvis_kernels as uk
+from unitvis.errors import UnitvisError
+from unitvis.network.canonical import canonical_settings, evaluating
+from unitvis.network.device import on_device
+from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, model_input
+from unitvis.network.identity import describe_model
+from unitvis.network.layers import Examination, Layer
+from unitvis.network.receptive_fields.fields import ReceptiveField, receptive_fields
+from unitvis.sources.transform import Transform
+
+Shape = tuple[int, int, int]  # channels, height, width
+
+
+class Network:
+    """A model on a device with its transform and, once `examine` has seen them, its layers and their units.
+
+    model: left as it was found; copied where it is on another device or not in float32. device: None is the model's
+    own. transform: turns uint8 pixels into the model's input; None where images come as normalised floats.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, device: torch.device | str | None = None, transform: Transform | None = None
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UnitvisError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+        # A model that torch.compile wrapped has the layers under their own names inside.
+        self.model, self.device = on_device(getattr(model, "_orig_mod", model), device)
+        self.transform = transform
+        self.input_shape: Shape = (0, 0, 0)  # [C, H, W] of the model's input
+        self.unit = "channel"
+        self.layers: list[Layer] = []  # in the order of the forward pass
+        self.columns: list[slice] = []  # each layer's units among those of all
+        self.fields: dict[str, ReceptiveField] = {}
+        self.preparation = 0.0  # seconds that finding layers and receptive fields took
+
+    @torch.inference_mode(False)
+    def examine(self, shape: Shape, layers: Sequence[str] | str | None = None, unit: str = "channel") -> None:
+        """Find the layers and their units by one forward pass of an input [C, H, W].
+
+        layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. unit:
+        "channel", or "neuron" for every element of the maps. UnitvisError for a layer that cannot be ranked.
+        """
+        start = time.perf_counter()
+        with self.evaluating(), canonical_settings(self.device):
+            examination = Examination(self.model, torch.zeros(1, *shape, dtype=torch.float32, device=self.device))
+        self.layers = [examination.layer(name) for name in examination.select(layers)]
+        counts = [layer.channels * (layer.height * layer.width if unit == "neuron" else 1) for layer in self.layers]
+        ends = np.cumsum(counts).tolist()
+        self.columns = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        self.input_shape, self.unit, self.fields = shape, unit, {}
+        self.preparation = time.perf_counter() - start
+
+    @torch.inference_mode(False)
+    def find_receptive_fields(self) -> None:
+        """Fill in `fields`; UnitvisError for a layer whose units are no channels."""
+        start = time.perf_counter()
+        self.fields = receptive_fields(self.model, [layer.name for layer in self.layers], self.input_shape)
+        for layer in self.layers:
+            if self.fields[layer.name].channels_last:
+                raise UnitvisError(
+                    f"layer {layer.name!r} puts its channels last, [N, H, W, C] = [N, {layer.channels}, "
+                    f"{layer.height}, {layer.width}]; name a Linear, LayerNorm or convolution beside it"
+                )
+        self.preparation += time.perf_counter() - start
+
+    @property
+    def units(self) -> int:
+        """The number of units of all layers together."""
+        return self.columns[-1].stop
+
+    @property
+    def layer_of(self) -> NDArray[np.int64]:
+        """int64 [units]: the number of each unit's layer."""
+        return np.repeat(np.arange(len(self.layers)), [own.stop - own.start for own in self.columns])
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The model in eval mode, and eager where it was compiled, for the length of a `with` block."""
+        return evaluating(self.model)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """The model's input, float32 [N, C, H, W] on the device, of images as they were read."""
+        return model_input(images, self.transform, self.device)
+
+    def input_shape_of(self, images: Tensor) -> Shape:
+        """[C, H, W] of the model's input for images as they were read: uint8 [N, H, W, 3] or float [N, C, H, W]."""
+        if images.dtype == torch.uint8:
+            _, height, width, channels = images.shape
+        else:
+            _, channels, height, width = images.shape
+        return channels, height, width
+
+    def reading(self, first: int = 0, last: int | None = None) -> CanonicalPass:
+        """Canonical passes that read the layers first <= number < last (None: all) of those that were found."""
+        own, start = self.columns[first:last], self.columns[first].start
+        columns = [slice(one.start - start, one.stop - start) for one in own]
+        names = [layer.name for layer in self.layers[first:last]]
+        neurons = self.unit == "neuron"
+        return CanonicalPass(self.model, self.device, self.transform, names, columns, neurons=neurons)
+
+    def reading_maps(self, layers: list[str]) -> CanonicalPass:
+        """Canonical passes that read the maps of layers by name, whether they were found by `examine` or not."""
+        return CanonicalPass(self.model, self.device, self.transform, layers)
+
+    def check_independence(self, canonical: CanonicalPass, images: Tensor) -> Tensor:
+        """Keys, int64 [n, units], of at most `COMPUTE_BATCH` images, which must come out again in reversed order.
+
+        canonical: an open pass over all layers. UnitvisError names the first layer whose values differ by more than
+        rounding (BatchNorm without running statistics, active dropout); a warning tells of less.
+        """
+        keys = canonical.keys(images)
+        # Reversed as a whole compute batch, so that every image has another slot.
+        padded = torch.cat([images, images.new_zeros((COMPUTE_BATCH - len(images), *images.shape[1:]))])
+        again = canonical.keys(padded.flip(0)).flip(0)[: len(images)]
+        if torch.equal(keys, again):
+            return keys
+        first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
+        for layer, units in zip(self.layers, self.columns, strict=True):
+            a, b = first[:, units], second[:, units]
+            slack = 1e-4 * float(a.nan_to_num(0, 0, 0).abs().max())
+            if not torch.allclose(a, b, rtol=1e-4, atol=slack, equal_nan=True):
+                raise UnitvisError(
+                    f"layer {layer.name!r} gives other responses when the same images come in another order: something "
+                    f"in the model mixes the images of a batch or draws at random (BatchNorm without running "
+                    f"statistics, active dropout); such responses cannot be ranked"
+                )
+        warnings.warn("on this device the last bits of responses depend on an image's place in its batch")
+        return keys
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The model in the manifest: class, number of parameters, hash of its tensors."""
+        return describe_model(self.model)

@@ -1,0 +1,45 @@
+"""What a scan found of one layer, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SEPARATED, TIED, UNSEPARATED = "separated", "tied", "unseparated"
+ARRAYS = ("values", "images", "positions", "boxes", "status")  # of a layer, as top.npz names them
+
+
+@dataclass(frozen=True)
+class LayerArrays:
+    """The top-k of one layer's units."""
+
+    name: str
+    values: NDArray[np.float32]  # [units, k], descending; NaN where blank
+    images: NDArray[np.int64]  # [units, k]; -1 where blank
+    positions: NDArray[np.int32]  # [units, k, 2]: row, column; -1 where blank
+    boxes: NDArray[np.int32]  # [units, k, 4]: left, top, right, bottom in model-input pixels; 0 where blank
+    status: NDArray[np.str_]  # [units]: separated | tied | unseparated
+    info: Mapping[str, Any]  # the layer's entry in the manifest
+
+    @property
+    def separated(self) -> NDArray[np.bool_]:
+        """Bool [units]: the k winners are exactly brute force's."""
+        return self.status == SEPARATED
+
+    @property
+    def fired(self) -> NDArray[np.bool_]:
+        """Bool [units, k]: not blank, and above 0 where the layer feeds a ReLU and nothing else."""
+        floor = 0.0 if self.info["feeds_relu"] else -np.inf
+        return (self.images >= 0) & ((self.values > floor) | (floor < 0))
+
+    @property
+    def dead(self) -> NDArray[np.bool_]:
+        """Bool [units]: there are responses, and not even the strongest gets through the ReLU that follows."""
+        return (self.images[:, 0] >= 0) & ~self.fired[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.values)

@@ -1,0 +1,106 @@
+"""What a run holds, without a way to draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unitvis.errors import UnitvisError
+from unitvis.results.arrays import LayerArrays
+from unitvis.sources import Source, reopen_source
+from unitvis.state.partial import Partial
+
+
+class RunData:
+    """The top-k of every scanned layer, the manifest, and what is known of each winner's image.
+
+    tops: by layer, in the order of the forward pass; none for the run of a shard. records: by image id. source: where
+    the pictures come from; None: opened from the manifest when it is needed. partial: the state of a shard's run, or
+    of one that was merged.
+    """
+
+    tops: Mapping[str, LayerArrays]
+
+    def __init__(
+        self,
+        tops: Mapping[str, LayerArrays],
+        manifest: dict[str, Any],
+        records: Mapping[int, dict[str, Any]],
+        source: Source | None = None,
+        partial: Partial | None = None,
+    ) -> None:
+        self.tops = dict(tops)
+        self.manifest, self.records = manifest, dict(records)
+        self._source = source
+        self.partial = partial
+        self.folder: Path | None = None  # where it was read from or written to last
+
+    def __getitem__(self, layer: str) -> LayerArrays:
+        self.need_winners()
+        if layer not in self.tops:
+            raise UnitvisError(f"the run has no layer {layer!r}; it has {', '.join(self.tops)}")
+        return self.tops[layer]
+
+    def need_winners(self) -> None:
+        """UnitvisError for the run of a shard."""
+        if not self.tops:
+            raise UnitvisError("this is the run of a shard, which has no winners yet; merge it with the others")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tops)
+
+    def __len__(self) -> int:
+        return len(self.tops)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names, in the order of the forward pass."""
+        return list(self.tops)
+
+    @property
+    def winners(self) -> NDArray[np.int64]:
+        """The ids of all images that hold a place somewhere, ascending."""
+        ids = np.unique(np.concatenate([top.images.ravel() for top in self.tops.values()]))
+        return ids[ids >= 0]
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the model's input."""
+        _, height, width = self.manifest["input"]
+        return height, width
+
+    @property
+    def source(self) -> Source:
+        """Where the pictures come from; opened again from the manifest if need be."""
+        if self._source is None:
+            self._source = reopen_source(self.manifest["source"], self.manifest["transform"])
+        return self._source
+
+    def attach(self, source: Source, known: Mapping[int, dict[str, Any]] | None = None) -> None:
+        """Say where the pictures come from, and keep what is known of each winner's image, or of a shard's candidates.
+
+        known: records made when the images were scanned; the others are looked up now.
+        """
+        self._source = source
+        self.manifest["source"] = source.describe()
+        known = known or {}
+        if source.rereadable:
+            wanted = self.winners if self.partial is None or self.tops else self.partial.candidates
+            self.records = {id: known[id] if id in known else source.record(id) for id in wanted.tolist()}
+
+    def set_effective_box(self, layer: str, side: int | None) -> None:
+        """Keep the side of a layer's effective box, in model-input pixels; None where it has none."""
+        self.manifest["layers"][layer]["effective_box"] = side
+
+    def count(self) -> dict[str, int]:
+        """{"units": all, each status that occurs: its units, "dead": units that no image gets through their ReLU}."""
+        status = np.concatenate([top.status for top in self.tops.values()])
+        return {
+            "units": len(status),
+            **{name: int((status == name).sum()) for name in sorted(set(status.tolist()))},
+            "dead": int(sum(top.dead.sum() for top in self.tops.values())),
+        }

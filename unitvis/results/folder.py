@@ -1,0 +1,143 @@
+"""A run as a folder.
+
+manifest.json, top.npz and images.jsonl are the run; all else in the folder is drawn from them and can be drawn again:
+sheets/LAYER.png; index.html and gallery/ (its script, style and data; images/ID.jpg, what the model sees of an image;
+layers/LAYER/UNIT.jpg, the unit's patches as one picture, and beside it, where the model was there to make them,
+UNIT-projections.jpg, UNIT-responses.png and UNIT-filter.png; drawn.json, which of these there are). state.npz is what
+merges: of a shard's run, and of a merged one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unitvis.errors import UnitvisError
+from unitvis.files import replacing
+from unitvis.results.arrays import ARRAYS, LayerArrays
+from unitvis.results.data import RunData
+from unitvis.sources import open_source
+from unitvis.sources.transform import Transform
+from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
+from unitvis.state.partial import read_partial
+
+FORMAT = 1
+
+
+def write_run(run: RunData, folder: Path) -> Path:
+    """Write a run into a folder that `check_output` gave, the manifest last: a run is there only once it is whole."""
+    try:
+        _write(run, folder)
+    except OSError as error:
+        raise UnitvisError(f"the run could not be written into {folder}: {error.strerror}") from error
+    run.folder = folder
+    return folder
+
+
+def _write(run: RunData, folder: Path) -> None:
+    for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
+        (folder / name).unlink(missing_ok=True)
+    for drawn in ("sheets", "gallery"):  # of the run that was there
+        shutil.rmtree(folder / drawn, ignore_errors=True)
+    arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
+    if arrays:
+        with replacing(folder / "top.npz") as target, open(target, "wb") as file:
+            np.savez_compressed(file, **arrays)
+    if run.partial is not None:
+        with replacing(folder / "state.npz") as target:
+            run.partial.write(target)
+    with replacing(folder / "images.jsonl") as target, open(target, "w", encoding="utf-8") as file:
+        for _, record in sorted(run.records.items()):
+            file.write(json.dumps(record) + "\n")
+    with replacing(folder / "manifest.json") as target:
+        target.write_text(json.dumps(run.manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def read_run(path: str | Path, images: object = None) -> RunData:
+    """Read a run folder. images: the images that were scanned, where the manifest's own path no longer holds."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    state = folder / "state.npz"
+    try:
+        partial = read_partial(state) if state.exists() else None
+    except UnitvisError as error:
+        raise UnitvisError(f"{error}; scan that shard again with --overwrite") from error
+    if manifest.get("partial") and partial is None:
+        raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
+    try:
+        tops = {} if manifest.get("partial") else _read_tops(folder / "top.npz", manifest)
+        lines = (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()
+        records = {record["id"]: record for record in map(json.loads, lines)}
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise UnitvisError(f"{folder} is not a whole run ({error}); scan again with --overwrite") from error
+    source = None
+    if images is not None:
+        transform = manifest["transform"]
+        source = open_source(images, Transform.from_json(transform) if transform else None)
+    run = RunData(tops, manifest, records, source, partial)
+    run.folder = folder
+    return run
+
+
+def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerArrays]:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return {
+            name: LayerArrays(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
+            for name, info in manifest["layers"].items()
+        }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder, its format checked."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnitvisError(f"{folder} is not a run: there is no {path.name} in it") from None
+    except OSError as error:
+        raise UnitvisError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UnitvisError(f"{path} is damaged ({error}); scan again with --overwrite") from error
+    if not isinstance(manifest, dict):
+        raise UnitvisError(f"{path} is damaged (it holds no object); scan again with --overwrite")
+    if manifest.get("format") != FORMAT:
+        raise UnitvisError(f"{path} has format {manifest.get('format')}; this version of unitvis reads format {FORMAT}")
+    return manifest
+
+
+def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """The folder, made if need be, that a run can be written into; it is asked before a scan, not after.
+
+    A run that is there stays there until the new one is saved; a folder that holds anything else is never touched.
+    """
+    if overwrite and resume:
+        raise UnitvisError("overwrite and resume exclude each other: start again, or go on")
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise UnitvisError(f"{folder} is a file; a run is a folder: give another path")
+    if folder.is_dir() and (names := {entry.name for entry in folder.iterdir()}):
+        unfinished = Checkpoints(folder / SCAN_CHECKPOINT).names & names or all(
+            name.endswith(".part") for name in names
+        )
+        if not unfinished and "manifest.json" not in names:
+            raise UnitvisError(f"{folder} is not empty and holds no run, so it is not overwritten; give another path")
+        if not overwrite and not resume:
+            if unfinished:
+                raise UnitvisError(
+                    f"{folder} holds a scan that is not finished; go on with it (--resume) or start again (--overwrite)"
+                )
+            raise UnitvisError(f"{folder} holds a run already; give another path, or overwrite it (--overwrite)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UnitvisError(f"cannot write into {folder}: {error.strerror}; give another path") from error
+    return folder

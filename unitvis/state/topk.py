@@ -1,0 +1,88 @@
+"""The strongest responses of every unit: one int64 tensor, and the only module that knows its columns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import unitvis_kernels as uk
+
+EXTRA_CANDIDATES = 55  # kept beyond k of every unit by a scan in half precision, for float32 to decide between
+
+
+class Ranked(NamedTuple):
+    """Every unit's places on the host, best first."""
+
+    values: NDArray[np.float32]  # [units, places], descending; NaN where blank
+    images: NDArray[np.int64]  # [units, places]; -1 where blank
+    positions: NDArray[np.int64]  # [units, places], in the flattened map; -1 where blank
+    nan: NDArray[np.int64]  # [units, 2]: how many responses were NaN, and the first image with one
+
+    def of(self, units: slice) -> Ranked:
+        """The rows of some units, as views."""
+        return Ranked(self.values[units], self.images[units], self.positions[units], self.nan[units])
+
+
+class TopK:
+    """The strongest responses of every unit so far, at most one an image, in places from best to weakest.
+
+    tensor: int64 [units, 2 * places + 2], laid out as `unitvis_kernels.topk_state` says, on any device. It holds all
+    there is, so it can be copied, saved, and captured by a CUDA graph.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    def empty(cls, units: int, places: int, device: torch.device) -> TopK:
+        """No responses yet."""
+        return cls(uk.topk_state(units, places, device))
+
+    @property
+    def units(self) -> int:
+        """How many units are ranked."""
+        return self.tensor.shape[0]
+
+    @property
+    def places(self) -> int:
+        """How many responses of each unit are kept."""
+        return (self.tensor.shape[1] - 2) // 2
+
+    def of(self, units: slice) -> TopK:
+        """The part of some units: a view, so that merging into it merges into the whole."""
+        return TopK(self.tensor[units])
+
+    def threshold(self, place: int | None = None) -> Tensor:
+        """float32 [units]: the value at a place (the last), which a response must reach to enter; NaN if blank."""
+        return uk.unpack(self.tensor[:, self.places - 1 if place is None else place])[0]
+
+    def merge(self, keys: Tensor, ids: Tensor) -> None:
+        """Fold in keys, int64 [N, units], of the images with ids, int64 [N], in place; see `uk.topk_merge_`."""
+        uk.topk_merge_(self.tensor, keys, ids)
+
+    def merge_all(self, other: TopK) -> None:
+        """Fold in what was ranked of other images, in place; see `uk.topk_merge_states_`."""
+        uk.topk_merge_states_(self.tensor, other.tensor)
+
+    def to(self, device: torch.device | str) -> TopK:
+        """A copy on a device."""
+        return TopK(self.tensor.to(device, copy=True))
+
+    def read(self) -> Ranked:
+        """Everything, on the host: one copy from the device."""
+        tensor = self.tensor.cpu()
+        values, images, positions = (part.numpy() for part in uk.topk_read(tensor))
+        return Ranked(values, images, positions, tensor[:, -2:].numpy())
+
+    def images(self) -> NDArray[np.int64]:
+        """The ids that hold a place, ascending."""
+        ids = np.unique(self.read().images)
+        return ids[ids >= 0]
+
+    def counts_nan(self) -> Tensor:
+        """Bool [units]: a response was NaN."""
+        return self.tensor[:, -2] > 0
