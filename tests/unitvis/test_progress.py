@@ -350,15 +350,15 @@ def lines(process: subprocess.Popen[str]) -> Iterator[str]:
 
 
 PROGRAM = """
-import sys, time
+import sys
 from unitvis import cli
 from unitvis.progress import Progress
 real = Progress.after_batch
-def slowly(self):
+def after_batch(self):
     real(self)
     print(self._recorder.images, file=sys.stderr, flush=True)
-    time.sleep(0.05)
-Progress.after_batch = slowly
+    sys.stdin.readline()  # the test says when to go on
+Progress.after_batch = after_batch
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -368,19 +368,31 @@ def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, caps
         "import torch\nfrom torch import nn\n\ndef net():\n    torch.manual_seed(0)\n"
         "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))\n"
     )
-    numbers = ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2", "--batch-size", "4", "--checkpoint-every", "0.01"]
+    numbers = ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2", "--batch-size", "4", "--checkpoint-every", "1e-9"]
     command = ["scan", f"{tmp_path / 'nets.py'}:net", str(folder), *numbers, "-o"]
     assert cli.main([*command, str(tmp_path / "whole")]) == cli.SKIPPED
     arguments = [sys.executable, "-c", PROGRAM, *command, str(tmp_path / "run"), "--resume"]
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+    seen: dict[int, list[int]] = {signal.SIGKILL: [], signal.SIGTERM: []}
+    for number, counts in seen.items():
+        with subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        ) as process:
+            assert process.stdin is not None
+            rest = ""
             for line in lines(process):
-                if line.strip().isdigit() and int(line) % 20 > 8:
-                    process.send_signal(number)
-                    break
-            rest = "".join(lines(process))
+                if not line.strip().isdigit():
+                    rest += line
+                    continue
+                counts.append(int(line))
+                if counts[-1] % 20 > 8:
+                    process.send_signal(number)  # while the process waits, so that it cannot be over before
+                    if number == signal.SIGKILL:
+                        break
+                process.stdin.write("\n")
+            rest += "".join(lines(process))
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
         assert "Traceback" not in rest
+    assert seen == {signal.SIGKILL: [4, 8, 12], signal.SIGTERM: [16]}
     assert "go on with the same command and --resume" in rest
     assert cli.main([*command, str(tmp_path / "run"), "--resume"]) == cli.SKIPPED
     assert result(tmp_path / "run") == result(tmp_path / "whole")
