@@ -232,6 +232,7 @@ def test_units_by_number_or_by_value(visit: Visit) -> None:
     want = [str(unit) for unit in np.argsort(-np.array(best), kind="stable")]
     assert page.locator(".tile b").all_inner_texts() == want
     page.locator(f"#unit-{want[0]}").click()
+    visit.heading(f"{test_gallery.ODD} unit {want[0]}")
     page.keyboard.press("ArrowRight")
     visit.heading(f"{test_gallery.ODD} unit {want[1]}")  # in the order that was chosen
 
