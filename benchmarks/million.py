@@ -2,8 +2,10 @@
 
     python -m benchmarks.million [--images 1000000] [--shards 100] [--kills 3] [--folder DIR] [--seed 0]
 
-Tells images/s, anonymous memory (RssAnon) from image 10,000 to the end, the share of time that checkpoints took, and
-whether the run that was killed equals the other one; with a million images in benchmarks/results/long/million.json.
+Each `kill -9` comes at a random function call after a random number of images, not after a time: on any machine it
+strikes before the scan is over, every second time while a checkpoint is being written. Tells images/s, anonymous memory
+(RssAnon) from image 10,000 to the end, the share of time that checkpoints took, and whether the run that was killed
+equals the other one; with a million images in benchmarks/results/long/million.json.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import operator
+import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -31,7 +38,8 @@ from benchmarks.memory import anonymous
 from benchmarks.results import record
 from unitvis.scanning.progress import Progress
 
-SIDE, SAMPLE = 32, 10_000
+SIDE, SAMPLE, BATCH = 32, 10_000, 256
+CALLS = 3_000  # calls and returns within which a kill comes: half of them write a checkpoint, the rest begin a batch
 
 
 def network() -> nn.Sequential:
@@ -68,19 +76,43 @@ def make(folder: Path, images: int, shards: int) -> str:
     return str(folder / f"{images}-{{0000..{shards - 1:04}}}.tar")
 
 
-def scan(pattern: str, out: Path, every: float) -> None:
-    """In a process of its own: scan, or go on; prints the number of images and the memory after every batch."""
-    real = Progress.after_batch
+def scan(pattern: str, out: Path, every: float, batch: int, until: int | None, call: int) -> None:
+    """Scan, or go on, in a process of its own; prints the number of images and the memory first and after every batch.
+
+    until: images after which the process kills itself at the `call`-th call of a function. None: it does not.
+    """
+    real_left, real_after_batch = Progress.left, Progress.after_batch
+
+    def left(self: Progress) -> Iterable[int] | None:
+        print(self._recorder.images, anonymous(), flush=True)
+        return real_left(self)
 
     def after_batch(self: Progress) -> None:
         print(self._recorder.images, anonymous(), flush=True)
-        real(self)
+        if until is not None and self._recorder.images >= until and sys.getprofile() is None:
+            self.checkpoint()
+            self._every = 1e-9  # from here on a checkpoint follows every batch, so that the kill can strike in one
+            sys.setprofile(killing(call))
+        real_after_batch(self)
 
-    Progress.after_batch = after_batch  # type: ignore[method-assign]
+    Progress.left, Progress.after_batch = left, after_batch  # type: ignore[method-assign]
+    if until is not None:
+        Progress.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
     transform = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     unitvis.scan(
-        network(), pattern, transform=transform, out=out, resume=True, every=every, batch_size=256, progress=False
+        network(), pattern, transform=transform, out=out, resume=True, every=every, batch_size=batch, progress=False
     )
+
+
+def killing(call: int) -> Callable[[FrameType, str, object], None]:
+    """A function for `sys.setprofile` that kills the process at the `call`-th call or return, Python's or C's."""
+    left = iter(range(call, 0, -1))
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if next(left, 1) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return profile
 
 
 @dataclass
@@ -95,6 +127,7 @@ class Outcome:
     every: float  # seconds between its checkpoints
     checkpoint_share: float  # of its time
     kills: list[int]  # images that were done when each came
+    resumed: list[int]  # images in the checkpoint from which the scan went on after each
     equal: bool
     seconds_in_all: float
 
@@ -108,29 +141,32 @@ class Outcome:
             f"{value / 2**20:.1f} MB"
             for value in (self.memory[min(self.memory)], self.memory[max(self.memory)], self.spread)
         )
-        killed = ", ".join(f"{images:,}" for images in self.kills)
+        killed, resumed = (", ".join(f"{images:,}" for images in counts) for counts in (self.kills, self.resumed))
         return (
             f"{self.images:,} images of {self.shards} shards in {self.seconds:.0f} s, {self.rate:.0f} images/s; "
             f"RssAnon {first} after {min(self.memory):,}, {last} at the end, within {spread}; checkpoints every "
-            f"{self.every:g} s took {self.checkpoint_share:.2%} of the time; killed after {killed} images: "
+            f"{self.every:g} s took {self.checkpoint_share:.2%} of the time; killed after {killed} images, "
+            f"gone on from {resumed}: "
             f"{'the same bytes' if self.equal else 'OTHER BYTES'}; {self.seconds_in_all:.0f} s in all"
         )
 
 
-def watched(pattern: str, out: Path, every: float, until: int | None = None, delay: float = 0.0) -> dict[int, int]:
-    """Memory by images of a scan in a process; `kill -9` comes `delay` seconds after so many images (None: never)."""
+def watched(
+    pattern: str, out: Path, every: float, batch: int, until: int | None = None, call: int = 0
+) -> dict[int, int]:
+    """RssAnon in bytes by images of a scan in a process, which is killed as `scan` says where `until` is given."""
     memory: dict[int, int] = {}
     command = [sys.executable, "-m", "benchmarks.million", "--scan", pattern, "--out", str(out), "--every", str(every)]
+    command += ["--batch", str(batch)]
+    if until is not None:
+        command += ["--until", str(until), "--call", str(call)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             images, bytes_ = map(int, line.split())
             memory[images] = bytes_
-            if until is not None and images >= until:
-                time.sleep(delay)
-                process.kill()
-                break
-    assert process.returncode == (0 if until is None else -9), f"the scan ended with {process.returncode}"
+    expected = 0 if until is None else -signal.SIGKILL
+    assert process.returncode == expected, f"the scan ended with {process.returncode}, not {expected}"
     return memory
 
 
@@ -142,19 +178,25 @@ def sampled(memory: dict[int, int]) -> dict[int, int]:
     return {images: memory[images] for images in [*kept.values(), max(memory)] if images >= min(SAMPLE, max(memory))}
 
 
-def compare(folder: Path, pattern: str, shards: int, kills: int, seed: int, every: float) -> Outcome:
-    """Scan in one go, then with kill -9 at random moments; `folder` must be empty of runs."""
+def compare(
+    folder: Path, pattern: str, shards: int, kills: int, seed: int, every: float, batch: int = BATCH
+) -> Outcome:
+    """Scan in one go, then with one kill -9 in each of `kills` equal parts; `folder` must be empty of runs."""
     start, draw = time.perf_counter(), random.Random(seed)  # noqa: S311
     whole, killed = folder / "whole", folder / "killed"
-    memory = watched(pattern, whole, every)
+    memory = watched(pattern, whole, every, batch)
     manifest = json.loads((whole / "manifest.json").read_text())
     seconds = manifest["seconds"]
-    moments = sorted(int(manifest["images"] * draw.uniform(0.05, 0.95)) for _ in range(kills))
-    met = []
-    for images in moments:
-        met.append(max(watched(pattern, killed, every, images, delay=draw.uniform(0, 0.3))))
-        assert not (killed / "manifest.json").exists(), "the kill came too late"
-    watched(pattern, killed, every)
+    met, least, resumed = [], [], []
+    for number in range(kills):
+        until = int(manifest["images"] * (number + draw.uniform(0.1, 0.9)) / kills)
+        attempt = watched(pattern, killed, every, batch, until, draw.randint(1, CALLS))
+        assert not (killed / "manifest.json").exists(), "the scan was over before the kill"
+        met.append(max(attempt))
+        least.append(until)
+        resumed.append(min(attempt))
+    resumed.append(min(watched(pattern, killed, every, batch)))
+    assert all(map(operator.ge, resumed, [0, *least])), f"killed after {least} images and gone on from {resumed}"
     again = json.loads((killed / "manifest.json").read_text())
     equal = all((whole / name).read_bytes() == (killed / name).read_bytes() for name in ("top.npz", "images.jsonl"))
     equal &= all(manifest[key] == again[key] for key in ("images", "coverage", "failures", "layers", "source"))
@@ -167,6 +209,7 @@ def compare(folder: Path, pattern: str, shards: int, kills: int, seed: int, ever
         every=every,
         checkpoint_share=seconds["checkpoints"] / seconds["scan"],
         kills=met,
+        resumed=resumed[1:],
         equal=equal,
         seconds_in_all=round(time.perf_counter() - start, 1),
     )
@@ -179,12 +222,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between checkpoints")
     parser.add_argument("--folder", type=Path, help="where the shards are made, and kept")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the random places of the kills")
     parser.add_argument("--scan", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--call", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.scan:
-        scan(arguments.scan, arguments.out, arguments.every)
+        scan(arguments.scan, arguments.out, arguments.every, arguments.batch, arguments.until, arguments.call)
         return
     with tempfile.TemporaryDirectory(prefix="unitvis-") as temporary:
         pattern = make(arguments.folder or Path(temporary), arguments.images, arguments.shards)

@@ -15,6 +15,7 @@ from unitvis.sources.decode import MAX_PIXELS, decode, to_rgb
 from unitvis.sources.decoding import DECODERS, Decoding
 from unitvis.sources.transform import Transform
 
+DEADLINE = 300  # seconds after which what a test waits for is taken to never happen
 H, W = 6, 10
 GREY = (np.arange(H * W).reshape(H, W) * 4).astype(np.uint8)  # [H, W]
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=2)  # [H, W, 3]
@@ -396,11 +397,13 @@ def test_allow_truncated_in_one_thread_does_not_reach_another():
 
     thread = threading.Thread(target=strict)
     thread.start()
-    for _ in range(100):
+    tries, deadline = 0, time.monotonic() + DEADLINE
+    while thread.is_alive() and (tries < 100 or len(taken) < 100) and time.monotonic() < deadline:
         decode(data, allow_truncated=True)
+        tries += 1
     stop.set()
     thread.join()
-    assert taken
+    assert len(taken) >= 100
     assert all(one is None for one in taken)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
@@ -513,27 +516,47 @@ def test_a_decoder_that_is_not_there(monkeypatch):
         Decoding("simplejpeg")
 
 
-def test_large_images_wait_for_room(monkeypatch):
-    monkeypatch.setattr("unitvis.sources.decode._room", decode_module._Room(4 * 64 * 64 * 2))
-    data, held, most = stored(Image.new("RGB", (64, 64)), "PNG"), set(), []
+def most_at_once(data, expected, monkeypatch):
+    """The largest number of six threads that use a picture at the same time, where there is room for `expected`.
+
+    Those that use one wait until so many do and all threads have asked for room; one more would then get in.
+    """
+    changed, asked, used, too_many, most = threading.Condition(), [], set(), threading.Event(), []
+    take = decode_module._Room.take
+
+    def asking(room, need):
+        with changed:
+            asked.append(need)
+            changed.notify_all()
+        return take(room, need)
 
     def use(picture, size):
-        held.add(threading.get_ident())
-        most.append(len(held))
-        time.sleep(0.01)
-        held.discard(threading.get_ident())
-        return size
+        me = threading.get_ident()
+        with changed:
+            used.add(me)
+            most.append(len(used))
+            if len(used) > expected:
+                too_many.set()
+            changed.notify_all()
+            assert changed.wait_for(lambda: max(most) >= expected and len(asked) >= 6, DEADLINE)
+        too_many.wait(0.01)  # gives one more the time to come in; what holds does not depend on it
+        with changed:
+            used.remove(me)
 
-    def work(data):
+    def work(_):
         for _ in range(5):
             decode_module.decode_sized(data, use)
 
+    monkeypatch.setattr(decode_module._Room, "take", asking)
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(work, [data] * 6))
-    assert max(most) == 2
-    huge = stored(Image.new("RGB", (300, 300)), "PNG")  # more than there is: alone
-    held.clear()
-    most.clear()
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(work, [huge] * 3))
-    assert max(most) == 1
+        list(pool.map(work, range(6)))
+    monkeypatch.setattr(decode_module._Room, "take", take)
+    assert len(most) == len(asked) == 30
+    return max(most)
+
+
+def test_large_images_wait_for_room(monkeypatch):
+    monkeypatch.setattr("unitvis.sources.decode._room", decode_module._Room(4 * 64 * 64 * 2))
+    assert most_at_once(stored(Image.new("RGB", (64, 64)), "PNG"), 2, monkeypatch) == 2
+    huge = stored(Image.new("RGB", (300, 300)), "PNG")  # needs more than there is, so it is alone
+    assert most_at_once(huge, 1, monkeypatch) == 1

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -350,15 +351,15 @@ def lines(process: subprocess.Popen[str]) -> Iterator[str]:
 
 
 PROGRAM = """
-import sys, time
+import sys
 from unitvis import cli
 from unitvis.scanning.progress import Progress
 real = Progress.after_batch
-def slowly(self):
+def after_batch(self):
     real(self)
     print(self._recorder.images, file=sys.stderr, flush=True)
-    time.sleep(0.05)
-Progress.after_batch = slowly
+    sys.stdin.readline()  # the test says when to go on
+Progress.after_batch = after_batch
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -368,19 +369,31 @@ def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, caps
         "import torch\nfrom torch import nn\n\ndef net():\n    torch.manual_seed(0)\n"
         "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))\n"
     )
-    numbers = ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2", "--batch-size", "4", "--checkpoint-every", "0.01"]
+    numbers = ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2", "--batch-size", "4", "--checkpoint-every", "1e-9"]
     command = ["scan", f"{tmp_path / 'nets.py'}:net", str(folder), *numbers, "-o"]
     assert cli.main([*command, str(tmp_path / "whole")]) == cli.SKIPPED
     arguments = [sys.executable, "-c", PROGRAM, *command, str(tmp_path / "run"), "--resume"]
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+    seen: dict[int, list[int]] = {signal.SIGKILL: [], signal.SIGTERM: []}
+    for number, counts in seen.items():
+        with subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        ) as process:
+            assert process.stdin is not None
+            rest = ""
             for line in lines(process):
-                if line.strip().isdigit() and int(line) % 20 > 8:
-                    process.send_signal(number)
-                    break
-            rest = "".join(lines(process))
+                if not line.strip().isdigit():
+                    rest += line
+                    continue
+                counts.append(int(line))
+                if counts[-1] % 20 > 8:
+                    process.send_signal(number)  # while the process waits, so that it cannot be over before
+                    if number == signal.SIGKILL:
+                        break
+                process.stdin.write("\n")
+            rest += "".join(lines(process))
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
         assert "Traceback" not in rest
+    assert seen == {signal.SIGKILL: [4, 8, 12], signal.SIGTERM: [16]}
     assert "go on with the same command and --resume" in rest
     assert cli.main([*command, str(tmp_path / "run"), "--resume"]) == cli.SKIPPED
     assert result(tmp_path / "run") == result(tmp_path / "whole")
@@ -390,7 +403,7 @@ def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, caps
 def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[float] = []
     clock = [0.0]
-    monkeypatch.setattr("unitvis.scanning.progress.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("unitvis.state.checkpoints.time", SimpleNamespace(perf_counter=lambda: clock[0]))  # its own alone
     monkeypatch.setattr(Progress, "part", lambda self: written.append(clock[0]) or crash_free(self))
     stopping(-1, crash, monkeypatch)
     real = Progress.after_batch
@@ -400,7 +413,7 @@ def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkey
         real(self)
 
     def crash_free(self: Progress) -> object:
-        return self._recorder.part(self.identity, self._source.reasons, 0.0)
+        return self._recorder.snapshot(self.identity, self._source.reasons, 0.0)
 
     monkeypatch.setattr(Progress, "after_batch", tick)
     scan(folder, tmp_path / "run", every=25)
@@ -409,9 +422,11 @@ def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkey
 
 def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = unfinished(folder, tmp_path / "run", monkeypatch)
+    before = read_progress(out)
+    assert before is not None
     start = time.perf_counter()
     run = scan(folder, out, resume=True)
-    assert run.manifest["seconds"]["scan"] > 0
+    assert run.manifest["seconds"]["scan"] > before.seconds > 0
     assert run.manifest["seconds"]["checkpoints"] < time.perf_counter() - start
 
 

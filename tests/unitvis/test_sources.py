@@ -3,7 +3,7 @@ import hashlib
 import json
 import os
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from unitvis.sources import Failure, files, open_source, reopen_source
 from unitvis.sources.transform import Transform
 
 PLAIN = Transform()
+DEADLINE = 300  # seconds after which what a test waits for is taken to never happen
 SMALL = Transform(resize=(8, 8))
 
 
@@ -191,12 +192,15 @@ def test_on_error_raise_names_the_file(folder):
 
 
 def test_reading_ahead_is_bounded(folder, monkeypatch):
-    opened = []
+    opened, submitted = [], []
     contents = files.FileSource._contents
     monkeypatch.setattr(files.FileSource, "_contents", lambda self, id: opened.append(id) or contents(self, id))
+    submit = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *job: submitted.append(submit(*job)) or submitted[-1])
     batches = open_source(folder, PLAIN).batches(3, workers=4)
     next(batches)
-    time.sleep(0.2)  # let the threads read all that they may
+    assert not wait(submitted, timeout=DEADLINE).not_done  # the threads have read all that they may
+    assert len(opened) > 3
     assert set(opened) <= set(range(3 + 2 * 3 + 1))
     batches.close()
     assert max(opened) < 10
@@ -814,7 +818,7 @@ def test_photographs():
 
 def test_files_are_read_but_not_decoded_while_somebody_else_has_the_cores(folder, monkeypatch):
     source = open_source(folder, Transform(crop=8))
-    read, decoded, all_read = [], [], threading.Event()
+    read, decoded, all_read, four_decoded = [], [], threading.Event(), threading.Event()
     contents, pixels = source._contents, source._decoding.pixels
 
     def reading(id):
@@ -825,20 +829,21 @@ def test_files_are_read_but_not_decoded_while_somebody_else_has_the_cores(folder
 
     def decoding(data, transform):
         decoded.append(len(data))
+        if len(decoded) == 4:
+            four_decoded.set()
         return pixels(data, transform)
 
     monkeypatch.setattr(source, "_contents", reading)
     monkeypatch.setattr(type(source._decoding), "pixels", lambda self, data, transform: decoding(data, transform))
     batches = source.batches(4, workers=6)
-    with source.undecoded():
-        threading.Thread(target=next, args=(batches,), daemon=True).start()
-        assert all_read.wait(20)
-        assert decoded == []
-    for _ in range(2000):
-        if len(decoded) >= 4:
-            break
-        time.sleep(0.01)
-    assert len(decoded) >= 4
+    with ThreadPoolExecutor(1) as pool:
+        with source.undecoded():
+            first = pool.submit(next, batches)
+            assert all_read.wait(DEADLINE)
+            assert decoded == []
+        assert four_decoded.wait(DEADLINE)
+        assert first.result(DEADLINE).ids.tolist() == [0, 1, 2, 3]
+    batches.close()
     with pytest.raises(ZeroDivisionError), source.undecoded():  # what goes wrong gives the cores back too
         raise ZeroDivisionError
     assert source._may_decode.is_set()
