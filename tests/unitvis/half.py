@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ from unitvis.half_precision.step import Step
 
 
 class Rounded(Step):
-    """As a GPU computes it: products are summed in float32, what is stored is half."""
+    """As a GPU computes it: products are summed in float32, what is stored is half. Give it as a recorder's make_step."""
 
     def _copy(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Callable[[Tensor], Tensor]:
         self._half, self._dtype = self._dtype, torch.float32
@@ -31,9 +30,3 @@ class Rounded(Step):
 
     def _input(self, images: Tensor) -> Tensor:
         return super()._input(images).to(self._half).to(torch.float32)
-
-
-@pytest.fixture
-def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scans in half precision are emulated."""
-    monkeypatch.setattr("unitvis.ranking.recorder.Step", Rounded)
