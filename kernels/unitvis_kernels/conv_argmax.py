@@ -82,7 +82,7 @@ def _conv_argmax_kernel(
     BK: tl.constexpr,
 ):
     K: tl.constexpr = KH * KW * C
-    LOW: tl.constexpr = BM - 1
+    LAST: tl.constexpr = BM - 1  # BM is a power of 2, so this is a mask too
     blocks = tl.cdiv(D, BN)  # neighbouring programs read the same pixels
     i_d, i_g = tl.program_id(0) % blocks, tl.program_id(0) // blocks % G
     i_m = tl.program_id(0) // (blocks * G) % tl.cdiv(P, BM)
@@ -110,7 +110,7 @@ def _conv_argmax_kernel(
         if PH + PW > 0:
             reach = (1 << row) | (1 << (KH + column))
             if K % BK > 0:
-                reach = tl.where(k < K, reach, -1)  # never inside
+                reach = tl.where(k < K, reach, -1)  # all bits, which `inside` never has
             a = tl.load(p_a, mask=(inside & reach[None, :]) == reach[None, :], other=0.0)
         elif K % BK > 0:
             a = tl.load(p_a, mask=(k < K)[None, :], other=0.0)
@@ -133,13 +133,13 @@ def _conv_argmax_kernel(
     if KEY_AFTER:
         v = z
     bits = v.to(tl.int32, bitcast=True)
-    rank = ((bits & TL_MAGNITUDE_BITS) ^ (bits >> 31)) + 2 * (LOW - lane)[:, None]
-    if SIGNED_NAN:
+    rank = ((bits & TL_MAGNITUDE_BITS) ^ (bits >> 31)) + 2 * (LAST - lane)[:, None]
+    if SIGNED_NAN:  # PTX rounds every NaN to a positive one, AMD and the interpreter do not
         rank = tl.where(v != v, TL_NAN_RANK, rank)
     best = tl.max(rank, axis=0).to(tl.int64)  # [BN]
     best += best & 1  # gives back the 1 that inverting took
     high = (best & (-2 * BM)) + (best >> 63)  # `ordered32` of the value, see `keys`
-    found = (high << 32) | ((best >> 1 & LOW) - i_m * BM + (TL_POSITION_MASK - LOW))
+    found = (high << 32) | ((best >> 1 & LAST) - i_m * BM + (TL_POSITION_MASK - LAST))
     found = tl.where(best > TL_LARGEST_RANK_OF_INF, TL_NAN_KEY, found)
     p_keys = keys + i_n * (G * D) + i_g * D + o_d
     if SPLIT:
@@ -235,7 +235,7 @@ def _(x, weight, bias, geometry, activation, store, key_after):
 
 
 def outputs(x: Tensor, weight: Tensor, geometry: ConvGeometry, store: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised (keys, y)."""
+    """(keys, y) to be filled; y is empty without `store`."""
     N, D = x.shape[0], weight.shape[0]
     keys = x.new_empty((N, D), dtype=torch.int64)
     if not store:

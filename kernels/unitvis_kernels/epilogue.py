@@ -175,6 +175,7 @@ def _(
 
 
 def outputs(x: Tensor, pool: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(keys, y) to be filled."""
     keys = x.new_empty(x.shape[:2], dtype=torch.int64)
     y = torch.empty(out_shape(x, pool), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     return keys, y
@@ -188,6 +189,7 @@ def launch(
     key_after: bool,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """(keys, y) by the kernel, into `out` if given; by `cpu.epilogue` where there is no kernel."""
     keys, y = outputs(x, pool) if out is None else out
     planned = plan(x, bias, activation, pool, key_after, keys, y)
     if planned is None:

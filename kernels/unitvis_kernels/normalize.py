@@ -65,7 +65,8 @@ def _(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 def launch(
     x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, y: Tensor | None = None
 ) -> Tensor:
-    y = x.new_empty(x.shape, dtype=dtype) if y is None else y  # [N, H, W, 3]
+    """[N, 3, H, W] by the kernel, into y [N, H, W, 3] if given; by `cpu.normalize` where there is no kernel."""
+    y = x.new_empty(x.shape, dtype=dtype) if y is None else y
     planned = plan(x, mean, std, y)
     if planned is None:
         return cpu.normalize(x, list(mean), list(std), dtype)

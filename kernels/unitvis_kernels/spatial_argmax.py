@@ -155,6 +155,7 @@ def _(x: Tensor, floor: Tensor | None = None) -> Tensor:
 
 
 def launch(x: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Keys by the kernel, into `keys` if given; by `cpu.spatial_argmax` where there is no kernel."""
     keys = x.new_empty(x.shape[:2], dtype=torch.int64) if keys is None else keys
     planned = plan(x, keys)
     if planned is None:

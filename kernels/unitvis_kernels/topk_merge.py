@@ -196,6 +196,7 @@ def _(state: Tensor, keys: Tensor, ids: Tensor) -> None:
 
 
 def launch(state: Tensor, keys: Tensor, ids: Tensor) -> None:
+    """Fold by the kernel; by `cpu.topk_merge_` where there is none."""
     planned = plan(state, keys, ids)
     if planned is None:
         cpu.topk_merge_(state, keys, ids)

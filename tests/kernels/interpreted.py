@@ -20,7 +20,10 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 argmax, topk, epilogue, normalize = (
     sys.modules[f"unitvis_kernels.{name}"] for name in ("spatial_argmax", "topk_merge", "epilogue", "normalize")
 )
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about NaN and infinity
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and infinity
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # caused by Triton 3.6
+]
 INF, NAN = math.inf, math.nan
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 POISON = 0x5555_5555_5555_5555
@@ -147,7 +150,7 @@ def test_topk_of_a_long_batch_and_more_channels_than_a_block() -> None:
     assert torch.equal(got, want)
 
 
-def test_topk_of_the_last_place_s_image_at_another_position() -> None:
+def test_topk_of_the_last_image_at_another_position() -> None:
     state = uk.topk_state(1, 2)
     naive.topk_merge_(state, uk.pack(torch.tensor([[2.0], [1.0]]), torch.tensor([[5], [5]])), torch.arange(2))
     for position, id in ((3, 1), (9, 1), (1, 7)):  # lower: taken; higher: not; a later image: not

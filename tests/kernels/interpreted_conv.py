@@ -20,7 +20,10 @@ from unitvis_kernels.geometry import ConvGeometry
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 conv = sys.modules["unitvis_kernels.conv_argmax"]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about NaN and infinity
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and infinity
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # caused by Triton 3.6
+]
 INF, NAN = math.inf, math.nan
 HALF, BF16 = torch.float16, torch.bfloat16
 POISON = 0x5555_5555_5555_5555

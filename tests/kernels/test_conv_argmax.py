@@ -100,7 +100,7 @@ def test_refuses(change: dict[str, object], value: str) -> None:
         uk.conv_argmax(**(right | change))
 
 
-def test_geometry_survives_the_schema_s_integers() -> None:
+def test_geometry_to_integers_and_back() -> None:
     geometry = ConvGeometry((1, 2), (3, 4), (5, 6), 7)
     assert geometry.as_ints() == [1, 2, 3, 4, 5, 6, 7]
     assert ConvGeometry.from_ints(geometry.as_ints()) == geometry

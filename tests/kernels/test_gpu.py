@@ -42,7 +42,7 @@ def test_spatial_argmax(layout: torch.memory_format, dtype: torch.dtype) -> None
     for shape in ((3, 5, 4, 7), (1, 64, 224, 224), (32, 96, 55, 55), (2, 512, 7, 7), (1, 3, 1, 1), (4, 100, 1, 9)):
         for ties in (False, True):
             x = maps(*shape, ties=ties).to(dtype).contiguous(memory_format=layout)
-            torch.full(shape[:2], 0x55).cuda()  # what a fresh allocation finds is not zero
+            torch.full(shape[:2], 0x55).cuda()  # freed at once, so that the keys are allocated over it
             assert torch.equal(uk.spatial_argmax(x.cuda()).cpu(), naive.spatial_argmax(x))
     x = maps(4, 9, 14, 14).to(dtype)
     for view in (x[1:, 1:], x[..., 1:], x.transpose(2, 3), x[:1].expand(3, -1, -1, -1)):
@@ -85,7 +85,7 @@ def test_topk_merge(kind: str, k: int) -> None:
 def test_epilogue(layout: torch.memory_format, dtype: torch.dtype) -> None:
     pools = (None, (2, 2), (3, 2), (3, 2, 1), (1, 2), (2, 3))
     options = list(itertools.product((None, "relu", "relu6"), (None, torch.float32, dtype), (False, True)))
-    turn = 0  # a compilation each: every option with some shape and pool, every shape with every pool
+    turn = 0  # each combination compiles: every option once with some shape and pool, every shape with every pool
     for shape, pool in itertools.product(((2, 10, 13, 13), (8, 64, 55, 55), (3, 70, 9, 40), (1, 24, 112, 112)), pools):
         x = maps(*shape).to(dtype).contiguous(memory_format=layout)
         bias = torch.linspace(-1.3, 1.7, shape[1])
@@ -115,14 +115,14 @@ def test_conv_argmax(name: str, dtype: torch.dtype) -> None:
     geometry = case.geometry
     _, want = naive.conv_argmax(x.double(), weight.double(), bias, geometry)
     on_gpu = [t.cuda() for t in (x, weight, bias)]
-    torch.full_like(want, math.nan, device="cuda")  # what a fresh allocation finds
+    torch.full_like(want, math.nan, device="cuda")  # freed at once, so that y is allocated over it
     keys, y = uk.conv_argmax(*on_gpu, *geometry)
     ulp = 2.0**-11 if dtype == torch.float16 else 2.0**-8  # half a unit in the last place
     torch.testing.assert_close(y.cpu().double(), want, rtol=ulp, atol=2e-3)  # the sum's own error, where terms cancel
     assert torch.equal(keys.cpu(), naive.spatial_argmax(y.cpu()))
     options = list(itertools.product((None, "relu", "relu6"), (False, True)))
     turn = list({**CASES, **LARGE}).index(name)
-    for activation, after in (options[turn % 6], options[(turn + 3) % 6]):  # a compilation each: the cases take turns
+    for activation, after in (options[turn % 6], options[(turn + 3) % 6]):  # each compiles, so two of six a case
         got = uk.conv_argmax(*on_gpu, *geometry, activation=activation, key_after=after)
         assert torch.equal(got[1].cpu(), naive.activate(y.cpu(), activation))
         assert torch.equal(got[0], uk.spatial_argmax(got[1] if after else y))
