@@ -13,7 +13,10 @@ try:
 
     HAS_TRITON = True
     jit: Callable[..., Callable[..., Any]] = triton.jit
-    constexpr: Callable[[int], Any] = tl.constexpr
+
+    def constexpr(value: int) -> Any:
+        """A global that kernels can read. Interpreted kernels read plain numbers: `constexpr - tensor` fails there."""
+        return value if triton.knobs.runtime.interpret else tl.constexpr(value)
 except ModuleNotFoundError:  # macOS, Windows: the kernels below stay plain functions that nothing calls
     HAS_TRITON = False
     tl: Any = None  # type: ignore[no-redef]

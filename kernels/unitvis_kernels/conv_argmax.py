@@ -139,7 +139,7 @@ def _conv_argmax_kernel(
     best = tl.max(rank, axis=0).to(tl.int64)  # [BN]
     best += best & 1  # gives back the 1 that inverting took
     high = (best & (-2 * BM)) + (best >> 63)  # `ordered32` of the value, see `keys`
-    found = (high << 32) | ((best >> 1 & LAST) - i_m * BM + (TL_POSITION_MASK - LAST))
+    found = (high << 32) | (TL_POSITION_MASK - LAST - i_m * BM + (best >> 1 & LAST))
     found = tl.where(best > TL_LARGEST_RANK_OF_INF, TL_NAN_KEY, found)
     p_keys = keys + i_n * (G * D) + i_g * D + o_d
     if SPLIT:

@@ -64,6 +64,5 @@ def pack_block(values, positions):
     """`pack` inside a kernel: int64 keys of float32 values and int32 positions."""
     bits = (values + 0.0).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & TL_POSITION_MASK)
-    # The tensor stands first, because in Triton's interpreter `constexpr - tensor` is no tensor.
-    keys = (ordered.to(tl.int64) << 32) | (-positions + TL_POSITION_MASK).to(tl.int64)
+    keys = (ordered.to(tl.int64) << 32) | (TL_POSITION_MASK - positions).to(tl.int64)
     return tl.where(values != values, TL_NAN_KEY, keys)
