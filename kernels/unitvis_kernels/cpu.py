@@ -5,6 +5,8 @@ What they compute is defined in `naive`; the public functions in each operator's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,7 +80,7 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
 
 
 def epilogue(
-    x: Tensor, bias: Tensor | None, activation: str | None, pool: list[int], key_after: bool
+    x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
 ) -> tuple[Tensor, Tensor]:
     # What a convolution with a bias would have stored: the sum in float32, rounded once to the map's own dtype.
     v = x if bias is None else (x.float() + bias.float()[:, None, None]).to(x.dtype)
@@ -107,7 +109,7 @@ def conv_argmax(
     return keys, torch.empty_like(y, memory_format=torch.channels_last).copy_(y) if store else x.new_empty(0)
 
 
-def normalize(x: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     # All three are tensors: a GPU divides by a plain number through its reciprocal, which rounds otherwise. Rows of
     # constants instead of three vectorise, and an image at a time, always in the same memory, stays in the cache.
     N, H, W, _ = x.shape

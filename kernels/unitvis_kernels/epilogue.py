@@ -164,7 +164,7 @@ def plan(
 def _epilogue(
     x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
 ) -> tuple[Tensor, Tensor]:
-    return cpu.epilogue(x, bias, activation, list(pool), key_after)
+    return cpu.epilogue(x, bias, activation, pool, key_after)
 
 
 @_epilogue.register_fake
@@ -193,7 +193,7 @@ def launch(
     keys, y = outputs(x, pool) if out is None else out
     planned = plan(x, bias, activation, pool, key_after, keys, y)
     if planned is None:
-        return cpu.epilogue(x, bias, activation, list(pool), key_after)
+        return cpu.epilogue(x, bias, activation, pool, key_after)
     if planned.options["SPLITS"] > 1:
         keys.fill_(BLANK)
     planned.run()

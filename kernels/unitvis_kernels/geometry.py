@@ -22,19 +22,18 @@ class ConvGeometry(NamedTuple):
         dilation: int | tuple[int, int],
         groups: int,
     ) -> ConvGeometry:
-        """Of numbers and pairs as a caller gives them; one number stands for both axes. Raises ValueError."""
-        return cls(
-            _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1), groups
-        )  # fmt: skip
+        """The geometry from a caller's numbers (for both axes) and pairs. Raises ValueError for what is neither."""
+        pairs = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+        return cls(*pairs, groups)
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> ConvGeometry:
-        """Of the seven integers that a `torch.library` schema can hold; see `as_ints`."""
+        """The geometry from the seven integers of `as_ints`."""
         SH, SW, PH, PW, DH, DW, groups = ints
         return cls((SH, SW), (PH, PW), (DH, DW), groups)
 
     def as_ints(self) -> list[int]:
-        """[stride, stride, padding, padding, dilation, dilation, groups], rows before columns."""
+        """Seven integers, which a `torch.library` schema can hold: rows and columns of each pair, then groups."""
         return [*self.stride, *self.padding, *self.dilation, self.groups]
 
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:

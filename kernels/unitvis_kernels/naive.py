@@ -6,6 +6,8 @@ output (`geometry`). Arguments are those of the operators after their checks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,7 +59,7 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
 
 
 def epilogue(
-    x: Tensor, bias: Tensor | None, activation: str | None, pool: tuple[int, ...], key_after: bool
+    x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
 ) -> tuple[Tensor, Tensor]:
     """(keys [N, C], y [N, C, OH, OW]) of x [N, C, H, W]; `pool` is () or (window, stride, padding)."""
     v = x if bias is None else (x.float() + bias.float()[:, None, None]).to(x.dtype)
@@ -87,7 +89,7 @@ def conv_argmax(
     return spatial_argmax(y if key_after else v), y
 
 
-def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """(x / 255 - mean) / std of uint8 [N, H, W, 3] as [N, 3, H, W]: float32, rounded to `dtype` at the end."""
     y = (x.float() / torch.tensor(255.0) - torch.tensor(mean)) / torch.tensor(std)
     return y.to(dtype).permute(0, 3, 1, 2)

@@ -54,7 +54,7 @@ def plan(x: Tensor, mean: Sequence[float], std: Sequence[float], y: Tensor) -> L
 
 @torch.library.custom_op("unitvis::normalize", mutates_args=())
 def _normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    return cpu.normalize(x, list(mean), list(std), dtype)
+    return cpu.normalize(x, mean, std, dtype)
 
 
 @_normalize.register_fake
@@ -69,7 +69,7 @@ def launch(
     y = x.new_empty(x.shape, dtype=dtype) if y is None else y
     planned = plan(x, mean, std, y)
     if planned is None:
-        return cpu.normalize(x, list(mean), list(std), dtype)
+        return cpu.normalize(x, mean, std, dtype)
     planned.run()
     return y.permute(0, 3, 1, 2)
 
