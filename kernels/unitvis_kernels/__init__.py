@@ -1,7 +1,7 @@
-"""Operators that keep a scan on the device: the argmax of every channel, a streaming top-k, and what surrounds them.
+"""Operators for scanning images: the argmax of every channel, a streaming top-k, and what comes before and between.
 
-They are `torch.library` operators (namespace `unitvis`): fake tensors and `torch.compile` work, and every device has
-the plain PyTorch implementation of `reference.py` where it has no kernel of its own.
+They are `torch.library` operators (namespace `unitvis`), so fake tensors and `torch.compile` work. `naive` defines what
+they compute; `cpu` implements them in PyTorch, and each operator's own module in Triton for GPUs.
 """
 
 from unitvis_kernels.conv_argmax import conv_argmax

@@ -1,4 +1,4 @@
-"""Triton where it is installed. Without it the operators have no kernel, and `reference.py` serves every device."""
+"""Triton where it is installed. Without it no operator has a kernel, and every device runs the functions of `cpu`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ try:
 
     HAS_TRITON = True
     jit: Callable[..., Callable[..., Any]] = triton.jit
+
+    def constexpr(value: int) -> Any:
+        """A global that kernels can read. Interpreted kernels read plain numbers: `constexpr - tensor` fails there."""
+        return value if triton.knobs.runtime.interpret else tl.constexpr(value)
 except ModuleNotFoundError:  # macOS, Windows: the kernels below stay plain functions that nothing calls
     HAS_TRITON = False
     tl: Any = None  # type: ignore[no-redef]
@@ -20,14 +24,20 @@ except ModuleNotFoundError:  # macOS, Windows: the kernels below stay plain func
     def jit(kernel: Any = None, **options: Any) -> Callable[..., Any]:
         return kernel or jit
 
+    def constexpr(value: int) -> Any:
+        return value
 
-TARGET_PROGRAMS = 2048  # about two full waves on the largest chips: with fewer, a reduction is split
 
-__all__ = ["HAS_TRITON", "TARGET_PROGRAMS", "Launch", "jit", "next_power_of_2", "tl"]
+TARGET_PROGRAMS = 2048  # about two full waves on the largest chips; a reduction with fewer programs is split
+
+__all__ = ["HAS_TRITON", "TARGET_PROGRAMS", "Launch", "constexpr", "jit", "next_power_of_2", "tl"]
 
 
 class Launch(NamedTuple):
-    """One launch, decided from shapes alone; what an operator runs is what the tests interpret and compile."""
+    """A kernel with its grid, arguments and options, chosen from shapes alone.
+
+    The operators run it; the tests interpret and compile the same one.
+    """
 
     kernel: Any
     grid: tuple[int]

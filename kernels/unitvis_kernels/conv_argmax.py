@@ -1,4 +1,17 @@
-"""conv_argmax: a convolution with the argmax of its channels, as an implicit matrix product on the tensor cores."""
+"""conv_argmax: a convolution and the argmax of its channels in one pass, as an implicit matrix product.
+
+Inside a tile an int32 rank of value and pixel stands for the int64 key, which needs twice the registers. Rounded to
+float16 or bfloat16, a value leaves at least the lowest 13 bits of its float32 zero, and they hold the pixel:
+
+     31   30                      13   12                    0
+    +----+--------------------------+-------------------------+
+    |sign|        magnitude         |  2 * (BM - 1 - pixel)   |     pixel: its row in the tile, 0 to BM - 1
+    +----+--------------------------+-------------------------+
+
+Below 0 the bits of the magnitude and the 13 zeros are inverted before the pixel is added, so that ranks sort as values
+do. Inverting is negating and taking 1 away; pixels count in steps of 2, so the 1 changes no order and -0.0 ties with
++0.0. The largest rank is the argmax, of equal values at the lowest pixel.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -11,24 +24,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unitvis_kernels import reference
-from unitvis_kernels._triton import HAS_TRITON, Launch, jit, next_power_of_2, tl
+from unitvis_kernels import cpu
+from unitvis_kernels._triton import HAS_TRITON, Launch, constexpr, jit, next_power_of_2, tl
 from unitvis_kernels.epilogue import ACTIVATIONS, _activate
-from unitvis_kernels.keys import BLANK, POSITION_MASK
+from unitvis_kernels.geometry import ConvGeometry
+from unitvis_kernels.keys import BLANK, POSITION_MASK, TL_NAN_KEY, TL_POSITION_MASK
+
+TL_MAGNITUDE_BITS = constexpr(0x7FFFE000)
+TL_LARGEST_RANK_OF_INF = constexpr(0x7F801FFF)  # the bits of +inf, 0x7f800000, over the largest pixel field
+TL_NAN_RANK = constexpr(0x7FFFE000)
 
 # The product is [pixels of one image, C * KH * KW] x [C * KH * KW, channels of one group]; both operands are read along
 # the input channels, where channels_last keeps them together. A lane beyond the last pixel or channel reads the last
 # one again instead of being masked, so only a padded border or a ragged end of the depth masks a load; such a pixel has
 # the last one's value at a later place and never wins.
-# A rounded value leaves at least 13 of its float32's low bits zero. Its magnitude, bits inverted where it is negative,
-# plus twice the pixel's place in the tile is an int32 whose maximum is the argmax. Inverted is negated less 1; places
-# being even, the 1 changes no order, and -0.0 ties with +0.0. (PTX rounds every NaN to one positive NaN.)
-# `geometry` is stride, padding and dilation, each of rows and of columns, then the groups: seven numbers.
 
 
 @jit
 def _taps(o, size, K: tl.constexpr, DILATION: tl.constexpr):
-    """Bit i: does o + i * DILATION lie in 0 .. size - 1, for i below K."""
+    """Bits i = 0 .. K - 1: 1 where o + i * DILATION lies in 0 .. size - 1."""
     first = tl.minimum((tl.maximum(-o, 0) + (DILATION - 1)) // DILATION, K)
     stop = tl.minimum((tl.maximum(size - o, 0) + (DILATION - 1)) // DILATION, K)
     return (1 << stop) - (1 << first)
@@ -45,7 +59,7 @@ def _conv_argmax_kernel(
     W,
     OW,
     P,  # OH * OW
-    steps,  # cdiv(K, BK), at run time: a constant that is small is unrolled, and 9 steps then spill on sm_80
+    steps,  # cdiv(K, BK); no constexpr, because a small constant is unrolled, and 9 steps then spill on sm_80
     G: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
@@ -68,7 +82,7 @@ def _conv_argmax_kernel(
     BK: tl.constexpr,
 ):
     K: tl.constexpr = KH * KW * C
-    LOW: tl.constexpr = BM - 1
+    LAST: tl.constexpr = BM - 1  # BM is a power of 2, so this is a mask too
     blocks = tl.cdiv(D, BN)  # neighbouring programs read the same pixels
     i_d, i_g = tl.program_id(0) % blocks, tl.program_id(0) // blocks % G
     i_m = tl.program_id(0) // (blocks * G) % tl.cdiv(P, BM)
@@ -96,7 +110,7 @@ def _conv_argmax_kernel(
         if PH + PW > 0:
             reach = (1 << row) | (1 << (KH + column))
             if K % BK > 0:
-                reach = tl.where(k < K, reach, -1)  # never inside
+                reach = tl.where(k < K, reach, -1)  # all bits, which `inside` never has
             a = tl.load(p_a, mask=(inside & reach[None, :]) == reach[None, :], other=0.0)
         elif K % BK > 0:
             a = tl.load(p_a, mask=(k < K)[None, :], other=0.0)
@@ -119,14 +133,14 @@ def _conv_argmax_kernel(
     if KEY_AFTER:
         v = z
     bits = v.to(tl.int32, bitcast=True)
-    rank = ((bits & 0x7FFFE000) ^ (bits >> 31)) + 2 * (LOW - lane)[:, None]
-    if SIGNED_NAN:
-        rank = tl.where(v != v, 0x7FFFE000, rank)
-    best = tl.max(rank, axis=0).to(tl.int64)  # [BN]; a lane has a few of them once they are 64 bits wide
-    best += best & 1
-    high = (best & (-2 * BM)) + (best >> 63)  # as `ordered32` of keys.py
-    found = (high << 32) | (0x7FFFFFFF - LOW - i_m * BM + (best >> 1 & LOW))
-    found = tl.where(best > 0x7F801FFF, 0x7FFFFFFF7FFFFFFF, found)  # above the largest rank of +inf
+    rank = ((bits & TL_MAGNITUDE_BITS) ^ (bits >> 31)) + 2 * (LAST - lane)[:, None]
+    if SIGNED_NAN:  # PTX rounds every NaN to a positive one, AMD and the interpreter do not
+        rank = tl.where(v != v, TL_NAN_RANK, rank)
+    best = tl.max(rank, axis=0).to(tl.int64)  # [BN]
+    best += best & 1  # gives back the 1 that inverting took
+    high = (best & (-2 * BM)) + (best >> 63)  # `ordered32` of the value, see `keys`
+    found = (high << 32) | (TL_POSITION_MASK - LAST - i_m * BM + (best >> 1 & LAST))
+    found = tl.where(best > TL_LARGEST_RANK_OF_INF, TL_NAN_KEY, found)
     p_keys = keys + i_n * (G * D) + i_g * D + o_d
     if SPLIT:
         tl.atomic_max(p_keys, found, mask=m_d, sem="relaxed")
@@ -135,54 +149,53 @@ def _conv_argmax_kernel(
 
 
 def tile(P: int, D: int, K: int) -> dict[str, int]:
-    """The tile for maps of P pixels, D channels a group and depth K: the least work, counting what is cut off."""
+    """The tile and launch options that cost least for maps of P pixels, D channels a group and depth K.
 
-    def least(size: int, penalty: dict[int, float], smallest: int) -> int:
-        blocks = {b: cost for b, cost in penalty.items() if b <= max(smallest, next_power_of_2(size))}
-        return min(blocks, key=lambda b: -(-size // b) * b * blocks[b])
+    The cost of a block size is the length that its blocks cover, the part beyond the end included, times the time an
+    element takes relative to the largest block.
+    """
 
-    BM = least(P, {128: 1.0, 64: 1.15}, 64)
-    BN = least(D, {128: 1.0, 64: 1.15, 32: 1.6, 16: 2.5}, 16)
-    BK = least(K, {64: 1.0, 32: 1.1, 16: 1.3}, 16)
+    def cheapest(size: int, time_of: dict[int, float]) -> int:
+        blocks = [b for b in time_of if b <= max(min(time_of), next_power_of_2(size))]
+        return min(blocks, key=lambda b: -(-size // b) * b * time_of[b])
+
+    BM = cheapest(P, {128: 1.0, 64: 1.15})
+    BN = cheapest(D, {128: 1.0, 64: 1.15, 32: 1.6, 16: 2.5})
+    BK = cheapest(K, {64: 1.0, 32: 1.1, 16: 1.3})
     return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8 if BM * BN == 128 * 128 else 4, "num_stages": 3}
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Whether products read both operands from shared memory; of a device that is no GPU, too, for the tests."""
+    """Whether products read both operands from shared memory (sm_90 and newer); True for what is no GPU, for tests."""
     return device.type != "cuda" or (not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9)
 
 
 def whole_vectors(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """As the kernel reads them: the weight channels_last, input channels in whole vectors of at least 8 bytes."""
+    """(x, weight) as the kernel reads them: channels_last, input channels in whole vectors of at least 8 bytes."""
     missing = -x.shape[1] % 4 if groups == 1 else 0
     if missing:
         x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (x, weight))
     return x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
 
 
-def out_size(x: Tensor, weight: Tensor, geometry: Sequence[int]) -> tuple[int, int]:
-    """(OH, OW) of the convolution; below 1 where the kernel does not fit."""
-    (H, W), (KH, KW), (SH, SW, PH, PW, DH, DW, _) = x.shape[2:], weight.shape[2:], geometry
-    return (H + 2 * PH - DH * (KH - 1) - 1) // SH + 1, (W + 2 * PW - DW * (KW - 1) - 1) // SW + 1
-
-
 def plan(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    geometry: Sequence[int],
+    geometry: ConvGeometry,
     activation: str | None,
     store: bool,
     key_after: bool,
     keys: Tensor,
     y: Tensor,
 ) -> Launch | None:
-    """The launch that fills `keys` and `y`; None for what has no kernel."""
+    """The launch that fills `keys` and `y`; None where there is no kernel for x and weight."""
     if x.dtype == torch.float32 or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
         return None
-    SH, SW, PH, PW, DH, DW, G = geometry
+    (SH, SW), (PH, PW), (DH, DW), G = geometry
     x, weight = whole_vectors(x, weight, G)
-    (N, C, H, W), (D, _, KH, KW), (OH, OW) = x.shape, weight.shape, out_size(x, weight, geometry)
+    (N, C, H, W), (D, _, KH, KW) = x.shape, weight.shape
+    OH, OW = geometry.output_size((H, W), (KH, KW))
     P = OH * OW
     largest = max((H + 2 * PH) * (W + 2 * PW) * C, (P + 128) * D, weight.numel())
     if largest >= 2**31 or (PH + PW > 0 and KH + KW > 31):
@@ -194,13 +207,15 @@ def plan(
     }  # fmt: skip
     options["SPLIT"] = options["BM"] < P
     if options["num_warps"] == 8 and has_wgmma(x.device):
-        options["maxnreg"] = 128  # two programs fit, and one computes while the other stores; elsewhere this spills
+        options["maxnreg"] = 128  # so that two programs fit, one computing while one stores; other chips spill
     steps = -(-(KH * KW * C // G) // options["BK"])
     programs = N * -(-P // options["BM"]) * G * -(-options["D"] // options["BN"])
     args = (x, weight, x if bias is None else bias.contiguous(), keys, y if store else x, H, W, OW, P, steps)
     return Launch(_conv_argmax_kernel, (programs,), args, options)
 
 
+# A schema holds no ConvGeometry and no optional result: the operator takes seven integers, and without `store` an empty
+# tensor stands for y.
 @torch.library.custom_op("unitvis::conv_argmax", mutates_args=())
 def _conv_argmax(
     x: Tensor,
@@ -211,41 +226,50 @@ def _conv_argmax(
     store: bool,
     key_after: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `conv_argmax`; without `store` an empty tensor stands for y, because an operator returns no optional one."""
-    return reference.conv_argmax(x, weight, bias, geometry, activation, store, key_after)
+    return cpu.conv_argmax(x, weight, bias, ConvGeometry.from_ints(geometry), activation, store, key_after)
 
 
 @_conv_argmax.register_fake
-def outputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: Sequence[int],
-    activation: str | None,
-    store: bool,
-    key_after: bool,
-) -> tuple[Tensor, Tensor]:
+def _(x, weight, bias, geometry, activation, store, key_after):
+    return outputs(x, weight, ConvGeometry.from_ints(geometry), store)
+
+
+def outputs(x: Tensor, weight: Tensor, geometry: ConvGeometry, store: bool) -> tuple[Tensor, Tensor]:
+    """(keys, y) to be filled; y is empty without `store`."""
     N, D = x.shape[0], weight.shape[0]
     keys = x.new_empty((N, D), dtype=torch.int64)
     if not store:
         return keys, x.new_empty(0)
-    shape = (N, D, *out_size(x, weight, geometry))
+    shape = (N, D, *geometry.output_size(x.shape[2:], weight.shape[2:]))
     return keys, torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def launch(*arguments: Any, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    out = outputs(*arguments) if out is None else out
-    planned = plan(*(*arguments, *out))
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    activation: str | None,
+    store: bool,
+    key_after: bool,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(keys, y) by the kernel, into `out` if given; by `cpu.conv_argmax` where there is no kernel."""
+    keys, y = outputs(x, weight, geometry, store) if out is None else out
+    planned = plan(x, weight, bias, geometry, activation, store, key_after, keys, y)
     if planned is None:
-        return reference.conv_argmax(*arguments)
+        return cpu.conv_argmax(x, weight, bias, geometry, activation, store, key_after)
     if planned.options["SPLIT"]:
-        out[0].fill_(BLANK)
+        keys.fill_(BLANK)
     planned.run()
-    return out
+    return keys, y
 
 
 if HAS_TRITON:
-    _conv_argmax.register_kernel("cuda")(launch)
+
+    @_conv_argmax.register_kernel("cuda")
+    def _(x, weight, bias, geometry, *rest):
+        return launch(x, weight, bias, ConvGeometry.from_ints(geometry), *rest)
 
 
 def conv_argmax(
@@ -266,9 +290,9 @@ def conv_argmax(
     x [N, C, H, W] and weight [D, C / groups, KH, KW] are both float16, bfloat16 or float32. v = products + bias[d],
     summed in float32 and rounded once to x's dtype; y = activation(v), in x's dtype and channels_last, or None with
     store=False; keys are those of v, or with `key_after` those of y; see `epilogue`. On a GPU half precision in
-    channels_last takes one pass, and a map that is not stored is not written at all; else the plain PyTorch operator
-    runs. In one pass each call copies a weight that is not channels_last, and x and the weight if C is no multiple of 4
-    (groups 1): hand both over with channels of zeros to save it. Raises ValueError for anything else.
+    channels_last takes one pass, in which a map that is not stored is never written; anything else runs in PyTorch. The
+    one pass copies a weight that is not channels_last, and x and the weight if C is no multiple of 4 (groups 1), at
+    each call; pad both with channels of zeros to save the copies. Raises ValueError for anything else.
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"conv_argmax takes float32, float16 or bfloat16 [N, C, H, W], not {x.dtype} {tuple(x.shape)}")
@@ -280,18 +304,9 @@ def conv_argmax(
         raise ValueError(f"bias must be one float a channel [{weight.shape[0]}], not {bias.dtype} {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None, 'relu' or 'relu6', not {activation!r}")
-    geometry = (*_pair("stride", stride, 1), *_pair("padding", padding, 0), *_pair("dilation", dilation, 1), groups)
-    size = out_size(x, weight, geometry)
+    geometry = ConvGeometry.of(stride, padding, dilation, groups)
+    size = geometry.output_size(x.shape[2:], weight.shape[2:])
     if min(size) < 1 or size[0] * size[1] > POSITION_MASK:
         raise ValueError(f"a map of {size[0]} x {size[1]} from {tuple(x.shape[2:])}: it needs 1 to 2^31 - 1 positions")
-    keys, y = _conv_argmax(x, weight, bias, geometry, activation, store, key_after)
+    keys, y = _conv_argmax(x, weight, bias, geometry.as_ints(), activation, store, key_after)
     return keys, y if store else None
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    if isinstance(value, str):
-        raise ValueError(f"{name} must be numbers, not {value!r}: 'valid' is 0, 'same' is dilation * (kernel - 1) / 2")
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name} must be a number or a pair of at least {least}, not {value}")
-    return pair[0], pair[1]

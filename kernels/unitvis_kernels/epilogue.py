@@ -1,4 +1,4 @@
-"""epilogue: all that follows a convolution - bias, key, activation, max-pool, store - in one pass over its output."""
+"""epilogue: bias, key, activation, max-pool and store in one pass over a convolution's output."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unitvis_kernels import reference
+from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, jit, next_power_of_2, tl
-from unitvis_kernels.keys import BLANK, POSITION_MASK, pack_block
+from unitvis_kernels.keys import BLANK, POSITION_MASK, TL_BLANK, pack_block
+from unitvis_kernels.layout import memory_format
 from unitvis_kernels.spatial_argmax import splits_for
 
 ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
-# The tile is [BH * BW outputs, BC channels]. Every input pixel belongs to one output, the one whose stride x stride
-# cell holds it, and only that one makes its key; neighbours whose windows overlap it read it again, from the cache.
-# Outputs are counted on past the map's last until the cells cover the input. A lane keeps its column of outputs and
-# goes down, so it sees its pixels in ascending order and a value must be larger to be taken. Adding a bias, rounding
-# and the activations keep the order, so the windows pool the raw values, and the rest is done to the winner.
+# The tile is [BH * BW outputs, BC channels]. The input is cut into cells of stride x stride pixels, one an output. Each
+# output reads its whole window, but makes keys of the pixels of its own cell only, so that each pixel gets one key;
+# pixels that several windows share are read again, from the cache. The outputs are continued beyond the map's last one
+# until the cells cover the input. A lane goes down one column of outputs, so it sees its pixels in ascending order and
+# takes a value only if it is larger. Adding a bias, rounding and the activations keep the order of values, so a window
+# takes the maximum of the raw values and does the rest to that one value.
 
 
 @jit
@@ -42,7 +44,7 @@ def _epilogue_kernel(
     y,  # [N, OH, OW, C], as x
     H,
     W,
-    groups,  # C // ALIGN: so the compiler knows that ALIGN divides C
+    vectors,  # C // ALIGN, so that the compiler knows that ALIGN divides C
     OH,
     OW,
     ALIGN: tl.constexpr,
@@ -58,7 +60,7 @@ def _epilogue_kernel(
     BC: tl.constexpr,
 ):
     SPAN: tl.constexpr = WINDOW if WINDOW > STRIDE else STRIDE
-    C = groups * ALIGN
+    C = vectors * ALIGN
     blocks = tl.cdiv(C, BC)
     i_s, i_c = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS % blocks
     i_n = (tl.program_id(0) // SPLITS // blocks).to(tl.int64)
@@ -72,7 +74,7 @@ def _epilogue_kernel(
 
     steps = tl.cdiv(tl.cdiv(H + PADDING, STRIDE), BH)
     share = tl.cdiv(steps, SPLITS)
-    found = tl.full([BC], -0x8000000000000000, tl.int64)
+    found = tl.full([BC], TL_BLANK, tl.int64)
     for column in range(0, tl.cdiv(W + PADDING, STRIDE), BW):
         o_w = column + lane % BW
         best = tl.full([BH * BW, BC], -float("inf"), tl.float32)
@@ -92,7 +94,7 @@ def _epilogue_kernel(
                         v = (v + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
                     if KEY_AFTER:
                         v = _activate(v, ACTIVATION)
-                    if HAS_BIAS or (KEY_AFTER and ACTIVATION > 0):  # padding did not stay -inf
+                    if HAS_BIAS or (KEY_AFTER and ACTIVATION > 0):  # which changed the -inf of the padding
                         v = tl.where(m, v, -float("inf"))
                     step = tl.where(v > best, i * (SPAN * SPAN) + cell, step)
                     best = tl.maximum(best, v, propagate_nan=tl.PropagateNan.ALL)
@@ -100,13 +102,13 @@ def _epilogue_kernel(
                 pooled = (pooled + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
             pooled = _activate(pooled, ACTIVATION)
             if WINDOW * STRIDE > 1:
-                pooled += 0.0  # a zero is +0.0
+                pooled += 0.0  # makes -0.0 into +0.0
             m_y = ((o_h < OH) & (o_w < OW))[:, None] & m_c[None, :]
             tl.store(p_y + (o_h * OW + o_w).to(tl.int64)[:, None] * C, pooled.to(y.dtype.element_ty), mask=m_y)
         cell = step % (SPAN * SPAN)
         h = (step // (SPAN * SPAN) * BH + (lane // BW)[:, None]) * STRIDE - PADDING + cell // SPAN
         position = h * W + (o_w * STRIDE - PADDING)[:, None] + cell % SPAN
-        lanes = pack_block(best, tl.where(step < 0, 0, position))  # as in spatial_argmax: never more than -inf
+        lanes = pack_block(best, tl.where(step < 0, 0, position))  # step < 0: only -inf, see spatial_argmax
         found = tl.maximum(found, tl.max(lanes, axis=0))
     if SPLITS == 1:
         tl.store(keys + i_n * C + o_c, found, mask=m_c)
@@ -131,9 +133,9 @@ def plan(
     keys: Tensor,
     y: Tensor,
 ) -> Launch | None:
-    """The launch that fills `keys` and `y`; None for what has no kernel."""
+    """The launch that fills `keys` and `y`; None where there is no kernel for x."""
     N, C, H, W = x.shape
-    if reference.memory_format(x) != torch.channels_last or not x.numel() or H * W > 2**28:
+    if memory_format(x) != torch.channels_last or not x.numel() or H * W > 2**28:
         return None  # positions, those of the padding included, are int32
     OH, OW = y.shape[2:]
     if not pool:
@@ -141,9 +143,10 @@ def plan(
     window, stride, padding = pool or (1, 1, 0)
     BC = min(64, next_power_of_2(C))
     lanes = 2048 // BC
-    columns = -(-(W + padding) // stride)  # outputs a row, those past the last included
-    widest = min(32, lanes, next_power_of_2(columns))  # of the widths from 8 on the one that wastes least
-    BW = min((w for w in (32, 16, 8) if w <= widest), key=lambda w: -(-columns // w) * w, default=widest)
+    columns = -(-(W + padding) // stride)  # outputs a row, including those beyond the map's last
+    widest = min(32, lanes, next_power_of_2(columns))
+    widths = (w for w in (32, 16, 8) if w <= widest)  # the one whose last tile wastes the fewest columns
+    BW = min(widths, key=lambda w: -(-columns // w) * w, default=widest)
     BH = lanes // BW
     programs = N * -(-C // BC)
     vector = 16 // x.element_size() if x.data_ptr() % 16 == y.data_ptr() % 16 == 0 else 1
@@ -161,7 +164,7 @@ def plan(
 def _epilogue(
     x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
 ) -> tuple[Tensor, Tensor]:
-    return reference.epilogue(x, bias, activation, list(pool), key_after)
+    return cpu.epilogue(x, bias, activation, pool, key_after)
 
 
 @_epilogue.register_fake
@@ -172,8 +175,9 @@ def _(
 
 
 def outputs(x: Tensor, pool: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(keys, y) to be filled."""
     keys = x.new_empty(x.shape[:2], dtype=torch.int64)
-    y = torch.empty(out_shape(x, pool), dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
+    y = torch.empty(out_shape(x, pool), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     return keys, y
 
 
@@ -185,10 +189,11 @@ def launch(
     key_after: bool,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """(keys, y) by the kernel, into `out` if given; by `cpu.epilogue` where there is no kernel."""
     keys, y = outputs(x, pool) if out is None else out
     planned = plan(x, bias, activation, pool, key_after, keys, y)
     if planned is None:
-        return reference.epilogue(x, bias, activation, list(pool), key_after)
+        return cpu.epilogue(x, bias, activation, pool, key_after)
     if planned.options["SPLITS"] > 1:
         keys.fill_(BLANK)
     planned.run()
@@ -212,8 +217,8 @@ def epilogue(
     v = x + bias[c], summed in float32 and rounded to x's dtype; keys are those of v as it would have been stored, or
     with `key_after` those of the activated v; y = max_pool(activation(v)), a new tensor. `activation` is None, "relu"
     or "relu6" (their zero is +0.0; NaN stays); `pool` is (window, stride) or (window, stride, padding), rounded down,
-    NaN winning, its zero +0.0. On a GPU channels_last takes one pass; another layout goes through the plain PyTorch
-    operator, several passes. Raises ValueError for anything else.
+    NaN winning, its zero +0.0. On a GPU channels_last takes one pass; another layout runs in PyTorch, in several
+    passes. Raises ValueError for anything else.
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"epilogue takes float32, float16 or bfloat16 [N, C, H, W], not {x.dtype} {tuple(x.shape)}")

@@ -1,10 +1,24 @@
-"""One int64 for a value and where it was found, so that the largest key is the argmax.
+"""Keys: one int64 for a value and the position where it was found, such that the largest key is the argmax.
 
-    key = ordered32(value) << 32 | (0x7fffffff - position)
+     63                     32  31  30                     0
+    +-------------------------+----+------------------------+
+    |    ordered32(value)     |  0 | 0x7fffffff - position  |
+    +-------------------------+----+------------------------+
+              high word                    low word
 
-`ordered32` reads the float's bits as an integer that sorts as the float does. Within one image the largest key is the
-largest value at the lowest flattened position, in whatever order keys are compared. Across images compare the high
-words only: the low word is a position and says nothing about who comes first.
+    ordered32(value)  the float32's bits as an int32 that sorts as the float does: from +0.0 on the bits as they are,
+                      below with all but the sign inverted; -0.0 is taken for +0.0
+    position          row * W + column, 0 to 2^31 - 1; of equal values the lower position has the larger key
+
+                high word   low word
+    NAN_KEY    0x7fffffff  0x7fffffff   any NaN, at position 0; above the key of +inf
+    +inf       0x7f800000
+    +0.0       0x00000000
+    -inf       0x807fffff
+    BLANK      0x80000000  0x00000000   no response; below the key of -inf
+
+Within one image keys can be compared in any order. Across images compare the high words only: the low word is a
+position and says nothing about which image comes first.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -14,11 +28,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unitvis_kernels._triton import jit, tl
+from unitvis_kernels._triton import constexpr, jit, tl
 
-POSITION_MASK = 0x7FFFFFFF
-BLANK = -(2**63)  # no response; below the key of -inf
-NAN_KEY = 2**63 - 2**31 - 1  # 0x7fffffff_7fffffff: above the key of +inf, position 0
+POSITION_MASK = 2**31 - 1
+BLANK = -(2**63)
+NAN_KEY = (POSITION_MASK << 32) | POSITION_MASK
+
+# The same for kernels, which read a global only if it is a constexpr.
+TL_POSITION_MASK = constexpr(POSITION_MASK)
+TL_BLANK = constexpr(BLANK)
+TL_BLANK_HIGH = constexpr(BLANK >> 32)
+TL_NAN_KEY = constexpr(NAN_KEY)
+TL_NAN_HIGH = constexpr(NAN_KEY >> 32)
 
 
 def pack(values: Tensor, positions: Tensor) -> Tensor:
@@ -42,6 +63,6 @@ def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
 def pack_block(values, positions):
     """`pack` inside a kernel: int64 keys of float32 values and int32 positions."""
     bits = (values + 0.0).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - positions).to(tl.int64)
-    return tl.where(values != values, 0x7FFFFFFF7FFFFFFF, keys)
+    ordered = bits ^ ((bits >> 31) & TL_POSITION_MASK)
+    keys = (ordered.to(tl.int64) << 32) | (TL_POSITION_MASK - positions).to(tl.int64)
+    return tl.where(values != values, TL_NAN_KEY, keys)

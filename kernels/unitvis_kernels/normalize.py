@@ -1,4 +1,4 @@
-"""normalize: a batch of uint8 pixels to the model's normalised input, on the device that computes."""
+"""normalize: a batch of uint8 pixels to a network's normalised input, on the device that computes."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unitvis_kernels import reference
+from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, jit, tl
 
-STEPS = 4  # blocks a program
+BLOCKS_PER_PROGRAM = 4
 
 
 @jit
 def _normalize_kernel(
-    x,  # [E] uint8: N, H, W, 3 flattened
+    x,  # [E] uint8: [N, H, W, 3] flattened
     y,  # [E] float32 | float16 | bfloat16, in the same order
     E,
     mean0,
@@ -27,34 +27,34 @@ def _normalize_kernel(
     std0,
     std1,
     std2,
-    STEPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BE: tl.constexpr,
 ):
-    # A program takes every third block, so that an element of its tile has the same channel in each.
+    # A program takes every third block, so that a lane has the same channel in each.
     i_phase, i_block = tl.program_id(0) % 3, tl.program_id(0) // 3
     lane = tl.arange(0, BE)  # [BE]
     channel = (i_phase * BE + lane) % 3
     mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
     std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
-    for i in range(STEPS):
-        o = (i_block.to(tl.int64) * STEPS + i) * (3 * BE) + i_phase * BE + lane
+    for i in range(BLOCKS):
+        o = (i_block.to(tl.int64) * BLOCKS + i) * (3 * BE) + i_phase * BE + lane
         v = tl.load(x + o, mask=o < E, other=0).to(tl.float32)
-        v = tl.div_rn(tl.div_rn(v, tl.full([BE], 255.0, tl.float32)) - mean, std)  # IEEE: `/` is an approximation
+        v = tl.div_rn(tl.div_rn(v, tl.full([BE], 255.0, tl.float32)) - mean, std)  # IEEE; `/` approximates
         tl.store(y + o, v.to(y.dtype.element_ty), mask=o < E)
 
 
 def plan(x: Tensor, mean: Sequence[float], std: Sequence[float], y: Tensor) -> Launch | None:
-    """The launch that fills `y`; None for what has no kernel."""
+    """The launch that fills `y`; None where there is no kernel for x."""
     if not x.is_contiguous() or not x.numel():
         return None
-    options: dict[str, Any] = {"STEPS": STEPS, "BE": 2048, "num_warps": 4, "num_stages": 1}
-    programs = 3 * -(-x.numel() // (3 * STEPS * options["BE"]))
+    options: dict[str, Any] = {"BLOCKS": BLOCKS_PER_PROGRAM, "BE": 2048, "num_warps": 4, "num_stages": 1}
+    programs = 3 * -(-x.numel() // (3 * BLOCKS_PER_PROGRAM * options["BE"]))
     return Launch(_normalize_kernel, (programs,), (x, y, x.numel(), *mean, *std), options)
 
 
 @torch.library.custom_op("unitvis::normalize", mutates_args=())
 def _normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    return reference.normalize(x, list(mean), list(std), dtype)
+    return cpu.normalize(x, mean, std, dtype)
 
 
 @_normalize.register_fake
@@ -65,10 +65,11 @@ def _(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 def launch(
     x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, y: Tensor | None = None
 ) -> Tensor:
-    y = x.new_empty(x.shape, dtype=dtype) if y is None else y  # [N, H, W, 3]
+    """[N, 3, H, W] by the kernel, into y [N, H, W, 3] if given; by `cpu.normalize` where there is no kernel."""
+    y = x.new_empty(x.shape, dtype=dtype) if y is None else y
     planned = plan(x, mean, std, y)
     if planned is None:
-        return reference.normalize(x, list(mean), list(std), dtype)
+        return cpu.normalize(x, mean, std, dtype)
     planned.run()
     return y.permute(0, 3, 1, 2)
 
@@ -81,7 +82,7 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: tor
     """(x / 255 - mean) / std of uint8 [N, H, W, 3] as channels_last [N, 3, H, W] in float32, float16 or bfloat16.
 
     The arithmetic is IEEE float32 in that order on every device, rounded once to `dtype`: the same bits everywhere. On
-    a GPU contiguous batches take one pass, other strides the plain operator. Raises ValueError for anything else.
+    a GPU contiguous batches take one pass; other strides run in PyTorch. Raises ValueError for anything else.
     """
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3:
         raise ValueError(f"normalize takes uint8 [N, H, W, 3], not {x.dtype} {tuple(x.shape)}")

@@ -10,36 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unitvis_kernels import reference
+from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, TARGET_PROGRAMS, Launch, jit, next_power_of_2, tl
 from unitvis_kernels.keys import BLANK, POSITION_MASK, pack_block
+from unitvis_kernels.layout import memory_format
 
-# Both kernels keep, in every lane of a tile, the largest value and the number of the step that brought it; keys are
-# built once, after the loop. A lane sees its pixels in ascending order and takes a value only if it is larger, so it
-# holds its lowest position. A lane that never saw more than -inf says "-inf at position 0", which is right if the
-# whole map is -inf and loses otherwise: padding needs no other care.
+# Both kernels keep, in every lane of a tile, the largest value and the step of the loop that brought it; keys are built
+# once, after the loop. A lane sees its pixels in ascending order and takes a value only if it is larger, so it has the
+# lowest position of its largest value. A lane that saw nothing above -inf gives "-inf at position 0", which is right if
+# the whole map is -inf and below the other lanes' keys if not. Masked loads therefore read -inf.
 
 
 @jit
-def _keep(best, step, x, i):
+def _take_larger(best, step, x, i):
     step = tl.where(x > best, i, step)
     return tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL), step
 
 
 @jit
-def _store(p_keys, keys, m, SPLITS: tl.constexpr):
+def _store_keys(p_keys, keys, m, SPLITS: tl.constexpr):
     if SPLITS == 1:
         tl.store(p_keys, keys, mask=m)
     else:
-        tl.atomic_max(p_keys, keys, mask=m, sem="relaxed")  # the largest key wins in whatever order
+        tl.atomic_max(p_keys, keys, mask=m, sem="relaxed")  # the result is the same in any order
 
 
 @jit
-def _edge(p_x, o, head, L, stop, best, step, i):
-    # The mask changes only between vectors, so that loads stay whole; what is not of the row goes afterwards.
+def _take_partial(p_x, o, head, L, stop, best, step, i):
+    # The mask changes only between vectors, so that loads stay whole; elements of other rows become -inf afterwards.
     x = tl.load(p_x, mask=o < stop, other=-float("inf")).to(tl.float32)
     x = tl.where((o >= head) & (o < head + L), x, -float("inf"))
-    return _keep(best, step, x, i)
+    return _take_larger(best, step, x, i)
 
 
 @jit
@@ -57,27 +58,27 @@ def _rows_kernel(
     o_r = i_r.to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     start = tl.minimum(o_r, R - 1) * L
     aligned = start // VECTOR * VECTOR
-    head = (start - aligned).to(tl.int32)[:, None]  # elements of the row before, in this row's first vector
+    head = (start - aligned).to(tl.int32)[:, None]  # elements of the previous row in this row's first vector
     stop = (head + L + VECTOR - 1) // VECTOR * VECTOR
     o_l = tl.arange(0, BL)[None, :]  # [1, BL]
     p_x = x + aligned[:, None] + o_l  # [BR, BL]
 
     steps = tl.cdiv(L + VECTOR - 1, BL)
-    whole = L // BL  # steps 1 to whole - 1 lie inside every row
+    whole = L // BL  # steps 1 to whole - 1 lie inside the row, wherever it starts
     share = tl.cdiv(steps, SPLITS)
     first, last = i_s * share, tl.minimum(i_s * share + share, steps)
 
     best = tl.full([BR, BL], -float("inf"), tl.float32)
     step = tl.full([BR, BL], -1, tl.int32)
     if first == 0:
-        best, step = _edge(p_x, o_l, head, L, stop, best, step, 0)
+        best, step = _take_partial(p_x, o_l, head, L, stop, best, step, 0)
     for i in range(tl.maximum(first, 1), tl.minimum(last, whole)):
-        best, step = _keep(best, step, tl.load(p_x + i * BL).to(tl.float32), i)
+        best, step = _take_larger(best, step, tl.load(p_x + i * BL).to(tl.float32), i)
     for i in range(tl.maximum(first, tl.maximum(whole, 1)), last):
-        best, step = _edge(p_x + i * BL, o_l + i * BL, head, L, stop, best, step, i)
+        best, step = _take_partial(p_x + i * BL, o_l + i * BL, head, L, stop, best, step, i)
 
     position = tl.where(step < 0, 0, step * BL + o_l - head)
-    _store(keys + o_r, tl.max(pack_block(best, position), axis=1), o_r < R, SPLITS)
+    _store_keys(keys + o_r, tl.max(pack_block(best, position), axis=1), o_r < R, SPLITS)
 
 
 @jit
@@ -85,13 +86,13 @@ def _pixels_kernel(
     x,  # [N, P, C], float32 | float16 | bfloat16, contiguous
     keys,  # [N, C], int64; holds BLANK where SPLITS > 1
     P,
-    groups,  # C // ALIGN: so the compiler knows that ALIGN divides C
+    vectors,  # C // ALIGN, so that the compiler knows that ALIGN divides C
     ALIGN: tl.constexpr,
     SPLITS: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    C = groups * ALIGN
+    C = vectors * ALIGN
     blocks = tl.cdiv(C, BC)
     i_s, i_c = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS % blocks
     i_n = (tl.program_id(0) // SPLITS // blocks).to(tl.int64)
@@ -108,27 +109,27 @@ def _pixels_kernel(
     step = tl.full([BP, BC], -1, tl.int32)
     for i in range(first, last):
         v = tl.load(p_x, mask=m_c[None, :] & (o_p + i * BP < P), other=-float("inf")).to(tl.float32)
-        best, step = _keep(best, step, v, i)
+        best, step = _take_larger(best, step, v, i)
         p_x += BP * C.to(tl.int64)
 
     position = tl.where(step < 0, 0, step * BP + o_p)
-    _store(keys + i_n * C + o_c, tl.max(pack_block(best, position), axis=0), m_c, SPLITS)
+    _store_keys(keys + i_n * C + o_c, tl.max(pack_block(best, position), axis=0), m_c, SPLITS)
 
 
 def splits_for(programs: int, steps: int) -> int:
-    """How many programs share a reduction of so many steps: none has fewer than 8 steps for it."""
+    """The number of programs that share a reduction of `steps` steps, each with at least 8 of them."""
     return max(1, min(-(-TARGET_PROGRAMS // programs), steps // 8))
 
 
 def plan(x: Tensor, keys: Tensor) -> Launch | None:
-    """The launch that fills `keys`; None for what has no kernel."""
+    """The launch that fills `keys`; None where there is no kernel for x."""
     N, C, H, W = x.shape
     P = H * W
     vector = 16 // x.element_size() if x.data_ptr() % 16 == 0 else 1
     options: dict[str, Any] = {"num_warps": 4, "num_stages": 2}
     if not x.numel() or P > 2**30:  # in-row offsets are int32
         return None
-    if reference.memory_format(x) == torch.channels_last:
+    if memory_format(x) == torch.channels_last:
         align, BC = gcd(C, vector), min(64, next_power_of_2(C))
         BP = 2048 // BC
         programs = N * -(-C // BC)
@@ -145,7 +146,7 @@ def plan(x: Tensor, keys: Tensor) -> Launch | None:
 
 @torch.library.custom_op("unitvis::spatial_argmax", mutates_args=())
 def _spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
-    return reference.spatial_argmax(x, floor)
+    return cpu.spatial_argmax(x, floor)
 
 
 @_spatial_argmax.register_fake
@@ -154,10 +155,11 @@ def _(x: Tensor, floor: Tensor | None = None) -> Tensor:
 
 
 def launch(x: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Keys by the kernel, into `keys` if given; by `cpu.spatial_argmax` where there is no kernel."""
     keys = x.new_empty(x.shape[:2], dtype=torch.int64) if keys is None else keys
     planned = plan(x, keys)
     if planned is None:
-        return reference.spatial_argmax(x)
+        return cpu.spatial_argmax(x)
     if planned.options["SPLITS"] > 1:
         keys.fill_(BLANK)
     planned.run()
@@ -165,7 +167,7 @@ def launch(x: Tensor, keys: Tensor | None = None) -> Tensor:
 
 
 if HAS_TRITON:
-    _spatial_argmax.register_kernel("cuda")(lambda x, floor=None: launch(x))  # a position costs nothing there
+    _spatial_argmax.register_kernel("cuda")(lambda x, floor=None: launch(x))  # positions cost nothing in the kernel
 
 
 def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
@@ -173,9 +175,9 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
 
     Of equal values the lowest flattened position (row * W + column) wins; -0.0 equals +0.0. A map with a NaN gets the
     key `NAN_KEY`. Reads the map once; on a GPU the Triton kernels take contiguous and channels_last maps, other
-    strides go through the plain PyTorch operator. floor, float32 [C]: of a map whose largest value lies below its
-    channel's the position may be 2^31 - 1 instead, not looked for; NaN is no floor. Raises ValueError for another
-    dtype, rank or empty map.
+    strides run in PyTorch. `floor`, float32 [C], saves time on a CPU: where a map's largest value lies below its
+    channel's floor, the position may be given as 2^31 - 1 instead of being looked for; a floor of NaN is none. Raises
+    ValueError for another dtype, rank or an empty map.
     """
     if x.ndim != 4:
         raise ValueError(f"spatial_argmax takes maps [N, C, H, W], not a tensor of shape {tuple(x.shape)}")

@@ -1,4 +1,17 @@
-"""topk_merge_: fold the keys of a batch, or another state, into the k strongest responses of every channel."""
+"""topk_merge_: fold the keys of a batch, or another state, into the k strongest responses of every channel.
+
+The state is int64 [C, 2k + 2], one row a channel:
+
+    columns   0 .. k-1     k .. 2k-1    2k           2k+1
+             +------------+------------+------------+--------------+
+             |  k keys    |  k ids     |  NaN count | first NaN id |
+             +------------+------------+------------+--------------+
+    empty       BLANK        -1           0            2^63 - 1
+
+    place      a key and its image's id, columns j and k + j; best first: the larger high word (the value, see `keys`),
+               then the smaller id
+    NaN count  the number of keys folded in that were NaN; first NaN id is the smallest id of their images
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -9,75 +22,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unitvis_kernels import reference
-from unitvis_kernels._triton import HAS_TRITON, Launch, jit, next_power_of_2, tl
-from unitvis_kernels.keys import BLANK, unpack
+from unitvis_kernels import cpu
+from unitvis_kernels._triton import HAS_TRITON, Launch, constexpr, jit, next_power_of_2, tl
+from unitvis_kernels.keys import BLANK, TL_BLANK, TL_BLANK_HIGH, TL_NAN_HIGH, TL_NAN_KEY, unpack
 
-NO_ID = torch.iinfo(torch.int64).max  # "no image yet" where the smallest id is kept
+NO_ID = 2**63 - 1  # the first NaN id where there is none; above every id
 
-# A program folds all N keys of a few neighbouring channels into their k places. The filter reads them once; in a long
-# stream nearly no program gets past it. Where the best newcomer enters, it is put over the weakest place (or over the
-# same image), then the next best, until none enters; at the end the places are put in order.
+TL_NO_ID = constexpr(NO_ID)
+TL_KEY_ABOVE_ALL = constexpr(2**63 - 1)  # above NAN_KEY
+TL_ID_BELOW_ALL = constexpr(-2)  # below the -1 of a blank place
+
+# A program folds all N keys of a few neighbouring channels into their k places. One pass over the keys finds each
+# channel's best; in a long stream it rarely reaches the last place, and the program ends. If it does, it replaces the
+# weakest place (or the place of the same image), then the next best key does, until one does not reach the last place;
+# then the places are sorted.
 
 
 @jit
-def _high(keys):
+def _high_word(keys):
     return (keys >> 32).to(tl.int32)
 
 
 @jit
-def _load(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN: tl.constexpr):
+def _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN: tl.constexpr):
     o_n = n + tl.arange(0, BN)[:, None]  # [BN, 1]
     id = tl.load(p_ids + o_n.to(tl.int64) * ids_n, mask=o_n < N, other=-1)  # [BN, 1 or BC]
     m = (o_n < N) & (id >= 0) & m_c
-    return id, tl.load(p_keys + o_n.to(tl.int64) * keys_n, mask=m, other=-0x8000000000000000)  # [BN, BC]
+    return id, tl.load(p_keys + o_n.to(tl.int64) * keys_n, mask=m, other=TL_BLANK)  # [BN, BC]
 
 
 @jit
-def _filter(p_keys, p_ids, m_c, keys_n, ids_n, N, BN: tl.constexpr, BC: tl.constexpr):
-    """(value, id) of each channel's best newcomer, as the ordered 32 bits; a NaN is ahead of every value."""
-    best = tl.full([BN, BC], -0x80000000, tl.int32)
-    best_id = tl.full([BN, BC], 0x7FFFFFFFFFFFFFFF, tl.int64)
+def _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, BN: tl.constexpr, BC: tl.constexpr):
+    """(high word, id) of each channel's best key; a NaN is better than every value."""
+    best = tl.full([BN, BC], TL_BLANK_HIGH, tl.int32)
+    best_id = tl.full([BN, BC], TL_NO_ID, tl.int64)
     for n in range(0, N, BN):
-        id, key = _load(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
-        high = _high(key)
-        take = (high > best) | ((high == best) & (id < best_id) & (key != -0x8000000000000000))
+        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
+        high = _high_word(key)
+        take = (high > best) | ((high == best) & (id < best_id) & (key != TL_BLANK))
         best, best_id = tl.where(take, high, best), tl.where(take, id, best_id)
     first = tl.max(best, axis=0)
-    return first, tl.min(tl.where(best == first[None, :], best_id, 0x7FFFFFFFFFFFFFFF), axis=0)
+    return first, tl.min(tl.where(best == first[None, :], best_id, TL_NO_ID), axis=0)
 
 
 @jit
-def _nan(p_keys, p_ids, m_c, keys_n, ids_n, N, BN: tl.constexpr, BC: tl.constexpr):
-    """The number of each channel's NaN, and their smallest id."""
+def _count_nan(p_keys, p_ids, m_c, keys_n, ids_n, N, BN: tl.constexpr, BC: tl.constexpr):
+    """(number of NaN keys, their smallest id) of each channel."""
     count = tl.zeros([BN, BC], tl.int32)
-    smallest = tl.full([BN, BC], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    smallest = tl.full([BN, BC], TL_NO_ID, tl.int64)
     for n in range(0, N, BN):
-        id, key = _load(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
-        is_nan = key == 0x7FFFFFFF7FFFFFFF
+        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
+        is_nan = key == TL_NAN_KEY
         count += is_nan.to(tl.int32)
-        smallest = tl.minimum(smallest, tl.where(is_nan, id, 0x7FFFFFFFFFFFFFFF))
+        smallest = tl.minimum(smallest, tl.where(is_nan, id, TL_NO_ID))
     return tl.sum(count, axis=0), tl.min(smallest, axis=0)
 
 
 @jit
-def _next(p_keys, p_ids, m_c, keys_n, ids_n, N, bar_id, bar_key, BN: tl.constexpr, BC: tl.constexpr):
-    """(id, key) of each channel's best newcomer behind the bar. Of one image's two keys the larger comes first."""
-    best = tl.full([BN, BC], -0x8000000000000000, tl.int64)
-    best_id = tl.full([BN, BC], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    bar = _high(bar_key)[None, :]
+def _next_best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, last_id, last_key, BN: tl.constexpr, BC: tl.constexpr):
+    """(id, key) of each channel's best key that comes after the last one; an image's larger key comes first."""
+    best = tl.full([BN, BC], TL_BLANK, tl.int64)
+    best_id = tl.full([BN, BC], TL_NO_ID, tl.int64)
+    last = _high_word(last_key)[None, :]
     for n in range(0, N, BN):
-        id, key = _load(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
-        high, best_high = _high(key), _high(best)
-        behind = (id > bar_id[None, :]) | ((id == bar_id[None, :]) & (key < bar_key[None, :]))
+        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
+        high, best_high = _high_word(key), _high_word(best)
+        behind = (id > last_id[None, :]) | ((id == last_id[None, :]) & (key < last_key[None, :]))
         ahead = (id < best_id) | ((id == best_id) & (key > best))
-        behind = (high < bar) | ((high == bar) & behind)
-        ahead = (high > best_high) | ((high == best_high) & ahead & (key != -0x8000000000000000))
+        behind = (high < last) | ((high == last) & behind)
+        ahead = (high > best_high) | ((high == best_high) & ahead & (key != TL_BLANK))
         best, best_id = tl.where(behind & ahead, key, best), tl.where(behind & ahead, id, best_id)
-    first = _high(best) == tl.max(_high(best), axis=0)[None, :]
-    id = tl.min(tl.where(first, best_id, 0x7FFFFFFFFFFFFFFF), axis=0)
+    first = _high_word(best) == tl.max(_high_word(best), axis=0)[None, :]
+    id = tl.min(tl.where(first, best_id, TL_NO_ID), axis=0)
     first = first & (best_id == id[None, :])
-    return id, tl.max(tl.where(first, best, -0x8000000000000000), axis=0)
+    return id, tl.max(tl.where(first, best, TL_BLANK), axis=0)
 
 
 @jit(do_not_specialize=["N"])
@@ -98,7 +116,6 @@ def _topk_merge_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    MAX: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     o_c = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)  # [BC]
     m = o_c < C
     m_c = m[None, :]  # [1, BC]
@@ -106,45 +123,45 @@ def _topk_merge_kernel(
     p_keys = keys + (o_c * keys_c)[None, :]
     p_ids = ids + (tl.zeros([1, 1], tl.int64) if ID_PER_IMAGE else (tl.minimum(o_c, C - 1) * ids_c)[None, :])
 
-    low = _high(tl.load(p_state + (k - 1), mask=m, other=MAX))  # the last place
-    low_id = tl.load(p_state + (2 * k - 1), mask=m, other=-2)
-    high, id = _filter(p_keys, p_ids, m_c, keys_n, ids_n, N, BN, BC)
+    low = _high_word(tl.load(p_state + (k - 1), mask=m, other=TL_KEY_ABOVE_ALL))  # the last place
+    low_id = tl.load(p_state + (2 * k - 1), mask=m, other=TL_ID_BELOW_ALL)
+    high, id = _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, BN, BC)
     enters = (high > low) | ((high == low) & (id <= low_id))
     if tl.max(enters.to(tl.int32), axis=0) > 0:
-        if tl.max(high, axis=0) == 0x7FFFFFFF:
-            count, smallest = _nan(p_keys, p_ids, m_c, keys_n, ids_n, N, BN, BC)
+        if tl.max(high, axis=0) == TL_NAN_HIGH:
+            count, smallest = _count_nan(p_keys, p_ids, m_c, keys_n, ids_n, N, BN, BC)
             count += tl.load(p_state + 2 * k, mask=m, other=0)
-            smallest = tl.minimum(smallest, tl.load(p_state + 2 * k + 1, mask=m, other=MAX))
-            tl.debug_barrier()  # every thread that holds a copy has read before one writes
+            smallest = tl.minimum(smallest, tl.load(p_state + 2 * k + 1, mask=m, other=TL_NO_ID))
+            tl.debug_barrier()  # all threads that hold a copy read before one writes
             tl.store(p_state + 2 * k, count, mask=m)
             tl.store(p_state + 2 * k + 1, smallest, mask=m)
 
         o_k = tl.arange(0, BK)[None, :]  # [1, BK]
         m_k = m[:, None] & (o_k < k)
         p_places = p_state[:, None] + o_k  # [BC, BK]
-        places = tl.load(p_places, mask=m_k, other=MAX)  # what is no place is ahead of all, and never the weakest
-        place_ids = tl.load(p_places + k, mask=m_k, other=-2)
-        id = tl.full([BC], MAX, tl.int64)
-        key = tl.full([BC], MAX, tl.int64)  # behind it is every value, but no NaN
+        places = tl.load(p_places, mask=m_k, other=TL_KEY_ABOVE_ALL)  # lanes beyond k are never the weakest
+        place_ids = tl.load(p_places + k, mask=m_k, other=TL_ID_BELOW_ALL)
+        id = tl.full([BC], TL_NO_ID, tl.int64)
+        key = tl.full([BC], TL_KEY_ABOVE_ALL, tl.int64)  # every value comes after it, but no NaN
         # `enters` must be read in the body too: Triton 3.7 fails on a while loop's flag that only the condition reads.
         while tl.max(enters.to(tl.int32), axis=0) > 0:
-            id, key = _next(p_keys, p_ids, m_c, keys_n, ids_n, N, id, key, BN, BC)
-            enters = enters & ((_high(key) > low) | ((_high(key) == low) & (id <= low_id)))
-            own = place_ids == id[:, None]
-            weakest = (_high(places) == low[:, None]) & (place_ids == low_id[:, None])
-            chosen = tl.where(tl.max(own.to(tl.int32), axis=1)[:, None] > 0, own, weakest)
-            chosen = o_k == tl.min(tl.where(chosen, o_k, BK), axis=1)[:, None]  # one of several blanks
-            chosen = chosen & enters[:, None] & (~own | (key[:, None] > places))
+            id, key = _next_best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, id, key, BN, BC)
+            enters = enters & ((_high_word(key) > low) | ((_high_word(key) == low) & (id <= low_id)))
+            same_image = place_ids == id[:, None]
+            weakest = (_high_word(places) == low[:, None]) & (place_ids == low_id[:, None])
+            chosen = tl.where(tl.max(same_image.to(tl.int32), axis=1)[:, None] > 0, same_image, weakest)
+            chosen = o_k == tl.min(tl.where(chosen, o_k, BK), axis=1)[:, None]  # one, where several are blank
+            chosen = chosen & enters[:, None] & (~same_image | (key[:, None] > places))
             places = tl.where(chosen, key[:, None], places)
             place_ids = tl.where(chosen, id[:, None], place_ids)
-            low = tl.min(_high(places), axis=1)
-            low_id = tl.max(tl.where(_high(places) == low[:, None], place_ids, -2), axis=1)
+            low = tl.min(_high_word(places), axis=1)
+            low_id = tl.max(tl.where(_high_word(places) == low[:, None], place_ids, TL_ID_BELOW_ALL), axis=1)
 
-        values = _high(places)
+        values = _high_word(places)
         rank = tl.zeros([BC, BK], tl.int32)
         for j in range(k):
-            other = tl.max(tl.where(o_k == j, values, -0x80000000), axis=1)[:, None]
-            other_id = tl.max(tl.where(o_k == j, place_ids, -2), axis=1)[:, None]
+            other = tl.max(tl.where(o_k == j, values, TL_BLANK_HIGH), axis=1)[:, None]
+            other_id = tl.max(tl.where(o_k == j, place_ids, TL_ID_BELOW_ALL), axis=1)[:, None]
             earlier = (other_id < place_ids) | ((other_id == place_ids) & (o_k > j))
             rank += ((other > values) | ((other == values) & earlier)).to(tl.int32)
         tl.debug_barrier()
@@ -153,7 +170,7 @@ def _topk_merge_kernel(
 
 
 def plan(state: Tensor, keys: Tensor, ids: Tensor) -> Launch | None:
-    """The launch that folds `keys` into `state`; None for what has no kernel."""
+    """The launch that folds `keys` into `state`; None where there is no kernel for them."""
     (N, C), k = keys.shape, (state.shape[1] - 2) // 2
     if k > 1024 or state.stride(1) != 1 or not C:
         return None
@@ -164,13 +181,13 @@ def plan(state: Tensor, keys: Tensor, ids: Tensor) -> Launch | None:
     options: dict[str, Any] = {"k": k, "ID_PER_IMAGE": ids.ndim == 1, "BN": BN, "BC": BC, "BK": BK}
     options |= {"num_warps": 8 if N > 16 else 4, "num_stages": 1}
     if not torch.version.hip:
-        options["maxnreg"] = 128  # left to itself ptxas spills a few registers for an occupancy that is of no use here
+        options["maxnreg"] = 128  # without it ptxas spills registers to raise an occupancy that does not help here
     return Launch(_topk_merge_kernel, (-(-C // BC),), (state, keys, ids, C, N, *strides), options)
 
 
 @torch.library.custom_op("unitvis::topk_merge_", mutates_args=("state",))
 def _topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
-    reference.topk_merge_(state, keys, ids)
+    cpu.topk_merge_(state, keys, ids)
 
 
 @_topk_merge_.register_fake
@@ -179,9 +196,10 @@ def _(state: Tensor, keys: Tensor, ids: Tensor) -> None:
 
 
 def launch(state: Tensor, keys: Tensor, ids: Tensor) -> None:
+    """Fold by the kernel; by `cpu.topk_merge_` where there is none."""
     planned = plan(state, keys, ids)
     if planned is None:
-        reference.topk_merge_(state, keys, ids)
+        cpu.topk_merge_(state, keys, ids)
     else:
         planned.run()
 
@@ -191,10 +209,10 @@ if HAS_TRITON:
 
 
 def topk_state(channels: int, k: int, device: torch.device | str | None = None) -> Tensor:
-    """An empty state, int64 [C, 2k + 2].
+    """An empty state, int64 [C, 2k + 2], for `topk_merge_`. Raises ValueError for k below 1.
 
     Columns: k keys, best first; their k image ids (-1 where blank); the number of images with a NaN; the smallest id
-    of those (2^63 - 1 if none). It is all there is: save it, copy it, merge it with another.
+    of those (2^63 - 1 if none). A state is only this tensor, so it can be saved, copied and merged with another.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
@@ -209,8 +227,8 @@ def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
     """Fold keys, int64 [N, C], of the images with ids, int64 [N] (or [N, C]), into the state, in place.
 
     Order: value descending, then id ascending. An id below 0 is padding and ignored; an id that is in the state
-    already keeps its larger key, so that a repeated batch changes no place (it does count its NaN again). A NaN takes
-    no place and is counted. No synchronisation on a GPU. Raises ValueError for shapes or dtypes that do not fit.
+    already keeps its larger key, so that a repeated batch changes no place (its NaNs are counted again). A NaN takes
+    no place and is counted. Does not synchronise a GPU. Raises ValueError for shapes or dtypes that do not fit.
     """
     for name, tensor in (("state", state), ("keys", keys), ("ids", ids)):
         if tensor.dtype != torch.int64:
@@ -226,7 +244,7 @@ def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
 def topk_merge_states_(state: Tensor, other: Tensor) -> None:
     """Fold another state of the same channels, int64 [C, 2m + 2], into the state, in place.
 
-    The places of overlapping states come out right (see `topk_merge_`); their NaN counts add up.
+    An image that both states hold takes one place (see `topk_merge_`), but its NaNs are counted twice.
     """
     m = (other.shape[1] - 2) // 2
     topk_merge_(state, other[:, :m].T, other[:, m : 2 * m].T)

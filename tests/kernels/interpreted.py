@@ -1,6 +1,6 @@
-"""The Triton kernels, interpreted on CPU tensors, against the plain PyTorch operators: the same bits.
+"""The Triton kernels, interpreted on CPU tensors, give the same bits as `naive`.
 
-Run by `test_interpreted.py` in a process of its own, because TRITON_INTERPRET counts when the kernels are defined.
+Run by `test_interpreted.py` in a process of its own, because TRITON_INTERPRET must be set when kernels are defined.
 """
 
 from __future__ import annotations
@@ -14,43 +14,57 @@ import torch
 from torch import Tensor
 
 import unitvis_kernels as uk
-from unitvis_kernels import reference
+from unitvis_kernels import naive
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 argmax, topk, epilogue, normalize = (
     sys.modules[f"unitvis_kernels.{name}"] for name in ("spatial_argmax", "topk_merge", "epilogue", "normalize")
 )
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about NaN and infinity
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and infinity
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # caused by Triton 3.6
+]
 INF, NAN = math.inf, math.nan
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 POISON = 0x5555_5555_5555_5555
 
 
+# (what fills the rest of a map, None for small integers with many ties; the values in its middle)
+SPECIAL = (
+    (None, [NAN]),
+    (None, [-NAN, INF]),
+    (None, [INF]),
+    (-1.0, [-0.0, 0.0]),
+    (-1.0, [1e-40, -1e-40]),
+    (-INF, [-INF]),
+    (None, [6.5, 7.0]),
+    (-1.0, [-1.0]),
+    (-2.0, [0.0, -0.0]),
+)
+
+
 def special(*shape: int) -> Tensor:
-    """Maps full of ties, with every special value in some channel where there is room."""
+    """Maps [N, C, H, W] of `SPECIAL`, as many as there is room for, and then of small integers."""
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-3, 4, shape, generator=g).float()
-    flat = x.flatten(0, 1).flatten(1)
-    for row, values in enumerate(
-        ([NAN], [-NAN, INF], [INF], [-0.0, 0.0], [1e-40, -1e-40], [-INF], [6.5, 7.0], [-1.0], [0.0, -0.0])
-    ):
-        if row < len(flat):
-            flat[row] = {3: -1.0, 4: -1.0, 5: -INF, 7: -1.0, 8: -2.0}.get(row, flat[row])
-            for at, value in enumerate(values):
-                flat[row, (flat.shape[1] // 2 + at) % flat.shape[1]] = value
+    for row, (rest, values) in zip(x.flatten(0, 1).flatten(1), SPECIAL, strict=False):
+        if rest is not None:
+            row[:] = rest
+        for at, value in enumerate(values):
+            row[(len(row) // 2 + at) % len(row)] = value
     return x
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.bfloat16:  # whose subnormal numbers the interpreter reads wrongly
+    if dtype == torch.bfloat16:  # the interpreter reads its subnormal numbers wrongly
         x = x.masked_fill(x.abs() == x.new_tensor(1e-40), 1e-30)
     return x.to(dtype)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """The same bits and strides; every NaN is the same NaN."""
+    """Whether a and b hold the same bits, where every NaN is the same."""
     bits = [t.nan_to_num(7.0).flatten().view(torch.uint8) for t in (a, b)]
-    return a.stride() == b.stride() and torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
+    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=["nchw", "channels_last"])
@@ -67,26 +81,26 @@ def test_argmax(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory
     x = in_dtype(special(*shape), dtype).contiguous(memory_format=layout)
     keys = torch.full(shape[:2], POISON)
     assert argmax.plan(x, keys) is not None
-    assert torch.equal(argmax.launch(x, keys), reference.spatial_argmax(x))
+    assert torch.equal(argmax.launch(x, keys), naive.spatial_argmax(x))
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=["nchw", "channels_last"])
 def test_argmax_split(layout: torch.memory_format) -> None:
     x = special(1, 9, 61, 67).half().contiguous(memory_format=layout)
-    x[0, 6, 50:, 50:] = 9.0  # a tie inside the last split
+    x[0, 6, 50:, 50:] = 9.0  # ties in the last split
     keys = torch.full((1, 9), POISON)
     if layout == CONTIGUOUS:
         x = torch.cat([x, x.flip(1)], dim=1).repeat(1, 1, 2, 2)  # long enough for two programs a row
         keys = torch.full((1, 18), POISON)
     assert argmax.plan(x, keys).options["SPLITS"] > 1
-    assert torch.equal(argmax.launch(x, keys), reference.spatial_argmax(x))
+    assert torch.equal(argmax.launch(x, keys), naive.spatial_argmax(x))
 
 
 def test_argmax_of_a_map_that_starts_between_vectors() -> None:
     x = special(2, 5, 4, 7).half().flatten()
     x = torch.cat([x[:3], x])[3:].view(2, 5, 4, 7)
     assert x.data_ptr() % 16
-    assert torch.equal(argmax.launch(x, torch.full((2, 5), POISON)), reference.spatial_argmax(x))
+    assert torch.equal(argmax.launch(x, torch.full((2, 5), POISON)), naive.spatial_argmax(x))
 
 
 def stream(kind: str, images: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +137,7 @@ def test_topk(kind: str, k: int) -> None:
     keys, ids = stream(kind, 37, 6)
     want, got = uk.topk_state(6, k), uk.topk_state(6, k)
     for part in (slice(0, 1), slice(1, 17), slice(17, 37), slice(10, 20)):  # some images once more
-        reference.topk_merge_(want, keys[part], ids[part])
+        naive.topk_merge_(want, keys[part], ids[part])
         topk.launch(got, keys[part], ids[part])
         assert torch.equal(got, want)
 
@@ -131,18 +145,18 @@ def test_topk(kind: str, k: int) -> None:
 def test_topk_of_a_long_batch_and_more_channels_than_a_block() -> None:
     keys, ids = stream("random", 70, 19)
     want, got = uk.topk_state(19, 3), uk.topk_state(19, 3)
-    reference.topk_merge_(want, keys, ids)
+    naive.topk_merge_(want, keys, ids)
     topk.launch(got, keys, ids)
     assert torch.equal(got, want)
 
 
-def test_topk_of_the_last_place_again_at_another_position() -> None:
+def test_topk_of_the_last_image_at_another_position() -> None:
     state = uk.topk_state(1, 2)
-    reference.topk_merge_(state, uk.pack(torch.tensor([[2.0], [1.0]]), torch.tensor([[5], [5]])), torch.arange(2))
-    for position, id in ((3, 1), (9, 1), (1, 7)):  # lower: taken; higher: not; another image that comes later: not
+    naive.topk_merge_(state, uk.pack(torch.tensor([[2.0], [1.0]]), torch.tensor([[5], [5]])), torch.arange(2))
+    for position, id in ((3, 1), (9, 1), (1, 7)):  # lower: taken; higher: not; a later image: not
         keys = uk.pack(torch.ones(1, 1), torch.full((1, 1), position))
         want = state.clone()
-        reference.topk_merge_(want, keys, torch.tensor([id]))
+        naive.topk_merge_(want, keys, torch.tensor([id]))
         topk.launch(state, keys, torch.tensor([id]))
         assert torch.equal(state, want)
     assert uk.topk_read(state)[2].tolist() == [[5, 3]]
@@ -152,15 +166,16 @@ def test_topk_of_the_last_place_again_at_another_position() -> None:
 def test_topk_of_a_state(kind: str) -> None:
     keys, ids = stream(kind, 30, 5)
     one, other = uk.topk_state(5, 9), uk.topk_state(5, 4)
-    reference.topk_merge_(one, keys[:18], ids[:18])
-    reference.topk_merge_(other, keys[12:], ids[12:])
+    naive.topk_merge_(one, keys[:18], ids[:18])
+    naive.topk_merge_(other, keys[12:], ids[12:])
     want, got = one.clone(), one.clone()
-    reference.topk_merge_(want, other[:, :4].T, other[:, 4:8].T)
+    naive.topk_merge_(want, other[:, :4].T, other[:, 4:8].T)
     topk.launch(got, other[:, :4].T, other[:, 4:8].T)
     assert torch.equal(got, want)
 
 
-# The interpreter truncates float32 to bfloat16, so a bias in bfloat16 is left to the compiled kernel.
+# name: (dtype of x, dtype of the bias, activation, pool, key_after). The interpreter truncates float32 to bfloat16, so
+# only the compiled kernel is tested with a bfloat16 x and a bias.
 EPILOGUES = {
     "nothing": (torch.float32, None, None, (), False),
     "bias": (torch.float16, torch.float16, None, (), False),
@@ -188,7 +203,7 @@ def test_epilogue(case: str, shape: tuple[int, ...]) -> None:
     keys, y = epilogue.outputs(x, pool)
     keys.fill_(POISON)
     y.fill_(NAN)
-    want = reference.epilogue(x, bias, activation, list(pool), key_after)
+    want = naive.epilogue(x, bias, activation, pool, key_after)
     got = epilogue.launch(x, bias, activation, pool, key_after, (keys, y))
     assert got[1] is y  # no fallback
     assert torch.equal(got[0], want[0])
@@ -201,9 +216,9 @@ def test_epilogue_split() -> None:
     planned = epilogue.plan(x, None, "relu", (3, 2, 0), False, keys.fill_(uk.BLANK), y.fill_(NAN))
     assert planned is not None
     assert planned.options["SPLITS"] == 1
-    planned.options["SPLITS"] = 3  # more programs than the rule takes
+    planned.options["SPLITS"] = 3  # more than `plan` chooses for a map of this size
     planned._replace(grid=(3,)).run()
-    want = reference.epilogue(x, None, "relu", [3, 2, 0], False)
+    want = naive.epilogue(x, None, "relu", (3, 2, 0), False)
     assert torch.equal(keys, want[0])
     assert same(y, want[1])
 
@@ -214,4 +229,4 @@ def test_normalize(dtype: torch.dtype) -> None:
     x = torch.cat([x, x.flip(1)]).repeat(1, 3, 9, 1)[:, :, :141].contiguous()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     y = torch.full(x.shape, NAN, dtype=dtype)
-    assert same(normalize.launch(x, mean, std, dtype, y), reference.normalize(x, list(mean), list(std), dtype))
+    assert same(normalize.launch(x, mean, std, dtype, y), naive.normalize(x, mean, std, dtype))

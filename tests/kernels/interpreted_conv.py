@@ -1,4 +1,4 @@
-"""The Triton kernel of conv_argmax, interpreted on CPU tensors, against float64; see `interpreted.py`."""
+"""The Triton kernel of conv_argmax, interpreted on CPU tensors, against `naive` in float64; see `interpreted.py`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
 import unitvis_kernels as uk
-from brute_conv import CASES, Case, convolution, keys_of, operands
-from unitvis_kernels import reference
+from conv_cases import CASES, Case, operands
+from unitvis_kernels import naive
+from unitvis_kernels.geometry import ConvGeometry
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 conv = sys.modules["unitvis_kernels.conv_argmax"]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, about NaN and infinity
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and infinity
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # caused by Triton 3.6
+]
 INF, NAN = math.inf, math.nan
 HALF, BF16 = torch.float16, torch.bfloat16
 POISON = 0x5555_5555_5555_5555
@@ -29,12 +33,9 @@ RTOL = {HALF: 2.0**-11, BF16: 2.0**-7}
 multiply = InterpreterBuilder.create_dot
 
 
-def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:  # the interpreter's multiplies bfloat16's raw bits
-    if a.dtype == tl.bfloat16:
-        a, b = (
-            TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)  # whose upper half it is
-            for t in (a, b)
-        )
+def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    if a.dtype == tl.bfloat16:  # the interpreter would multiply the raw bits, which are the upper half of a float32
+        a, b = (TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32) for t in (a, b))
     return multiply(self, a, b, *rest)
 
 
@@ -64,8 +65,8 @@ def _reads_inside_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    """What the kernel writes between guard bands, over poison."""
-    like_keys, like_y = conv.outputs(x, weight, bias, case.geometry, *rest)
+    """(keys, y) that the kernel writes over poison; checks that it writes nothing before and after them."""
+    like_keys, like_y = conv.outputs(x, weight, case.geometry, store=rest[1])
     around_keys = torch.full((like_keys.numel() + 2 * GUARD,), POISON)
     around_y = torch.full((like_y.numel() + 2 * GUARD,), NAN, dtype=x.dtype)
     keys = around_keys[GUARD:-GUARD].view(like_keys.shape)
@@ -80,12 +81,16 @@ def run(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
     return keys, y
 
 
+def float64(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return naive.conv_argmax(x.double(), weight.double(), bias, case.geometry)[1]
+
+
 def check(case: Case, dtype: torch.dtype, with_bias: bool = True) -> tuple[Tensor, Tensor]:
     x, weight, bias = operands(case, dtype)
     given = bias if with_bias else None
     keys, y = run(case, x, weight, given, None, True, False)
-    torch.testing.assert_close(y.double(), convolution(case, x, weight, given), rtol=RTOL[dtype], atol=1e-4)
-    assert torch.equal(keys, reference.spatial_argmax(y))
+    torch.testing.assert_close(y.double(), float64(case, x, weight, given), rtol=RTOL[dtype], atol=1e-4)
+    assert torch.equal(keys, naive.spatial_argmax(y))
     return keys, y
 
 
@@ -116,19 +121,19 @@ def test_conv_every_option(name: str, dtype: torch.dtype) -> None:
         before, same = run(case, x, weight, bias, activation, True, False)
         after, z = run(case, x, weight, bias.to(dtype).float(), activation, True, True)
         assert torch.equal(before, keys)
-        assert torch.equal(same, reference.activate(y, activation))
-        assert torch.equal(after, reference.spatial_argmax(z))
+        assert torch.equal(same, naive.activate(y, activation))
+        assert torch.equal(after, naive.spatial_argmax(z))
     assert torch.equal(run(case, x, weight, bias.to(dtype), "relu6", False, True)[0], after)
 
 
 @pytest.mark.parametrize("name", ["padding", "1x1", "first layer, 1 channel", "tiles of pixels"])
-def test_conv_equals_brute_force_where_sums_are_exact(name: str) -> None:
+def test_conv_equals_naive_where_sums_are_exact(name: str) -> None:
     case = CASES[name]
-    x, weight, bias = operands(case, HALF, whole=True)
+    x, weight, bias = operands(case, HALF, exact=True)
     keys, y = run(case, x, weight, bias, None, True, False)
-    want = convolution(case, x, weight, bias).to(HALF)
-    assert torch.equal(y, want)
-    assert torch.equal(keys, keys_of(want))
+    want = naive.conv_argmax(x, weight, bias, case.geometry)
+    assert torch.equal(y, want[1])
+    assert torch.equal(keys, want[0])
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("padding", HALF), ("odd channels", BF16), ("tiles of pixels", HALF)])
@@ -138,19 +143,18 @@ def test_conv_carries_nan_and_infinities(name: str, dtype: torch.dtype) -> None:
     x[0, 0, 1, 2], x[0, 1, 5, 4], x[-1, 2, -1, -1] = NAN, INF, -INF
     bias[0], bias[1], bias[2], bias[3] = INF, -INF, NAN, -NAN
     keys, y = run(case, x, weight, bias, None, True, False)
-    want = convolution(case, x, weight, bias)
+    want = float64(case, x, weight, bias)
     assert torch.equal(y.isnan(), want.isnan())
     assert torch.equal(y.isinf(), want.isinf())
-    assert torch.equal(keys, reference.spatial_argmax(y))
-    assert torch.equal(keys, keys_of(y))
+    assert torch.equal(keys, naive.spatial_argmax(y))
     assert (keys == uk.NAN_KEY).any()
     after, z = run(case, x, weight, bias, "relu6", True, True)
-    assert torch.equal(after, reference.spatial_argmax(z))
+    assert torch.equal(after, naive.spatial_argmax(z))
 
 
 def test_conv_ties_take_the_lowest_position_and_both_zeros_are_one() -> None:
     case = CASES["tiles of pixels"]._replace(kernel=(1, 1), padding=(0, 0))
-    tiny = 2.0**-14  # its square rounds to zero, with its sign
+    tiny = 2.0**-14  # the product of two rounds to a zero of their sign
     x = torch.full(case.x, tiny, dtype=HALF)
     x[:, ::2] = 0.0
     x = x.contiguous(memory_format=torch.channels_last)
@@ -163,7 +167,7 @@ def test_conv_ties_take_the_lowest_position_and_both_zeros_are_one() -> None:
     assert torch.equal(keys, uk.pack(torch.zeros(1, case.out), torch.zeros(1, case.out, dtype=torch.int64)))
     x[:, :, 4:] = 1.0  # the same largest value in several tiles
     keys, y = run(case, x, weight.abs(), None, None, True, False)
-    assert torch.equal(keys, reference.spatial_argmax(y))
+    assert torch.equal(keys, naive.spatial_argmax(y))
     assert (uk.unpack(keys)[1] == 4 * 13).all()
 
 
@@ -171,8 +175,8 @@ def test_conv_what_has_no_kernel() -> None:
     x, weight, _ = operands(CASES["padding"], HALF)
     geometry = CASES["padding"].geometry
 
-    def planned(x: Tensor, weight: Tensor, geometry: tuple[int, ...] = geometry) -> object:
-        out = conv.outputs(x, weight, None, geometry, None, True, False)
+    def planned(x: Tensor, weight: Tensor, geometry: ConvGeometry = geometry) -> object:
+        out = conv.outputs(x, weight, geometry, store=True)
         return conv.plan(x, weight, None, geometry, None, True, False, *out)
 
     assert planned(x, weight) is not None
@@ -181,4 +185,4 @@ def test_conv_what_has_no_kernel() -> None:
     assert planned(x[:0], weight) is None
     large = torch.empty(1, 8, 40, 40, dtype=HALF).contiguous(memory_format=torch.channels_last)
     assert planned(large, weight.new_empty(8, 8, 16, 16)) is None
-    assert planned(large, weight.new_empty(8, 8, 16, 16), (16, 16, 0, 0, 1, 1, 1)) is not None
+    assert planned(large, weight.new_empty(8, 8, 16, 16), ConvGeometry(stride=(16, 16))) is not None

@@ -1,4 +1,4 @@
-"""The compiled kernels on a real GPU against the reference on the CPU: the same bits."""
+"""The compiled kernels on a real GPU give the same bits as `naive` on the CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import unitvis_kernels as uk
-from brute_conv import CASES, Case, convolution, operands
-from unitvis_kernels import reference
+from conv_cases import CASES, Case, operands
+from unitvis_kernels import naive
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,9 +30,10 @@ def maps(*shape: int, ties: bool = False) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
+    """Whether a, on a GPU, and b hold the same bits, where every NaN is the same."""
     a = a.cpu()
     bits = [t.nan_to_num(7.0).flatten().view(torch.uint8) for t in (a, b)]
-    return a.stride() == b.stride() and torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
+    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(*bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,14 +42,14 @@ def test_spatial_argmax(layout: torch.memory_format, dtype: torch.dtype) -> None
     for shape in ((3, 5, 4, 7), (1, 64, 224, 224), (32, 96, 55, 55), (2, 512, 7, 7), (1, 3, 1, 1), (4, 100, 1, 9)):
         for ties in (False, True):
             x = maps(*shape, ties=ties).to(dtype).contiguous(memory_format=layout)
-            torch.full(shape[:2], 0x55).cuda()  # what a fresh allocation finds is not zero
-            assert torch.equal(uk.spatial_argmax(x.cuda()).cpu(), reference.spatial_argmax(x))
+            torch.full(shape[:2], 0x55).cuda()  # freed at once, so that the keys are allocated over it
+            assert torch.equal(uk.spatial_argmax(x.cuda()).cpu(), naive.spatial_argmax(x))
     x = maps(4, 9, 14, 14).to(dtype)
     for view in (x[1:, 1:], x[..., 1:], x.transpose(2, 3), x[:1].expand(3, -1, -1, -1)):
-        assert torch.equal(uk.spatial_argmax(view.cuda()).cpu(), reference.spatial_argmax(view))
+        assert torch.equal(uk.spatial_argmax(view.cuda()).cpu(), naive.spatial_argmax(view))
     odd = maps(2, 5, 4, 7).to(dtype).flatten()
     odd = torch.cat([odd[:3], odd]).cuda()[3:].view(2, 5, 4, 7)
-    assert torch.equal(uk.spatial_argmax(odd).cpu(), reference.spatial_argmax(odd.cpu()))
+    assert torch.equal(uk.spatial_argmax(odd).cpu(), naive.spatial_argmax(odd.cpu()))
 
 
 @pytest.mark.parametrize("k", [1, 9, 10, 40, 64, 300])
@@ -71,7 +72,7 @@ def test_topk_merge(kind: str, k: int) -> None:
         ids = torch.stack([torch.randperm(N, generator=g) - 3 for _ in range(C)], dim=1)
     want, got = uk.topk_state(C, k), uk.topk_state(C, k, device="cuda")
     for part in (slice(0, 1), slice(1, 17), slice(17, 273), slice(273, 600), slice(100, 300)):
-        uk.topk_merge_(want, keys[part], ids[part])
+        naive.topk_merge_(want, keys[part], ids[part])
         uk.topk_merge_(got, keys[part].cuda(), ids[part].cuda())
         assert torch.equal(got.cpu(), want)
     uk.topk_merge_states_(want, want.clone())
@@ -84,17 +85,18 @@ def test_topk_merge(kind: str, k: int) -> None:
 def test_epilogue(layout: torch.memory_format, dtype: torch.dtype) -> None:
     pools = (None, (2, 2), (3, 2), (3, 2, 1), (1, 2), (2, 3))
     options = list(itertools.product((None, "relu", "relu6"), (None, torch.float32, dtype), (False, True)))
-    turn = 0  # a compilation each: every option with some shape and pool, every shape with every pool
+    turn = 0  # each combination compiles: every option once with some shape and pool, every shape with every pool
     for shape, pool in itertools.product(((2, 10, 13, 13), (8, 64, 55, 55), (3, 70, 9, 40), (1, 24, 112, 112)), pools):
         x = maps(*shape).to(dtype).contiguous(memory_format=layout)
         bias = torch.linspace(-1.3, 1.7, shape[1])
         for _ in range(3):
             activation, kind, after = options[turn % len(options)]
             b, turn = None if kind is None else bias.to(kind), turn + 5
-            want = uk.epilogue(x, b, activation, pool, key_after=after)
+            want = naive.epilogue(x, b, activation, () if pool is None else (*pool, 0)[:3], after)
             got = uk.epilogue(x.cuda(), b if b is None else b.cuda(), activation, pool, key_after=after)
             assert torch.equal(got[0].cpu(), want[0])
             assert same(got[1], want[1])
+            assert got[1].is_contiguous(memory_format=layout)
 
 
 LARGE = {
@@ -110,23 +112,19 @@ LARGE = {
 def test_conv_argmax(name: str, dtype: torch.dtype) -> None:
     case = {**CASES, **LARGE}[name]
     x, weight, bias = operands(case, dtype)
-    if name in LARGE:  # the loops of `convolution` take minutes here
-        geometry = dict(zip(("stride", "padding", "dilation", "groups"), case[3:], strict=True))
-        want = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), **geometry)
-    else:
-        want = convolution(case, x, weight, bias)
-    geometry = (case.stride, case.padding, case.dilation, case.groups)
+    geometry = case.geometry
+    _, want = naive.conv_argmax(x.double(), weight.double(), bias, geometry)
     on_gpu = [t.cuda() for t in (x, weight, bias)]
-    torch.full_like(want, math.nan, device="cuda")  # what a fresh allocation finds
+    torch.full_like(want, math.nan, device="cuda")  # freed at once, so that y is allocated over it
     keys, y = uk.conv_argmax(*on_gpu, *geometry)
     ulp = 2.0**-11 if dtype == torch.float16 else 2.0**-8  # half a unit in the last place
     torch.testing.assert_close(y.cpu().double(), want, rtol=ulp, atol=2e-3)  # the sum's own error, where terms cancel
-    assert torch.equal(keys.cpu(), reference.spatial_argmax(y.cpu()))
+    assert torch.equal(keys.cpu(), naive.spatial_argmax(y.cpu()))
     options = list(itertools.product((None, "relu", "relu6"), (False, True)))
     turn = list({**CASES, **LARGE}).index(name)
-    for activation, after in (options[turn % 6], options[(turn + 3) % 6]):  # a compilation each: the cases take turns
+    for activation, after in (options[turn % 6], options[(turn + 3) % 6]):  # each compiles, so two of six a case
         got = uk.conv_argmax(*on_gpu, *geometry, activation=activation, key_after=after)
-        assert torch.equal(got[1].cpu(), reference.activate(y.cpu(), activation))
+        assert torch.equal(got[1].cpu(), naive.activate(y.cpu(), activation))
         assert torch.equal(got[0], uk.spatial_argmax(got[1] if after else y))
         assert torch.equal(
             uk.conv_argmax(*on_gpu, *geometry, activation=activation, key_after=after, store=False)[0], got[0]
@@ -134,20 +132,21 @@ def test_conv_argmax(name: str, dtype: torch.dtype) -> None:
     x[0, 0, 0, 0], x[-1, -1, -1, -1] = math.nan, -math.inf
     bias[0], bias[1], bias[2] = math.inf, -math.inf, -math.nan
     keys, y = uk.conv_argmax(x.cuda(), weight.cuda(), bias.cuda(), *geometry)
-    assert torch.equal(keys.cpu(), reference.spatial_argmax(y.cpu()))
+    assert torch.equal(keys.cpu(), naive.spatial_argmax(y.cpu()))
     assert (keys[:, 2] == uk.NAN_KEY).all()
 
 
 def test_conv_argmax_where_sums_are_exact_and_where_it_has_no_kernel() -> None:
     case = LARGE["ResNet 3x3"]
-    x, weight, bias = operands(case, torch.float16, whole=True)
-    want = uk.conv_argmax(x, weight, bias, padding=1)
+    x, weight, bias = operands(case, torch.float16, exact=True)
+    want = naive.conv_argmax(x, weight, bias, case.geometry)
     for layout in FORMATS:
         got = uk.conv_argmax(x.contiguous(memory_format=layout).cuda(), weight.cuda(), bias.cuda(), padding=1)
         assert torch.equal(got[0].cpu(), want[0])
         assert same(got[1], want[1])
+        assert got[1].is_contiguous(memory_format=torch.channels_last)
     got = uk.conv_argmax(x.float().cuda(), weight.float().cuda(), bias.cuda(), padding=1)
-    assert torch.equal(got[0].cpu(), uk.conv_argmax(x.float(), weight.float(), bias, padding=1)[0])
+    assert torch.equal(got[0].cpu(), naive.conv_argmax(x.float(), weight.float(), bias, case.geometry)[0])
 
 
 def test_conv_argmax_never_holds_the_map_it_does_not_store() -> None:
@@ -163,7 +162,9 @@ def test_conv_argmax_never_holds_the_map_it_does_not_store() -> None:
 def test_normalize(dtype: torch.dtype) -> None:
     x = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 3).reshape(1, 16, 16, 3).repeat(5, 7, 11, 1)
     for pixels in (x, x[:, 3:50, 1:77], x.flip(1).contiguous()):
-        assert same(uk.normalize(pixels.cuda(), MEAN, STD, dtype), uk.normalize(pixels, MEAN, STD, dtype))
+        got = uk.normalize(pixels.cuda(), MEAN, STD, dtype)
+        assert same(got, naive.normalize(pixels, MEAN, STD, dtype))
+        assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 def step(x: Tensor, state: Tensor, ids: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs `interpreted*.py`, a group a process: Triton's interpreter must be chosen before the kernels are imported."""
+"""Runs `interpreted*.py`, one process a group: Triton's interpreter must be chosen before the kernels are imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize("group", ["argmax", "topk", "epilogue", "normalize", "conv"])
-def test_interpreted_kernels_equal_the_reference(group: str) -> None:
+def test_interpreted_kernels_equal_naive(group: str) -> None:
     file = Path(__file__).with_name("interpreted_conv.py" if group == "conv" else "interpreted.py")
     command = [sys.executable, "-m", "pytest", str(file), "-k", f"test_{group}", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run(

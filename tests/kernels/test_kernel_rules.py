@@ -1,4 +1,4 @@
-"""Rules that every kernel file keeps, read from its source; and an import that needs neither Triton nor a GPU."""
+"""Rules that the source of every kernel keeps, and that the import needs neither Triton nor a GPU."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ def test_there_are_kernels_to_look_at() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_masked_loads_name_what_the_rest_is(path: Path) -> None:
+def test_masked_loads_give_other(path: Path) -> None:
     for kernel in kernels(path):
         for call in ast.walk(kernel):
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "tl.load":
                 given = {k.arg for k in call.keywords}
-                assert len(call.args) == 1
-                assert given in (set(), {"mask", "other"}), f"{path.name}:{call.lineno}"
+                assert len(call.args) == 1, f"{path.name}:{call.lineno}"
+                assert ("mask" in given) == ("other" in given), f"{path.name}:{call.lineno}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_addresses_are_64_bit_and_states_are_not_tuned(path: Path) -> None:
-    source = path.read_text()
-    assert "autotune" not in source
-    assert len(source.splitlines()) < 300
+def test_addresses_are_64_bit(path: Path) -> None:
     for kernel in kernels(path):
         if "tl.program_id" in ast.unparse(kernel):
             assert ".to(tl.int64)" in ast.unparse(kernel), f"{path.name}: {kernel.name}"
+
+
+def test_the_kernel_that_changes_a_state_is_not_tuned_by_running_it() -> None:
+    assert "autotune" not in (ROOT / "unitvis_kernels" / "topk_merge.py").read_text()
 
 
 @pytest.mark.parametrize("without", ["", "sys.modules['triton'] = None"])

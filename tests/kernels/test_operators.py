@@ -1,39 +1,19 @@
-"""The operators against brute force in plain Python: values and positions bit for bit."""
+"""spatial_argmax and the top-k operators on the CPU against `naive`: values and positions bit for bit."""
 
 from __future__ import annotations
 
 import math
 import random
-import struct
 
 import pytest
 import torch
 from torch import Tensor
 
 import unitvis_kernels as uk
+from unitvis_kernels import naive
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def brute_argmax(x: Tensor) -> list[list[tuple[float, int]]]:
-    """(value, position) of every map, by a loop; (nan, 0) where a map holds a NaN."""
-    out = []
-    for image in x.double().tolist():
-        row = []
-        for channel in image:
-            flat = [v for line in channel for v in line]
-            if any(math.isnan(v) for v in flat):
-                row.append((NAN, 0))
-            else:
-                best = max(flat)
-                row.append((best, flat.index(best)))
-        out.append(row)
-    return out
-
-
-def bits(value: float) -> bytes:
-    return struct.pack("<f", value)
 
 
 def maps() -> dict[str, Tensor]:
@@ -74,15 +54,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", maps())
-def test_spatial_argmax_equals_brute_force(case: str, layout: str, dtype: torch.dtype) -> None:
+def test_spatial_argmax_equals_naive(case: str, layout: str, dtype: torch.dtype) -> None:
     x = LAYOUTS[layout](maps()[case].to(dtype))
-    values, positions = uk.unpack(uk.spatial_argmax(x))
-    assert values.dtype == torch.float32
-    for n, row in enumerate(brute_argmax(x)):
-        for c, (value, position) in enumerate(row):
-            found = values[n, c].item()
-            assert positions[n, c].item() == position
-            assert math.isnan(found) if math.isnan(value) else bits(found) == bits(value + 0.0)
+    keys = uk.spatial_argmax(x)
+    assert torch.equal(keys, naive.spatial_argmax(x))
+    assert torch.equal(keys, naive.pack(*uk.unpack(keys)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -116,48 +92,16 @@ def test_keys_order_as_values_then_lower_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "message"),
+    ("x", "value"),
     [
-        (torch.zeros(2, 3, 4), "shape"),
+        (torch.zeros(2, 3, 4), r"\(2, 3, 4\)"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.float64), "float64"),
         (torch.zeros(2, 3, 0, 4), "0 x 4"),
     ],
 )
-def test_spatial_argmax_refuses(x: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_spatial_argmax_refuses(x: Tensor, value: str) -> None:
+    with pytest.raises(ValueError, match=value):
         uk.spatial_argmax(x)
-
-
-class Brute:
-    """All responses kept, sorted at the end; one entry an id and channel, the larger key first."""
-
-    def __init__(self, channels: int, k: int) -> None:
-        self.k, self.best, self.nan = k, [{} for _ in range(channels)], [set() for _ in range(channels)]
-
-    def add(self, keys: Tensor, ids: Tensor) -> None:
-        values, positions = uk.unpack(keys)
-        for n, i in enumerate(ids.tolist()):
-            for c in range(keys.shape[1]):
-                value, position = values[n, c].item(), positions[n, c].item()
-                if i < 0 or position < 0:
-                    continue
-                if math.isnan(value):
-                    self.nan[c].add(i)
-                else:
-                    entry = (-value, i, position)
-                    self.best[c][i] = min(entry, self.best[c].get(i, entry), key=lambda e: (e[0], e[2]))
-
-    def check(self, state: Tensor) -> None:
-        values, ids, positions = uk.topk_read(state)
-        for c, (best, nan) in enumerate(zip(self.best, self.nan, strict=True)):
-            want = sorted(best.values())[: self.k]
-            pad = self.k - len(want)
-            assert ids[c].tolist() == [e[1] for e in want] + [-1] * pad
-            assert positions[c].tolist() == [e[2] for e in want] + [-1] * pad
-            assert [bits(v) for v in values[c, : len(want)].tolist()] == [bits(-e[0] + 0.0) for e in want]
-            assert values[c, len(want) :].isnan().all()
-            assert state[c, -2].item() == len(nan)
-            assert state[c, -1].item() == min(nan, default=2**63 - 1)
 
 
 def stream(kind: str, images: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -188,23 +132,34 @@ KINDS = ["random", "heavy ties", "all equal", "ascending", "ids descend", "large
 
 @pytest.mark.parametrize("k", [1, 9, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_topk_merge_equals_brute_force(kind: str, k: int) -> None:
-    keys, ids = stream(kind, 37, 6)  # 40 > 37: blanks stay blank
-    brute = Brute(6, k)
-    brute.add(keys, ids)
-    whole, one_by_one = uk.topk_state(6, k), uk.topk_state(6, k)
-    uk.topk_merge_(whole, keys, ids)
+def test_topk_merge_equals_naive(kind: str, k: int) -> None:
+    keys, ids = stream(kind, 37, 6)  # fewer than 40: some places stay blank
+    want, at_once, one_by_one = (uk.topk_state(6, k) for _ in range(3))
+    naive.topk_merge_(want, keys, ids)
+    uk.topk_merge_(at_once, keys, ids)
     for n in range(37):
         uk.topk_merge_(one_by_one, keys[n : n + 1], ids[n : n + 1])
-    brute.check(whole)
-    assert torch.equal(whole, one_by_one)
+    assert torch.equal(at_once, want)
+    assert torch.equal(one_by_one, want)
+    values, found, positions = uk.topk_read(want)
+    assert torch.equal(torch.where(found < 0, uk.BLANK, naive.pack(values, positions)), want[:, :k])
+
+
+def test_topk_merge_takes_an_id_for_each_channel() -> None:
+    keys, _ = stream("heavy ties", 37, 6)
+    g = torch.Generator().manual_seed(6)
+    ids = torch.stack([torch.randperm(37, generator=g) - 2 for _ in range(6)], dim=1)
+    want, got = uk.topk_state(6, 9), uk.topk_state(6, 9)
+    naive.topk_merge_(want, keys, ids)
+    uk.topk_merge_(got, keys, ids)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_merged_with_state_is_the_whole(kind: str) -> None:
     keys, ids = stream(kind, 50, 5)
     whole = uk.topk_state(5, 9)
-    uk.topk_merge_(whole, keys, ids)
+    naive.topk_merge_(whole, keys, ids)
     order = list(range(50))
     random.Random(1).shuffle(order)
     shards = []
@@ -238,10 +193,15 @@ def test_a_repeated_batch_changes_no_place_and_padding_is_ignored() -> None:
 
 def test_topk_merge_refuses_what_does_not_fit() -> None:
     state, keys, ids = uk.topk_state(4, 9), torch.zeros(2, 4, dtype=torch.int64), torch.arange(2)
-    for bad in ((state, keys.int(), ids), (state, keys, ids[:1]), (state, keys[:, :3], ids), (state[:, :3], keys, ids)):
-        with pytest.raises(ValueError, match=r"int64|do not fit"):
+    for bad, value in (
+        ((state, keys.int(), ids), "int32"),
+        ((state, keys, ids[:1]), r"\(1,\)"),
+        ((state, keys[:, :3], ids), r"\(2, 3\)"),
+        ((state[:, :3], keys, ids), r"\(4, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=value):
             uk.topk_merge_(*bad)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"k .*0"):
         uk.topk_state(4, 0)
 
 

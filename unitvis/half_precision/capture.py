@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unitvis.errors import named
-from unitvis_kernels.reference import memory_format
+from unitvis_kernels.layout import memory_format
 
 
 class _Slot:

@@ -1,4 +1,7 @@
-"""Plain PyTorch truth of each operator: the CPU implementation, and the oracle of every other one."""
+"""The operators in PyTorch, tuned for CPUs; a GPU runs them too where an operator has no kernel for its input.
+
+What they compute is defined in `naive`; the public functions in each operator's module check the arguments.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unitvis_kernels.geometry import ConvGeometry
 from unitvis_kernels.keys import BLANK, NAN_KEY, POSITION_MASK, pack
+from unitvis_kernels.layout import memory_format
 
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for a tensor that is that and nothing else; a new tensor of the same layout is made with it."""
-    only_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if only_channels_last else torch.contiguous_format
+# Below a floor: up to this share of the maps, looking for the position in each is faster than one pass over all.
+MAX_SEARCHED_SHARE = 1 / 4
 
 
 def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
     # `max` returns the first of equal values and lets NaN through, which is the order of the keys.
     if floor is not None:
-        # Values alone take a sixth of the time; positions are looked for where a value matters, which is rare.
+        # The values alone take a sixth of the time; positions are looked for only where the value reaches the floor.
         values = x.amax((2, 3))
         keys = pack(values, torch.full_like(values, POSITION_MASK, dtype=torch.int64))
-        images, channels = (~(values < floor)).nonzero().T  # not below: NaN stays in
+        images, channels = (~(values < floor)).nonzero().T  # a NaN is not below
         if not len(images):
             return keys
-        if len(images) * 4 < keys.numel():
+        if len(images) < MAX_SEARCHED_SHARE * keys.numel():
             keys[images, channels] = pack(*x[images, channels].flatten(1).max(dim=1))
             return keys
     if memory_format(x) == torch.channels_last:
@@ -48,11 +50,11 @@ def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
         state[:, -1] = torch.minimum(state[:, -1], first)
         keys = keys.masked_fill(is_nan, BLANK)
 
-    # Only channels whose best newcomer reaches the last place can change; nearly none do in a long stream.
+    # Only channels whose best new key reaches the last place can change: in a long stream, nearly none.
     changed = ((keys.amax(dim=1) >> 32) >= (state[:, k - 1] >> 32)).nonzero()[:, 0]
     if not len(changed):
         return
-    merged_keys = torch.cat([state[changed, :k], keys[changed]], dim=1)  # [F, k + N]
+    merged_keys = torch.cat([state[changed, :k], keys[changed]], dim=1)  # [changed channels, k + N]
     merged_ids = torch.cat([state[changed, k : 2 * k], ids[changed]], dim=1)
 
     def reorder(order: Tensor) -> None:
@@ -78,7 +80,7 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
 
 
 def epilogue(
-    x: Tensor, bias: Tensor | None, activation: str | None, pool: list[int], key_after: bool
+    x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
 ) -> tuple[Tensor, Tensor]:
     # What a convolution with a bias would have stored: the sum in float32, rounded once to the map's own dtype.
     v = x if bias is None else (x.float() + bias.float()[:, None, None]).to(x.dtype)
@@ -86,7 +88,7 @@ def epilogue(
     keys = spatial_argmax(y if key_after else v)
     if pool:
         window, stride, padding = pool
-        y = F.max_pool2d(y, window, stride, padding) + 0.0  # which zero a maximum is, depends on the implementation
+        y = F.max_pool2d(y, window, stride, padding) + 0.0  # which of two zeros `max_pool2d` returns is not defined
     return keys, torch.empty_like(y, memory_format=memory_format(x)).copy_(y)
 
 
@@ -94,28 +96,27 @@ def conv_argmax(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    geometry: Sequence[int],
+    geometry: ConvGeometry,
     activation: str | None,
     store: bool,
     key_after: bool,
 ) -> tuple[Tensor, Tensor]:
-    SH, SW, PH, PW, DH, DW, groups = geometry
     with torch.autocast(x.device.type, enabled=False):
-        v = F.conv2d(x.float(), weight.float(), None, (SH, SW), (PH, PW), (DH, DW), groups)
+        v = F.conv2d(x.float(), weight.float(), None, *geometry)
     v = (v if bias is None else v + bias.float()[:, None, None]).to(x.dtype)
     y = activate(v, activation)
     keys = spatial_argmax(y if key_after else v)
     return keys, torch.empty_like(y, memory_format=torch.channels_last).copy_(y) if store else x.new_empty(0)
 
 
-def normalize(x: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     # All three are tensors: a GPU divides by a plain number through its reciprocal, which rounds otherwise. Rows of
     # constants instead of three vectorise, and an image at a time, always in the same memory, stays in the cache.
     N, H, W, _ = x.shape
     scale, shift, width = (torch.tensor(v, dtype=torch.float32, device=x.device) for v in ([255.0] * 3, mean, std))
     scale, shift, width = scale.repeat(W), shift.repeat(W), width.repeat(W)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    one = torch.empty(H, W * 3, dtype=torch.float32, device=x.device)
+    buffer = torch.empty(H, W * 3, dtype=torch.float32, device=x.device)
     for image, normalised in zip(x.reshape(N, H, W * 3), y.view(N, H, W * 3), strict=True):
-        normalised.copy_(one.copy_(image).div_(scale).sub_(shift).div_(width))
+        normalised.copy_(buffer.copy_(image).div_(scale).sub_(shift).div_(width))
     return y.permute(0, 3, 1, 2)

@@ -1,0 +1,95 @@
+"""The definition of each operator in plain PyTorch: slow, untuned, and what the tests hold every implementation to.
+
+It shares no code with the implementations, only the constants of the key (`keys`) and the size of a convolution's
+output (`geometry`). Arguments are those of the operators after their checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unitvis_kernels.geometry import ConvGeometry
+from unitvis_kernels.keys import BLANK, NAN_KEY
+
+
+def pack(values: Tensor, positions: Tensor) -> Tensor:
+    """Keys, int64, of float values and int64 positions."""
+    magnitude = values.float().abs().view(torch.int32).long()  # the bits without the sign order values >= 0
+    ordered = torch.where(values < 0, -1 - magnitude, magnitude)  # -0.0 is not below 0
+    return torch.where(values.isnan(), NAN_KEY, ordered * 2**32 + (2**31 - 1 - positions))
+
+
+def spatial_argmax(x: Tensor) -> Tensor:
+    """Keys, int64 [N, C], of maps [N, C, H, W]."""
+    values = x.flatten(2)  # [N, C, H * W]
+    largest = values.amax(2)  # NaN where the map holds one
+    positions = torch.arange(values.shape[2], device=x.device)
+    first = torch.where(values == largest[:, :, None], positions, 2**31 - 1).amin(2)
+    return pack(largest, first)
+
+
+def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
+    """Fold keys [N, C] of images with ids [N] or [N, C] into the state [C, 2k + 2], channel by channel, by sorting."""
+    k = (state.shape[1] - 2) // 2
+    for c, row in enumerate(state.tolist()):
+        best = {id: key for key, id in zip(row[:k], row[k : 2 * k], strict=True) if id >= 0}
+        nan_count, first_nan = row[2 * k :]
+        for key, id in zip(keys[:, c].tolist(), (ids if ids.ndim == 1 else ids[:, c]).tolist(), strict=True):
+            if id < 0 or key == BLANK:
+                continue
+            if key == NAN_KEY:
+                nan_count, first_nan = nan_count + 1, min(first_nan, id)
+            else:
+                best[id] = max(key, best.get(id, key))
+        places = sorted(best.items(), key=lambda entry: (-(entry[1] >> 32), entry[0]))[:k]
+        places += [(-1, BLANK)] * (k - len(places))
+        row = [key for _, key in places] + [id for id, _ in places] + [nan_count, first_nan]
+        state[c] = torch.tensor(row, dtype=torch.int64)
+
+
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    """ReLU or ReLU6 of x; a zero is +0.0, NaN stays."""
+    if activation is not None:
+        x = torch.where(x <= 0, 0.0, x)
+    return torch.where(x > 6, 6.0, x) if activation == "relu6" else x
+
+
+def epilogue(
+    x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
+) -> tuple[Tensor, Tensor]:
+    """(keys [N, C], y [N, C, OH, OW]) of x [N, C, H, W]; `pool` is () or (window, stride, padding)."""
+    v = x if bias is None else (x.float() + bias.float()[:, None, None]).to(x.dtype)
+    y = activate(v, activation)
+    keys = spatial_argmax(y if key_after else v)
+    if pool:
+        window, stride, padding = pool
+        y = F.max_pool2d(y, window, stride, padding) + 0.0  # + 0.0 makes -0.0 into +0.0
+    return keys, y
+
+
+def conv_argmax(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    activation: str | None = None,
+    key_after: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(keys [N, D], y [N, D, OH, OW]) as matrix products over patches, summed in float64 and rounded once."""
+    (N, _, H, W), (D, _, KH, KW), G = x.shape, weight.shape, geometry.groups
+    patches = F.unfold(x.double(), (KH, KW), geometry.dilation, geometry.padding, geometry.stride)
+    patches = patches.view(N, G, -1, patches.shape[2])  # [N, G, C / G * KH * KW, OH * OW]
+    v = (weight.double().view(G, D // G, -1) @ patches).view(N, D, *geometry.output_size((H, W), (KH, KW)))
+    v = (v if bias is None else v + bias.double()[:, None, None]).to(x.dtype)
+    y = activate(v, activation)
+    return spatial_argmax(y if key_after else v), y
+
+
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """(x / 255 - mean) / std of uint8 [N, H, W, 3] as [N, 3, H, W]: float32, rounded to `dtype` at the end."""
+    y = (x.float() / torch.tensor(255.0) - torch.tensor(mean)) / torch.tensor(std)
+    return y.to(dtype).permute(0, 3, 1, 2)
