@@ -19,8 +19,9 @@ from benchmarks.ring import Ring
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Timer
 from unitvis.bench.bench import BARE, BASELINES, DEVICE, HOST, Bench, pictures
+from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
-from unitvis.run import UNSEPARATED
+from unitvis.results.arrays import UNSEPARATED
 from unitvis.sources.transform import Transform
 
 SCAN, EXACT = "unitvis, the scan alone", "unitvis, exact"
@@ -37,8 +38,9 @@ CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
 def checked(name: str, side: int, device: torch.device) -> tuple[nn.Module, Transform, list[str]]:
     """A network on the device, its preprocessing and layers, once all contenders agree on some images."""
     loaded = network(name)
-    with Recorder(loaded.model.to(device), k=9, transform=loaded.transform) as examined:
-        examined.prepare((3, side, side))
+    examined = Network(loaded.model.to(device), transform=loaded.transform)
+    examined.examine((3, side, side))
+    with examined.evaluating():
         one = Bench(examined)
         one.check(pictures(64, (side, side)))
     return one.model, one.transform, one.layers

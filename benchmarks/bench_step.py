@@ -22,8 +22,9 @@ from benchmarks.sizes import Sizes
 from benchmarks.timing import Timer, captured
 from unitvis.bench.bench import BARE, BASELINES, DEVICE, HOST, pictures
 from unitvis.half_precision.step import HALF
-from unitvis.network.canonical import BATCH, compute_batch
+from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.ranking.recorder import Recorder
+from unitvis.state.topk import TopK
 
 UNITVIS, CAPTURED, COMPILED = "unitvis", ", captured", ", torch.compile"
 HALF_OR_FULL = {"fp32": torch.float32} | HALF
@@ -60,7 +61,7 @@ def prepared(name: str, precision: str, size: int, side: int, device: torch.devi
     batch = transform.normalize(pixels, dtype)
     recorder(batch, torch.arange(size, device=device))
     recorder.flush()
-    layers = [layer.name for layer in recorder.layers]
+    layers = [layer.name for layer in recorder.network.layers]
     own = model if precision == "fp32" else copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last)
     check(recorder, own, layers, batch)
     return own, layers, batch, recorder
@@ -70,8 +71,8 @@ def keys_of(recorder: Recorder, batch: Tensor) -> Tensor:
     """Keys int64 [N, units]: what the step ranks."""
     if recorder._step is not None:
         return recorder._step.keys(batch)
-    recorder.state.copy_(recorder._empty())  # so that positions are looked for
-    return torch.cat([recorder._keys(compute_batch(part))[: len(part)] for part in batch.split(BATCH)])
+    with recorder.network.reading() as canonical:  # without a threshold, so that positions are looked for
+        return torch.cat([canonical.keys(part) for part in batch.split(COMPUTE_BATCH)])
 
 
 def check(recorder: Recorder, model: torch.nn.Module, layers: list[str], batch: Tensor) -> None:
@@ -81,7 +82,7 @@ def check(recorder: Recorder, model: torch.nn.Module, layers: list[str], batch: 
     only where their values are that close.
     """
     ids = torch.arange(len(batch), device=batch.device)
-    own, _, _ = uk.topk_read(recorder.state)
+    own, _, _ = uk.topk_read(recorder.topk.tensor)
     found = uk.unpack(keys_of(recorder, batch))[0]  # [N, units]
     with DeviceHook(model, layers) as strong, HostHook(model, layers) as host:
         strong(batch, ids)
@@ -133,15 +134,15 @@ def contender(
     model, layers, batch, recorder = prepared(name, precision, size, side, device)
     ids = torch.arange(size, device=device)
     if who == UNITVIS:
-        state = recorder._empty()
+        state = TopK.empty(recorder.topk.units, recorder.topk.places, device).tensor
         share = stream.fill(state, keys_of(recorder, batch))
 
         def run() -> None:
             recorder(batch, ids)
             recorder.flush()
 
-        how = {key: value for key, value in recorder.how.items() if key != "candidates"}
-        return run, lambda: recorder.state.copy_(state), {"entered": share, "how": how}
+        how = {key: value for key, value in recorder.about()["scan"].items() if key != "candidates"}
+        return run, lambda: recorder.topk.tensor.copy_(state), {"entered": share, "how": how}
     if who.endswith(COMPILED):
         maps = cut(model, layers if who.startswith(DEVICE) else layers[-1:])
         return compiled(maps, recorder, batch, ids), None, {}

@@ -25,8 +25,8 @@ from benchmarks import machine, results
 from benchmarks.naive import network
 from benchmarks.timing import copies, rotating
 from unitvis.bench.bench import synchronise
-from unitvis.half_precision.rewrite import Chain, Floor, rewritten
-from unitvis.ranking.recorder import Recorder
+from unitvis.half_precision.rewrite import Chain, Threshold, rewritten
+from unitvis.network.network import Network
 from unitvis_kernels.choice import layer_key
 
 NETWORKS, SIDE, BATCH, CALLS, ROUNDS = ("alexnet", "vgg16", "resnet50"), 224, 128, 8, 30
@@ -49,9 +49,9 @@ class Layer(NamedTuple):
 
 def layers(model: nn.Module, side: int) -> dict[str, Layer]:
     """The different convolutions that a scan of the model would choose a way for, by their keys in float16."""
-    with Recorder(model) as examined:
-        examined.prepare((3, side, side))
-    copied = rewritten(model, {layer.name: slice(0) for layer in examined.layers}, Floor(), one_pass=False)
+    examined = Network(model)
+    examined.examine((3, side, side))
+    copied = rewritten(model, {layer.name: slice(0) for layer in examined.layers}, Threshold(), one_pass=False)
     found: dict[str, Layer] = {}
 
     def see(chain: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import half
 import photos
-import unitvis.ranking.recorder
+import unitvis
 from benchmarks import machine, naive, results
 from unitvis.ranking.recorder import Recorder
-from unitvis.reranking.rerank import Rescorer
+from unitvis.reranking.rerank import Reranking
 from unitvis.sources import open_source
 
 
@@ -81,14 +81,15 @@ def measure(name: str, count: int, precision: str) -> dict[str, Any]:
     with Recorder(model, precision=precision) as recorder:
         for batch in source.batches(64):
             recorder(batch.pixels, batch.ids)
-    with Rescorer(recorder) as again:
-        again.compute_sample(source)
-        again.compute_candidates(source, np.ones(len(again.rows), bool))
+    with recorder.network.evaluating():
+        again = Reranking(recorder.network, recorder.scanned, source)
+        again.compute_sample()
+        again.compute_candidates(np.ones(len(again.rows), bool))
         computed = len(again.computed)
         decided = again.kth > again.outsiders() + again.margins()
     truth = unitvis.scan(model, images, precision="fp32", progress=False)
     winners = np.concatenate([top.images for top in truth.tops.values()])
-    inside = (winners[:, :, None] == again.candidates[:, None, :]).any(axis=2).all(axis=1)
+    inside = (winners[:, :, None] == again.images[:, None, :]).any(axis=2).all(axis=1)
     return {
         "network": name,
         "images": count,
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"], choices=("fp16", "bf16"))
     arguments = parser.parse_args()
-    unitvis.ranking.recorder.Step = half.Rounded  # type: ignore[misc]
+    Recorder.make_step = half.Rounded.of  # type: ignore[method-assign, assignment]
     device = machine.describe(torch.device("cpu"))
     told = {"commit": device["commit"], "date": device["date"], "torch": device["versions"]["torch"]}
     for name in arguments.networks:

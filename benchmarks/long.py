@@ -32,8 +32,9 @@ from benchmarks.ring import Ring
 from unitvis.bench.baselines import Forward, HostHook
 from unitvis.bench.bench import Bench, fastest_half, interleaved, pictures
 from unitvis.half_precision.step import HALF
+from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
-from unitvis.run import UNSEPARATED
+from unitvis.results.arrays import UNSEPARATED
 from unitvis.scanning.precision import speed
 from unitvis.scanning.scan import scan
 from unitvis.sources import open_source
@@ -136,9 +137,10 @@ def folder(count: int) -> dict[str, Any]:
     precision = fastest_half(device) or "fp32"
     ring = Ring(count, 224, RING, pinned=device.type == "cuda", batch=64)
 
-    with tempfile.TemporaryDirectory() as scratch, Recorder(model, transform=transform) as examined:
+    examined = Network(model, transform=transform)
+    examined.examine((3, 224, 224))
+    with tempfile.TemporaryDirectory() as scratch, examined.evaluating():
         jpegs(Path(scratch), count)
-        examined.prepare((3, 224, 224))
         layers = [layer.name for layer in examined.layers]
 
         def decoded() -> None:
@@ -188,8 +190,8 @@ def exact(count: int) -> dict[str, Any]:
         return {"not measured": "half precision is slower than float32 here", "times_as_fast_as_float32": speeds}
     loaded = network("alexnet")
     ring = Ring(count, 224, RING, pinned=device.type == "cuda", batch=64)
-    with Recorder(loaded.model.to(device), transform=loaded.transform) as examined:
-        examined.prepare((3, 224, 224))
+    examined = Network(loaded.model.to(device), transform=loaded.transform)
+    examined.examine((3, 224, 224))
     one = Bench(examined)
     model, transform, layers = one.model, one.transform, one.layers
     fast = network.__wrapped__("alexnet").model.to(device, HALF[half], memory_format=torch.channels_last)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from unitvis.half_precision.step import Step
+from unitvis.ranking.recorder import Recorder
 
 
 class Rounded(Step):
-    """As a GPU computes it: products are summed in float32, what is stored is half. Give it as a recorder's make_step."""
+    """As a GPU computes it: products are summed in float32, what is stored is half."""
 
     def _copy(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Callable[[Tensor], Tensor]:
         self._half, self._dtype = self._dtype, torch.float32
@@ -30,3 +32,9 @@ class Rounded(Step):
 
     def _input(self, images: Tensor) -> Tensor:
         return super()._input(images).to(self._half).to(torch.float32)
+
+
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorders make this step."""
+    monkeypatch.setattr(Recorder, "make_step", Rounded.of)

@@ -16,7 +16,7 @@ from test_cli import MODEL, call
 from unitvis import UnitvisError, cli
 from unitvis.bench.baselines import DeviceHook, HostHook
 from unitvis.bench.bench import DEVICE, FLOAT, HOST, Bench, bench, interleaved, pictures, table, units_apart
-from unitvis.ranking.recorder import Recorder
+from unitvis.network.network import Network
 from unitvis.sources.transform import Transform
 
 LAYERS = ["0", "2"]
@@ -54,9 +54,9 @@ def test_baselines_find_what_brute_force_finds(count: int) -> None:
 
 
 def judged(count: int = 40) -> tuple[Bench, np.ndarray]:
-    with Recorder(net(), transform=Transform(crop=16, mean=(0.4,) * 3)) as examined:
-        examined.prepare((3, 16, 16))
-    return Bench(examined), pictures(count, (16, 16))
+    network = Network(net(), transform=Transform(crop=16, mean=(0.4,) * 3))
+    network.examine((3, 16, 16))
+    return Bench(network), pictures(count, (16, 16))
 
 
 def test_the_judge_sees_one_wrong_winner() -> None:

@@ -126,7 +126,7 @@ def test_outside_of_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("failures", [0, 1])
 def test_what_fails_elsewhere_fails_here(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unitvis import distributed
+    from unitvis.scanning import torchrun
 
     def refuse() -> None:
         raise UnitvisError("two holds a run already")
@@ -134,8 +134,8 @@ def test_what_fails_elsewhere_fails_here(failures: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda failed: failed.add_(failures))
     if failures:
         with pytest.raises(UnitvisError, match="another process failed and says why"):
-            distributed._all(lambda: 3)
+            torchrun._all(lambda: 3)
     else:
-        assert distributed._all(lambda: 3) == 3
+        assert torchrun._all(lambda: 3) == 3
     with pytest.raises(UnitvisError, match="two holds a run already"):
-        distributed._all(refuse)
+        torchrun._all(refuse)

@@ -16,9 +16,10 @@ import unitvis
 from half import rounded  # noqa: F401  # a fixture
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.ranking.recorder import Recorder
-from unitvis.reranking import rerank as exact
+from unitvis.reranking import rerank
 from unitvis.reranking.bound import upper_bound
-from unitvis.run import SEPARATED, TIED, UNSEPARATED, Run
+from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED
+from unitvis.run import Run
 from unitvis.scanning.precision import plan, speed
 from unitvis.scanning.verify import verify
 from unitvis.sources import open_source
@@ -72,7 +73,7 @@ def wrong(run: Run, model: nn.Module, images: Tensor) -> int:
 @pytest.mark.usefixtures("rounded")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_decided_units_equal_brute_force(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "MOST", math.inf)  # nothing but the bound decides
+    monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)  # nothing but the bound decides
     images, model = pictures(1600), net()
     run = by_half(model, images, precision)
     assert run.manifest["scan"]["rewritten"].startswith("3 chains")
@@ -86,7 +87,7 @@ def test_decided_units_equal_brute_force(precision: str, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("rounded")
 def test_where_the_bound_decides_nothing_all_images_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "upper_bound", lambda errors, draws: math.inf)
+    monkeypatch.setattr(rerank, "upper_bound", lambda errors, draws: math.inf)
     images, model = pictures(600), net(1)
     run = by_half(model, images, "bf16")
     assert run.manifest["rescored"]["images"] == 600
@@ -153,7 +154,7 @@ def test_adversarial_units_come_out_right_or_undecided(
 ) -> None:
     if emulated:
         request.getfixturevalue("rounded")
-    monkeypatch.setattr(exact, "MOST", math.inf)
+    monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)
     images, model = hostile(600), Adversary().eval()
     run = by_half(model, images, precision)
     assert wrong(run, model, images) == 0
@@ -209,13 +210,15 @@ def test_the_sample_is_of_the_smallest_hashes_however_ids_came() -> None:
 def test_the_plan_is_by_measurement_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert speed(cpu, "fp16") > 0
-    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: {"fp16": 6.0, "bf16": 6.1}[precision])
+    speeds = {"fp16": 6.0, "bf16": 6.1}
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: speeds[precision])
     assert plan(50_000, 1152, 9, cpu, rereadable=True).precision == "fp16"
     assert "of 50,000 images" in plan(50_000, 1152, 9, cpu, rereadable=True).line
     assert plan(500, 1152, 9, cpu, rereadable=True).precision == "fp32"
     assert plan(None, 1152, 9, cpu, rereadable=True).precision == "fp32"
     assert plan(50_000, 1152, 9, cpu, rereadable=False).precision == "fp32"
-    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: {"fp16": 0.2, "bf16": 5.0}[precision])
+    speeds = {"fp16": 0.2, "bf16": 5.0}
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: speeds[precision])
     assert plan(50_000, 1152, 9, cpu, rereadable=True).precision == "bf16"
     monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 1.05)
     assert "too little" in plan(50_000, 1152, 9, cpu, rereadable=True).line
@@ -268,7 +271,7 @@ def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.Monke
     monkeypatch.setattr(Recorder, "__call__", stop)
     with pytest.raises(Interrupted, match="go on with"):
         unitvis.scan(model, images, out=tmp_path / "run", **options)
-    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 0.5)  # would now be planned otherwise
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda *_: 0.5)  # would now be planned otherwise
     run = unitvis.scan(model, images, out=tmp_path / "run", resume=True, **options)
     assert stopped == [320]
     assert run.manifest["scan"]["precision"] == "fp16"

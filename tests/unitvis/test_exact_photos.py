@@ -12,8 +12,8 @@ import brute
 import photos
 import unitvis
 from half import rounded  # noqa: F401  # a fixture
-from unitvis.reranking import rerank as exact
-from unitvis.run import UNSEPARATED
+from unitvis.reranking import rerank
+from unitvis.results.arrays import UNSEPARATED
 from unitvis.scanning.verify import verify
 from unitvis.sources import open_source
 
@@ -66,7 +66,7 @@ def test_a_plain_forward_ranks_the_same_but_for_near_ties(network: str) -> None:
 
 @pytest.mark.usefixtures("rounded")
 def test_by_way_of_half_precision_decided_units_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "MOST", math.inf)  # nothing but the bound decides
+    monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)  # nothing but the bound decides
     layers, source = ["conv1.2", "dw3.1", "pw6.1"], open_source(photos.images(), None)
     with unitvis.Recorder(photos.model("small"), layers, precision="fp16") as recorder:
         for batch in source.batches(64):

@@ -97,7 +97,7 @@ def test_a_shard_s_run_holds_what_merges_and_no_winners(tmp_path: Path) -> None:
         "state.npz",
     ]
     again = unitvis.load(tmp_path / "shard").partial
-    assert torch.equal(again.state, run.partial.state)
+    assert torch.equal(again.topk.tensor, run.partial.topk.tensor)
     assert (again.identity, again.coverage, again.failures) == (
         run.partial.identity,
         run.partial.coverage,
@@ -239,7 +239,7 @@ def test_a_shard_is_resumed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             unitvis.scan(net(), path, "2", shard="2/2", out=tmp_path / "run", **options)
     unitvis.scan(net(), path, "2", shard="2/2", out=tmp_path / "run", resume=True, **options)
     one, other = (unitvis.load(tmp_path / name) for name in ("run", "whole"))
-    assert torch.equal(one.partial.state, other.partial.state)
+    assert torch.equal(one.partial.topk.tensor, other.partial.topk.tensor)
     assert one.manifest["coverage"] == other.manifest["coverage"] == [[40, 80]]
 
 
@@ -286,7 +286,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_state_and_coverage_are_read_as_they_were_written(tmp_path: Path) -> None:
     part = shards(3)[0].partial
-    part = Partial(part.identity, part.state, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5)
+    part = Partial(part.identity, part.topk, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5)
     part.write(tmp_path / "a.npz")
     again = read_partial(tmp_path / "a.npz")
     assert (again.failures, again.seconds, again.coverage) == (part.failures, 2.5, part.coverage)

@@ -25,8 +25,8 @@ from half import rounded  # noqa: F401  # a fixture
 from unitvis import Interrupted, UnitvisError, cli, models
 from unitvis import pack as pack_function
 from unitvis.drawing import sheets
-from unitvis.run import ARRAYS
-from unitvis.scanning import verify as rescore
+from unitvis.results.arrays import ARRAYS
+from unitvis.scanning.verify import verify
 from unitvis.sources import PackSource, open_source, reopen_source
 
 packing = sys.modules["unitvis.scanning.pack"]
@@ -199,7 +199,7 @@ def test_failures_count_as_those_of_the_scan(packed: Path) -> None:
 def test_a_changed_or_lost_original_is_refused(folder: Path, tmp_path: Path) -> None:
     made = pack(folder, tmp_path / "x.npy")
     run = scan(tmp_path / "x.npy", out=tmp_path / "run")
-    assert rescore.verify(unitvis.load(tmp_path / "run"), net())["wrong"] == 0
+    assert verify(unitvis.load(tmp_path / "run"), net())["wrong"] == 0
     image = int(run.winners[0])
     path = folder / made.name(image)
     whole = path.read_bytes()
@@ -211,7 +211,7 @@ def test_a_changed_or_lost_original_is_refused(folder: Path, tmp_path: Path) -> 
         run = unitvis.load(tmp_path / "run")
         match = rf"'{made.name(image)}' is no longer the file that was packed: {why}"
         with pytest.raises(UnitvisError, match=match):
-            rescore.verify(run, net())
+            verify(run, net())
         with pytest.raises(UnitvisError, match=match):
             sheets.render(run, tmp_path / "run")
         with pytest.raises(UnitvisError, match=r"is no longer the file|cannot be used: No such file"):
@@ -219,7 +219,7 @@ def test_a_changed_or_lost_original_is_refused(folder: Path, tmp_path: Path) -> 
     path.write_bytes(whole)
     (folder / "0" / "00.png").write_bytes(whole)  # shifts the ids of the folder, not those of the pack
     run = unitvis.load(tmp_path / "run")
-    assert rescore.verify(run, net())["wrong"] == 0
+    assert verify(run, net())["wrong"] == 0
     sheets.render(run, tmp_path / "run")
 
 
@@ -245,7 +245,7 @@ def test_without_the_originals_patches_come_from_the_pack(kind: str, folder: Pat
     run.patch("2", 3, 1, size=64)  # said once: another warning is an error in the tests
     image = Image.fromarray(np.load(tmp_path / "x.npy")[run["2"].images[3, 0]])
     assert patch.tobytes() == image.resize((64, 64), Image.Resampling.BICUBIC).tobytes()
-    assert rescore.verify(run, net())["wrong"] == 0
+    assert verify(run, net())["wrong"] == 0
 
 
 def test_files_count_as_gone_where_none_is_left(folder: Path, tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def stop(after: int, how: Callable[[], object], monkeypatch: pytest.MonkeyPatch)
             how()
 
     monkeypatch.setattr(packing._Packing, "add", add)
-    monkeypatch.setattr(packing, "BATCH", 2)  # eight images at a time
+    monkeypatch.setattr(packing, "COMPUTE_BATCH", 2)  # eight images at a time
 
 
 def crash() -> None:
@@ -472,7 +472,7 @@ import io, os, signal, sys
 from pathlib import Path
 import unitvis
 packing = sys.modules["unitvis.scanning.pack"]
-packing.BATCH = 1
+packing.COMPUTE_BATCH = 1
 os.fsync = lambda file: None  # slow, and of no matter while the system lives
 folder, out = sys.argv[1], Path(sys.argv[2])
 wanted, old = unitvis.Transform(20, 16, interpolation="bicubic"), unitvis.Transform(30, 18)

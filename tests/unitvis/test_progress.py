@@ -24,12 +24,15 @@ from torch import nn
 import unitvis
 from unitvis import Interrupted, UnitvisError, cli
 from unitvis.ranking.recorder import Recorder
-from unitvis.scanning.progress import PREVIOUS, PROGRESS, Progress, read_progress
+from unitvis.scanning.progress import Progress
 from unitvis.sources import FileSource
 from unitvis.sources.encoded import EncodedSource
+from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
+from unitvis.state.partial import Partial
 
 COUNT = 70
 TRANSFORM = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+PREVIOUS = "progress.previous.npz"
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -52,6 +55,10 @@ def folder(tmp_path: Path) -> Path:
 def scan(folder: Path, out: Path | None, model: nn.Module | None = None, **options: object) -> unitvis.Run:
     given = {"transform": TRANSFORM, "progress": False, "batch_size": 8, "every": 1e-6, **options}
     return unitvis.scan(model or net(), folder, given.pop("layers", None), given.pop("k", 9), out=out, **given)
+
+
+def checkpoint(out: Path) -> Partial | None:
+    return Checkpoints(out / SCAN_CHECKPOINT).read(Partial.from_arrays)
 
 
 def result(out: Path) -> tuple[bytes, bytes, object]:
@@ -199,7 +206,7 @@ def test_another_scan_is_refused_with_the_difference(
 def test_a_finished_run_is_not_scanned_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = scan(folder, tmp_path / "run")
     before = result(tmp_path / "run")
-    monkeypatch.setattr(Recorder, "_compute", None)
+    monkeypatch.setattr(Recorder, "_rank", None)
     again = scan(folder, tmp_path / "run", resume=True)
     assert again["0"].values.tobytes() == first["0"].values.tobytes()
     assert result(tmp_path / "run") == before
@@ -222,9 +229,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 ) -> None:
     scan(folder, tmp_path / "whole")
     out = unfinished(folder, tmp_path / "run", monkeypatch)
-    damage(out / PROGRESS)
-    if (out / PROGRESS).exists():
-        with pytest.warns(UserWarning, match=r"progress.npz is damaged .*; going on with .* before it, 24 images"):
+    damage(out / SCAN_CHECKPOINT)
+    if (out / SCAN_CHECKPOINT).exists():
+        with pytest.warns(UserWarning, match=r"progress.npz is damaged .*; going on with the checkpoint before it"):
             scan(folder, out, resume=True)
     else:
         scan(folder, out, resume=True)
@@ -233,12 +240,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 def test_two_damaged_checkpoints_are_an_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = unfinished(folder, tmp_path / "run", monkeypatch)
-    cut(out / PROGRESS)
+    cut(out / SCAN_CHECKPOINT)
     flip(out / PREVIOUS)
     with pytest.raises(UnitvisError, match=r"is damaged .* no other checkpoint; start again with --overwrite"):
         scan(folder, out, resume=True)
     scan(folder, out, overwrite=True)
-    assert not (out / PROGRESS).exists()
+    assert not (out / SCAN_CHECKPOINT).exists()
 
 
 def test_a_disk_that_fills_up_keeps_the_checkpoint_before(
@@ -257,7 +264,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(
         patch.setattr("os.fsync", full)
         with pytest.raises(UnitvisError, match=r"could not be written into .*run: No space left on device; mend"):
             scan(folder, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([PREVIOUS, PROGRESS])
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([PREVIOUS, SCAN_CHECKPOINT])
     scan(folder, tmp_path / "run", resume=True)
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
@@ -320,7 +327,7 @@ def test_what_a_folder_holds_is_respected(folder: Path, tmp_path: Path, monkeypa
         scan(folder, None, resume=True)
     scan(folder, tmp_path / "new", resume=True)
     (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / f"{PROGRESS}.part").write_bytes(b"half")
+    (tmp_path / "killed" / f"{SCAN_CHECKPOINT}.part").write_bytes(b"half")
     scan(folder, tmp_path / "killed", resume=True)
     assert result(tmp_path / "killed") == result(tmp_path / "new")
     (tmp_path / "thesis").mkdir()
@@ -403,7 +410,7 @@ def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, caps
 def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[float] = []
     clock = [0.0]
-    monkeypatch.setattr("unitvis.state.checkpoints.time", SimpleNamespace(perf_counter=lambda: clock[0]))  # its own alone
+    monkeypatch.setattr("unitvis.state.checkpoints.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(Progress, "part", lambda self: written.append(clock[0]) or crash_free(self))
     stopping(-1, crash, monkeypatch)
     real = Progress.after_batch
@@ -422,7 +429,7 @@ def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkey
 
 def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = unfinished(folder, tmp_path / "run", monkeypatch)
-    before = read_progress(out)
+    before = checkpoint(out)
     assert before is not None
     start = time.perf_counter()
     run = scan(folder, out, resume=True)
@@ -432,7 +439,8 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("owner", "during"), [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "complete"), (unitvis.Run, "write")]
+    ("owner", "during"),
+    [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "complete"), (unitvis.Run, "write")],
 )
 def test_after_the_last_image_the_first_signal_ends_it(
     owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -443,7 +451,7 @@ def test_after_the_last_image_the_first_signal_ends_it(
         with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; go on") as ended:
             scan(folder, tmp_path / "run")
     assert ended.value.code == 128 + number
-    assert len(read_progress(tmp_path / "run").coverage) == COUNT - 3  # nothing is to be read again but the winners
+    assert len(checkpoint(tmp_path / "run").coverage) == COUNT - 3  # nothing is to be read again but the winners
     scan(folder, tmp_path / "run", resume=True)
     assert result(tmp_path / "run") == result(tmp_path / "whole")
 
@@ -461,7 +469,7 @@ def test_a_small_network_computes_on_one_thread_beside_decoding(
 
     undecoded, waits = EncodedSource.undecoded, []
     monkeypatch.setattr(EncodedSource, "undecoded", lambda self: waits.append(self) or undecoded(self))
-    monkeypatch.setattr(Recorder, "rate", lambda *_: rate)
+    monkeypatch.setattr("unitvis.scanning.cores.compute_rate", lambda *_: rate)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

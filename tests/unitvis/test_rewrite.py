@@ -14,7 +14,7 @@ import unitvis_kernels as uk
 import zoos
 from brute import outputs
 from unitvis.half_precision import rewrite
-from unitvis.half_precision.rewrite import Chain, Floor, NotRewrittenError, rewritten
+from unitvis.half_precision.rewrite import Chain, NotRewrittenError, Threshold, rewritten
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -112,7 +112,7 @@ def test_keys_are_those_of_the_model(name: str, one_pass: bool) -> None:
     model = make().eval()
     images = torch.randn(3, 3, 20, 23).contiguous(memory_format=torch.channels_last)
     for number, layers in enumerate(choices):
-        copied = rewritten(model, units(model, layers, images), Floor(), one_pass=one_pass)
+        copied = rewritten(model, units(model, layers, images), Threshold(), one_pass=one_pass)
         copied.graph.lint()
         assert number > 0 or chains(copied) == most
         want = outputs(model, layers, images)
@@ -128,7 +128,7 @@ def test_keys_are_those_of_the_model(name: str, one_pass: bool) -> None:
 def test_nothing_runs_after_the_last_layer_and_the_model_is_untouched() -> None:
     model = stack().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    copied = rewritten(model, {"3": slice(0, 9)}, Floor(), one_pass=True)
+    copied = rewritten(model, {"3": slice(0, 9)}, Threshold(), one_pass=True)
     assert chains(copied) == 2
     assert not any(isinstance(module, nn.Sigmoid) for module in copied.modules())
     assert before.keys() == model.state_dict().keys()
@@ -137,14 +137,14 @@ def test_nothing_runs_after_the_last_layer_and_the_model_is_untouched() -> None:
 
 def test_below_the_floor_no_position_is_looked_for() -> None:
     torch.manual_seed(1)
-    model, floor = stack().eval(), Floor()
+    model, threshold = stack().eval(), Threshold()
     images = torch.randn(40, 3, 20, 23)
-    copied = rewritten(model, {"0": slice(0, 8), "5": slice(8, 12)}, floor, one_pass=False)
+    copied = rewritten(model, {"0": slice(0, 8), "5": slice(8, 12)}, threshold, one_pass=False)
     full = keys(copied, ["0", "5"], images)
     values = torch.cat([uk.unpack(full[name])[0] for name in full], dim=1)
-    floor.values = values.sort(dim=0).values[-2]
+    threshold.values = values.sort(dim=0).values[-2]
     for (name, found), part in zip(keys(copied, ["0", "5"], images).items(), (slice(0, 8), slice(8, 12)), strict=True):
-        reaches = values[:, part] >= floor.values[part]
+        reaches = values[:, part] >= threshold.values[part]
         assert torch.equal(found[reaches], full[name][reaches])
         assert torch.equal(found >> 32, full[name] >> 32)
         assert (uk.unpack(found)[1] == 2**31 - 1).any()
@@ -163,7 +163,7 @@ class Choosy(nn.Module):
 
 def test_what_cannot_be_traced_is_scanned_as_it_is() -> None:
     with pytest.raises(NotRewrittenError, match="cannot be traced"):
-        rewritten(Choosy(), {"conv": slice(0, 4)}, Floor(), one_pass=True)
+        rewritten(Choosy(), {"conv": slice(0, 4)}, Threshold(), one_pass=True)
     images = torch.randn(20, 3, 9, 9)
     run = unitvis.scan(Choosy(), images, precision="fp16", progress=False)
     assert "cannot be traced" in run.manifest["scan"]["rewritten"]
@@ -199,7 +199,7 @@ def test_networks_of_torchvision(name: str) -> None:
     images = torch.randn(2, 3, 64, 80).contiguous(memory_format=torch.channels_last)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d if name != "alexnet" else nn.Conv2d)]
     layers = [n for n in layers if "aux" not in n]
-    copied = rewritten(model, units(model, layers, images), Floor(), one_pass=True)
+    copied = rewritten(model, units(model, layers, images), Threshold(), one_pass=True)
     assert chains(copied) >= (len(layers) if name != "densenet121" else 59)  # half of its norms come before
     want = outputs(model, layers, images)
     for layer, found in keys(copied, layers, images).items():

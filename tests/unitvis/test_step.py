@@ -24,6 +24,7 @@ from unitvis.half_precision import rewrite, step
 from unitvis.half_precision.capture import _NobodyLooks
 from unitvis.half_precision.step import Step
 from unitvis.network.canonical import canonical_settings
+from unitvis.state.topk import TopK
 
 
 def stepping(model: nn.Module, images: Tensor, device: str = "cpu", size: int = 64, **options: Any) -> Step:
@@ -35,11 +36,11 @@ def stepping(model: nn.Module, images: Tensor, device: str = "cpu", size: int = 
     ends = list(itertools.accumulate(maps[name].shape[1] for name in layers))
     units = [slice(end - maps[name].shape[1], end) for name, end in zip(layers, ends, strict=True)]
     responses = torch.cat([maps[name].flatten(2).amax(2) for name in layers], dim=1)
-    state = uk.topk_state(ends[-1], 32, device)
+    topk = TopK.empty(ends[-1], 32, torch.device(device))
     return Step(
         model,
         dict(zip(layers, units, strict=True)),
-        state,
+        topk,
         dtype=torch.float16,
         size=size,
         neurons=False,
@@ -75,7 +76,7 @@ def test_padding_of_the_last_batch_is_no_image() -> None:
     once = stepping(model, images)
     once(images[:64], torch.arange(64))
     once(images[64:], torch.arange(64, 70))
-    ids = uk.topk_read(once.state)[1]
+    ids = uk.topk_read(once.topk.tensor)[1]
     assert ids.max() < 70
     assert all(len(set(row.tolist())) == 32 for row in ids)
 
@@ -110,7 +111,8 @@ def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
                 fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
                 holder = module._parameters if name in module._parameters else module._buffers
                 holder[name] = nn.Parameter(fake) if name in module._parameters else fake
-        one.state, one._device = torch.empty(one.state.shape, dtype=torch.int64, device="cuda"), torch.device("cuda")
+        one.topk = TopK(torch.empty(one.topk.tensor.shape, dtype=torch.int64, device="cuda"))
+        one._device = torch.device("cuda")
         pixels = torch.empty(64, 20, 20, 3, dtype=torch.uint8, device="cuda")
         ids = torch.empty(64, dtype=torch.int64, device="cuda")
         with Leaving() as leaving, _NobodyLooks():
@@ -223,11 +225,11 @@ class TestOnAGpu:
         model, images = net().cuda(), pictures(300)
         captured = on_gpu(model, images)
         assert captured.how["captured"] is True, captured.how
-        assert torch.equal(on_gpu(model, images, pin=True).state, captured.state)
+        assert torch.equal(on_gpu(model, images, pin=True).topk.tensor, captured.topk.tensor)
         monkeypatch.setattr("unitvis.half_precision.capture.Replay._capture", lambda self: "asked not to")
         eager = on_gpu(model, images)
         assert eager.how["captured"] == "asked not to"
-        assert torch.equal(eager.state, captured.state)
+        assert torch.equal(eager.topk.tensor, captured.topk.tensor)
 
     def test_a_scan_is_exact(self) -> None:
         model, images = net().cuda(), pictures(2000)
@@ -265,4 +267,4 @@ class TestOnAGpu:
         one = on_gpu(Choosy().cuda(), pictures(128))
         assert "cannot be traced" in one.how["rewritten"]
         assert re.search(f"{ITEM} makes the host wait for the device", one.how["captured"])
-        assert (uk.topk_read(one.state)[1] >= 0).all()
+        assert (uk.topk_read(one.topk.tensor)[1] >= 0).all()

@@ -202,16 +202,20 @@ class Recorder:
         if len(self.coverage) != self.images:
             raise UnitvisError("ids must come on the CPU, or nothing tells which images can be computed again")
         start = time.perf_counter()
-        resolution = torch.finfo(HALF[self.precision]).eps
         with self.network.evaluating():
-            scanned = Scanned(self.k, self.topk, self.coverage, self._half_responses, resolution)
-            found = rerank(self.network, scanned, source)
+            found = rerank(self.network, self.scanned, source)
         run = self._run(found.topk, found.decided, "exact")
         counts = {"images": found.computed, "sample": found.sampled, "doubt": EXCEEDING_PROBABILITY}
         run.manifest["rescored"] = counts
         run.manifest["seconds"]["rescoring"] = time.perf_counter() - start
         run.attach(source)
         return run
+
+    @property
+    def scanned(self) -> Scanned:
+        """What half precision leaves to be decided."""
+        resolution = torch.finfo(HALF[self.precision]).eps
+        return Scanned(self.k, self.topk, self.coverage, self._half_responses, resolution)
 
     def _half_responses(self, images: Tensor) -> Any:
         if self._step is None:  # the scan was another process's

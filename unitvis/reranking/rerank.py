@@ -57,7 +57,7 @@ def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
     network: in eval mode, its layers known. Reads again, once each, a sample of the images and those that can hold a
     place; where the undecided are few beside what that took, or a layer overflowed, all the rest.
     """
-    again = _Reranking(network, scanned, source)
+    again = Reranking(network, scanned, source)
     again.compute_sample()
     margins = again.margins()
     k, half = scanned.k, again.half
@@ -83,7 +83,7 @@ def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
     return Reranked(again.topk, again.decided, len(again.computed), again.sampled)
 
 
-class _Reranking:
+class Reranking:
     """Canonical responses of a half-precision scan's images, in the layers that need them, and what they decide.
 
     `places` are the candidates, [units, M] flattened where there is one; `rows` and `ranks` tell each one's unit and
@@ -95,7 +95,7 @@ class _Reranking:
         self.topk = TopK.empty(network.units, scanned.k + 1, network.device)
         candidates = scanned.candidates.read()
         self.half: Floats = candidates.values.astype(np.float64)  # [units, M]; NaN where blank
-        self._images = candidates.images  # [units, M]; -1 where blank
+        self.images = candidates.images  # [units, M]; -1 where blank
         unit, rank = np.nonzero(candidates.images >= 0)
         self.places = Places(candidates.images[unit, rank], unit)
         self.rows, self.ranks = unit[self.places.order], rank[self.places.order]
@@ -172,8 +172,8 @@ class _Reranking:
         unknown = self.half.copy()
         known = self.places.known
         unknown[self.rows[known], self.ranks[known]] = -np.inf
-        unknown[self._images < 0] = -np.inf
-        full = (self._images[:, -1] >= 0) & (len(self._scanned.coverage) > self._images.shape[1])
+        unknown[self.images < 0] = -np.inf
+        full = (self.images[:, -1] >= 0) & (len(self._scanned.coverage) > self.images.shape[1])
         unknown[:, -1] = np.where(full, self.half[:, -1], unknown[:, -1])
         return unknown.max(axis=1)
 
