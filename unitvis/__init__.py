@@ -11,6 +11,7 @@ from unitvis.recorder import Recorder
 from unitvis.run import LayerTop, Run, load
 from unitvis.scan import scan
 from unitvis.sources.transform import Transform
+from unitvis.version import __version__ as __version__
 
 __all__ = [
     "ImageError",

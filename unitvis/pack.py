@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import math
@@ -31,6 +30,11 @@ from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.names import Names
 from unitvis.sources.packed import BAKED, FORMAT, MARK, pack_source, pixels_hash, read_about, tables_hash
 from unitvis.sources.transform import Transform
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, nobody notices two processes that pack into one file
+    fcntl = None  # type: ignore[assignment]
 
 
 def pack(
@@ -209,7 +213,8 @@ class _Packing:
         # unbuffered, so that no byte waits for a disk that is full later
         self._held = io.FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UnitvisError(f"another process is packing into {self._target}; wait for its end") from error
         except OSError:  # a file system without locks
