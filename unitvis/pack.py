@@ -33,7 +33,7 @@ from unitvis.sources.transform import Transform
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there, nobody notices two processes that pack into one file
+except ImportError:  # on Windows, where no lock is taken: two processes must not pack into the same file
     fcntl = None  # type: ignore[assignment]
 
 
