@@ -1,4 +1,4 @@
-"""python -m benchmarks: run the suite that suits the device, write results/<device>.json and the README's table."""
+"""python -m benchmarks: run the suite that suits the device, write results/<device>.json and the tables in docs/."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULES = ("bench_operators.py", "bench_step.py", "bench_scan.py")
 def main() -> int:
     """Exit code 0, or pytest's where a benchmark failed: then nothing is written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--render", action="store_true", help="only write the README's table again")
+    parser.add_argument("--render", action="store_true", help="only write the tables in docs/ again")
     if not parser.parse_args().render:
         torch.manual_seed(0)
         form = sizes.here()
@@ -39,7 +39,7 @@ def main() -> int:
         target = results.RESULTS / machine.file_name(described["name"])
         results.write(target, machine=described, rows=results.rows(timed))
         print(target)
-    results.update_readme()
+    results.update_documents()
     return 0
 
 

@@ -126,7 +126,7 @@ def main() -> None:
             line = measure(name, arguments.images, precision) | {"seconds": round(time.perf_counter() - start)} | told
             print(json.dumps(line), flush=True)
             keep(line)
-    results.update_readme()
+    results.update_documents()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From what pytest-benchmark timed to a results file, and from results files to the README's table."""
+"""From what pytest-benchmark timed to a results file, and from results files to the tables in docs/."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from benchmarks.machine import ROOT
 from unitvis.bench.bench import BARE, DEVICE, HOST
 
 FORMAT = 1
-RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 LONG = RESULTS / "long"  # what takes long and is not about speed alone: a file a command
+GPU = RESULTS / "gpu"  # parts of the suite that were run by hand on a GPU: steps and operators, a file each
 START, END = "<!-- python -m benchmarks writes from here -->", "<!-- to here -->"
+START_STEPS = "<!-- python -m benchmarks writes the steps on a GPU from here -->"
+START_OPERATORS = "<!-- python -m benchmarks writes the operators on a GPU from here -->"
 START_EXACTNESS = "<!-- python -m benchmarks.exactness writes from here -->"
 PERCENTILES = (20, 50, 80)
 NAMES = {"alexnet": "AlexNet", "vgg16": "VGG16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
@@ -94,10 +97,10 @@ def headline(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def render(files: Iterable[Path]) -> str:
-    """The README's part, in Markdown, from results files."""
+    """What was timed on each machine, as Markdown tables, from results files."""
     loaded = [json.loads(path.read_text()) for path in files]
     text = [
-        f"Images a second; behind each, how many times as fast as that unitvis is. Where {BARE} and {DEVICE} were also "
+        f"Images per second; in brackets, unitvis's rate divided by that one. Where {BARE} and {DEVICE} were also "
         f"compiled or captured, the fastest form counts.",
         "",
     ]
@@ -117,8 +120,43 @@ def render(files: Iterable[Path]) -> str:
             text.append(f"| {line['what']} | {line['unitvis']:,.0f} | {' | '.join(cells)} |")
         text.append("")
     if not any(one["machine"]["kind"] == "cuda" for one in loaded):
-        text += ["Not yet measured on a GPU.", ""]
+        text += ["The whole suite has not been run on a GPU yet.", ""]
     return "\n".join(text)
+
+
+def render_steps(measured: dict[str, Any]) -> str:
+    """Milliseconds of a step of each network on a GPU, as a Markdown table."""
+    rivals = (f"{BARE}, captured", f"{BARE}, torch.compile", f"{DEVICE}, captured")
+    heads = [part for rival in rivals for part in (rival, "ratio")]
+    text = [f"| | unitvis | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    steps: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for one in measured["rows"]:
+        steps.setdefault((one["network"], one["precision"], one["images"]), {})[one["contender"]] = one
+    for (network, precision, images), found in steps.items():
+        own = found["unitvis"]
+        cells = [f"{own['ms_median']:.4g} ms ({own['images_s']:,.0f} images/s)"]
+        for rival in rivals:
+            ms = found[rival]["ms_median"]
+            cells += [f"{ms:.4g} ms", f"{own['ms_median'] / ms:.2f}"]
+        text.append(f"| {NAMES[network]}, {PRECISIONS[precision]}, {images} images | {' | '.join(cells)} |")
+    return "\n".join([*text, ""])
+
+
+def render_operators(measured: dict[str, Any]) -> str:
+    """The share of the device's ceiling that each operator and its fastest rival reach, as a Markdown table."""
+    text = ["| operator | input | unitvis | fastest other way |", "|---|---|---|---|"]
+    shares: dict[str, dict[str, float]] = {}
+    for one in measured["rows"]:
+        if one["kind"] != "operator":
+            continue
+        parts = [f"{one['shape']}", *(f"{key} {one[key]}" for key in ("layout", "weight", "pool") if one.get(key))]
+        what = f"`{one['name']}` | {', '.join(parts)}"
+        shares.setdefault(what, {})[one["contender"]] = one["of_ceiling"]
+    for what, found in shares.items():
+        own = found.pop("unitvis")
+        rival, share = max(found.items(), key=lambda item: item[1])
+        text.append(f"| {what} | {own:.0%} | {share:.0%} ({rival}) |")
+    return "\n".join([*text, ""])
 
 
 def files() -> list[Path]:
@@ -127,7 +165,7 @@ def files() -> list[Path]:
 
 
 def render_exactness(lines: Iterable[dict[str, Any]]) -> str:
-    """The README's counts of what the bound decided, in Markdown."""
+    """How many units the bound decided, and how many of them wrongly, as a Markdown table."""
     text = [
         "| | images | scanned in | units | decided by the bound alone | of these wrong |",
         "|---|---|---|---|---|---|",
@@ -138,17 +176,27 @@ def render_exactness(lines: Iterable[dict[str, Any]]) -> str:
     return "\n".join([*text, ""])
 
 
-def block(readme: str, start: str = START) -> str:
+def block(document: str, start: str = START) -> str:
     """What stands between the markers."""
-    return readme.partition(start + "\n")[2].partition(END)[0]
+    return document.partition(start + "\n")[2].partition(END)[0]
 
 
-def update_readme() -> None:
+def tables() -> dict[str, dict[str, str]]:
+    """{name of a document in docs/: {marker: the table that stands behind it}}."""
+    return {
+        "benchmarks.md": {START: render(files()), START_STEPS: render_steps(read(GPU / "h200-steps.json"))},
+        "kernels.md": {START_OPERATORS: render_operators(read(GPU / "h200-operators.json"))},
+        "exactness.md": {START_EXACTNESS: render_exactness(read(LONG / "exactness.json")["lines"])},
+    }
+
+
+def update_documents() -> None:
     """Put the tables between their markers."""
-    text = README.read_text(encoding="utf-8")
-    tables = {START: render(files()), START_EXACTNESS: render_exactness(read(LONG / "exactness.json")["lines"])}
-    for start, table in tables.items():
-        before, _, rest = text.partition(start + "\n")
-        _, _, behind = rest.partition(END)
-        text = f"{before}{start}\n{table}{END}{behind}"
-    README.write_text(text, encoding="utf-8")
+    for name, parts in tables().items():
+        path = DOCS / name
+        text = path.read_text(encoding="utf-8")
+        for start, table in parts.items():
+            before, _, rest = text.partition(start + "\n")
+            _, _, behind = rest.partition(END)
+            text = f"{before}{start}\n{table}{END}{behind}"
+        path.write_text(text, encoding="utf-8")

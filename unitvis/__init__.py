@@ -11,6 +11,7 @@ from unitvis.scanning.merge import merge
 from unitvis.scanning.pack import pack
 from unitvis.scanning.scan import scan
 from unitvis.sources.transform import Transform
+from unitvis.version import __version__ as __version__
 
 __all__ = [
     "ImageError",

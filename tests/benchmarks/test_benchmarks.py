@@ -1,4 +1,4 @@
-"""The benchmarks run, in their smallest form; what they write down is whole; the README shows what is written down."""
+"""The benchmarks run, in their smallest form; what they write down is whole, and the documents show it."""
 
 from __future__ import annotations
 
@@ -85,16 +85,17 @@ def test_rows_and_ratios_are_computed_right(tmp_path: Path) -> None:
     text = results.render([path])
     assert "**Some GPU**, driver 1.2, torch 9, commit abc, 2030-01-02" in text
     assert "| VGG16, float16, a step of 100 | 400 | 800 (0.50x) | 200 (2.00x) | 4 (100.00x) |" in text
-    assert "Not yet measured on a GPU" not in text
+    assert "not been run on a GPU" not in text
 
 
-def test_the_readme_shows_what_is_committed() -> None:
+def test_the_documents_show_what_is_committed() -> None:
     files = results.files()
     assert files
-    readme = results.README.read_text(encoding="utf-8")
-    assert results.block(readme) == results.render(files)
-    lines = results.read(results.LONG / "exactness.json")["lines"]
-    assert results.block(readme, results.START_EXACTNESS) == results.render_exactness(lines)
+    for name, parts in results.tables().items():
+        document = (results.DOCS / name).read_text(encoding="utf-8")
+        for start, table in parts.items():
+            assert table.count("|") > 20
+            assert results.block(document, start) == table
     for path in files:
         found = json.loads(path.read_text())
         assert found["format"] == results.FORMAT
@@ -104,6 +105,20 @@ def test_the_readme_shows_what_is_committed() -> None:
         assert results.headline(found["rows"])
         for line in results.headline(found["rows"]):  # never a ratio to the naive hook without one to amax + topk
             assert {"unitvis", "bare forward", "amax + topk hook", "naive host hook"} <= set(line)
+
+
+def test_measurements_on_a_gpu_become_tables() -> None:
+    times = {"unitvis": 2.0, "bare forward, captured": 4.0, "bare forward, torch.compile": 1.0}
+    times["amax + topk hook, captured"] = 8.0
+    step = {"network": "vgg16", "precision": "fp16", "images": 100, "images_s": 50000}
+    rows = [step | {"contender": who, "ms_median": ms} for who, ms in times.items()]
+    line = "| VGG16, float16, 100 images | 2 ms (50,000 images/s) | 4 ms | 0.50 | 1 ms | 2.00 | 8 ms | 0.25 |"
+    assert results.render_steps({"rows": rows}).splitlines()[2] == line
+    operator = {"kind": "operator", "name": "epilogue", "shape": [1, 2, 3, 3], "layout": "NCHW", "pool": [3, 2]}
+    shares = {"unitvis": 0.756, "eager": 0.2, "another": 0.8}
+    all_three = [operator | {"contender": who, "of_ceiling": share} for who, share in shares.items()]
+    line = "| `epilogue` | [1, 2, 3, 3], layout NCHW, pool [3, 2] | 76% | 80% (another) |"
+    assert results.render_operators({"rows": [{"kind": "ceiling"}, *all_three]}).splitlines()[2] == line
 
 
 def test_a_device_s_name_makes_a_file_s() -> None:

@@ -137,7 +137,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_lectures_slide_from_a_torchvision_dataset(tmp_path: Path) -> None:
-    """The README's ten lines, with random weights and made-up pictures in place of the downloads."""
+    """The lines of docs/scanning.md with all of AlexNet; random weights and made-up pictures replace the downloads."""
     import torchvision
 
     pictures = torchvision.datasets.FakeData(size=20, image_size=(3, 260, 300))

@@ -552,6 +552,14 @@ def test_kill_9_wherever_it_strikes(originals: Path, tmp_path: Path) -> None:
     assert seen == "[('pack', 20), ('pack', 30)]\n"
 
 
+def test_without_locks_a_pack_is_the_same(
+    folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "fcntl", None)  # as on Windows
+    pack(folder, tmp_path / "x.npy")
+    assert (tmp_path / "x.npy").read_bytes() == packed.read_bytes()
+
+
 def test_a_full_disk(folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out" / "whole.npy"
     out.parent.mkdir()

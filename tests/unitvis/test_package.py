@@ -1,15 +1,21 @@
-"""What is installed: two packages, importable anywhere, and nothing named `kernels`."""
+"""What is installed: two packages of one version, importable anywhere, and nothing named `kernels`."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import unitvis
+from unitvis import cli
+
 ROOT = Path(__file__).parents[2]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+TRAINING = {"unitvis/demo/train.py"}  # made the demo's weights, which are installed
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +34,25 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"unitvis", "unitvis_kernels"}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "unitvis").rglob("*.py")}
     sources |= {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
-    assert sources <= set(names)
-    assert {"unitvis/py.typed", "unitvis_kernels/py.typed"} <= set(names)
+    assert sources > TRAINING
+    assert {name for name in names if name.endswith(".py")} == sources - TRAINING
+    assert {"unitvis/py.typed", "unitvis_kernels/py.typed", "unitvis/demo/network.safetensors"} <= set(names)
 
 
 PROGRAM = """
-import sys
-checkout = sys.argv[2]  # an editable install puts it on the path
-sys.path = [sys.argv[1], *(path for path in sys.path if not path.startswith(checkout) or "site-packages" in path)]
-sys.modules["triton"] = None  # importing it raises
+import os, sys
+folder, version = sys.argv[1:]
+def checkout(path):  # which an editable install puts on the path
+    return any(os.path.isdir(os.path.join(path, name)) for name in ("unitvis", "unitvis_kernels"))
+sys.path = [folder, *(path for path in sys.path if "site-packages" in path or not checkout(path))]
+for missing in ("triton", "fcntl"):  # as on Windows; importing them raises
+    sys.modules[missing] = None
 import torch
 import unitvis, unitvis_kernels
-assert unitvis.__file__.startswith(sys.argv[1]) and unitvis_kernels.__file__.startswith(sys.argv[1])
+assert unitvis.__file__.startswith(folder) and unitvis_kernels.__file__.startswith(folder)
+assert unitvis.__version__ == version
 assert not torch.cuda.is_initialized()
+import unitvis.cli, unitvis.demo.command
 try:
     import kernels
 except ModuleNotFoundError:
@@ -48,10 +60,10 @@ except ModuleNotFoundError:
 """
 
 
-def test_import_needs_no_gpu_and_no_triton_and_brings_no_kernels(wheel: Path, tmp_path: Path) -> None:
+def test_import_needs_no_gpu_no_triton_and_no_fcntl_and_brings_no_kernels(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "site"), str(ROOT)],
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "site"), VERSION],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -59,3 +71,11 @@ def test_import_needs_no_gpu_and_no_triton_and_brings_no_kernels(wheel: Path, tm
         check=False,
     )
     assert done.stdout == "fine 0\n", done.stderr
+
+
+def test_the_version_is_that_of_pyproject(capsys: pytest.CaptureFixture[str]) -> None:
+    assert unitvis.__version__ == VERSION
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"unitvis {VERSION}\n"

@@ -1,4 +1,4 @@
-"""The README's recipe for Ray Data, with a real local Ray."""
+"""The recipe for Ray Data in docs/large-data-sets.md, with a real local Ray."""
 
 from __future__ import annotations
 

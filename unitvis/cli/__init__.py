@@ -1,5 +1,5 @@
 """The command line."""
 
-from unitvis.cli.main import DONE, SKIPPED, USAGE, WRONG, main
+from unitvis.cli.main import COMMANDS, DONE, SKIPPED, USAGE, WRONG, main
 
-__all__ = ["DONE", "SKIPPED", "USAGE", "WRONG", "main"]
+__all__ = ["COMMANDS", "DONE", "SKIPPED", "USAGE", "WRONG", "main"]

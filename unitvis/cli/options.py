@@ -11,6 +11,7 @@ from unitvis.gallery.figures import FIGURES
 from unitvis.scanning.scan import PRECISIONS
 from unitvis.sources.decoding import DECODERS
 from unitvis.state.checkpoints import CHECKPOINT_SECONDS
+from unitvis.version import __version__
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -20,6 +21,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="unitvis", description="For every unit of a ConvNet, the image patches that excite it most."
     )
+    whole.add_argument("--version", action="version", version=f"unitvis {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:

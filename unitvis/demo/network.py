@@ -17,7 +17,7 @@ RECORD = Path(__file__).with_name("network.json")  # how the weights came about:
 MEAN = (0.45, 0.45, 0.45)
 STD = (0.25, 0.25, 0.25)
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
-_MAKE = "make it again with `python -m unitvis.demo.train`"
+_MAKE = "install unitvis again or, in a checkout, make it again with `python -m unitvis.demo.train`"
 
 
 def build(normalise: bool = False) -> nn.Sequential:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import math
@@ -30,6 +29,11 @@ from unitvis.sources.packed import BAKED, FORMAT, MARK, pack_source, pixels_hash
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, Arrays, Checkpoints, check_interval
 from unitvis.state.partial import refuse_differences
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where no lock is taken: two processes must not pack into the same file
+    fcntl = None  # type: ignore[assignment]
 
 
 def pack(
@@ -203,7 +207,8 @@ class _Packing:
         # unbuffered, so that no byte waits for a disk that is full later
         self._held = io.FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UnitvisError(f"another process is packing into {self._target}; wait for its end") from error
         except OSError:  # a file system without locks
