@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from unitvis.errors import UnitvisError, first_line
+from unitvis.state.intervals import IntervalSet
 
 
-def checked_images(batch: object, *, uint8: bool) -> Tensor:
-    """A batch that can be computed: float [N, C, H, W], or (uint8: there is a transform for it) uint8 [N, H, W, 3]."""
+def checked_images(batch: object, shape: torch.Size | None, *, uint8: bool) -> Tensor:
+    """A batch that can be computed: float [N, C, H, W], or (uint8: there is a transform for it) uint8 [N, H, W, 3].
+
+    shape: of every image before it; None for the first batch.
+    """
     if not isinstance(batch, Tensor):
         raise UnitvisError(f"a batch must be a tensor, not {type(batch).__name__}")
-    if batch.dtype == torch.uint8 and uint8:
-        return batch
-    if batch.ndim != 4 or not batch.is_floating_point():
+    pixels = batch.dtype == torch.uint8 and uint8
+    if not pixels and (batch.ndim != 4 or not batch.is_floating_point()):
         raise UnitvisError(
             f"a batch must be float images [N, C, H, W], already normalised, not {batch.dtype} {list(batch.shape)}"
         )
+    if shape is not None and batch.shape[1:] != shape:
+        raise UnitvisError(f"images of {list(batch.shape[1:])} came after images of {list(shape)}; give them one size")
     return batch
 
 
@@ -38,3 +43,12 @@ def checked_ids(ids: Tensor | Sequence[int], images: int) -> Tensor:
     if ids.device.type == "cpu" and images and int(ids.min()) < 0:  # on a GPU a look would wait for it
         raise UnitvisError(f"an image came with the id {int(ids.min())}; ids are whole numbers from 0")
     return ids
+
+
+def check_coverage(coverage: IntervalSet, images: int) -> None:
+    """UnitvisError where the known ids are not one for each image that was recorded."""
+    if len(coverage) != images:
+        raise UnitvisError(
+            f"{images} images were recorded under {len(coverage)} known ids; give each image one of its own, on the "
+            "CPU (what comes after the images is taken for ids, not labels), and drop a Recorder that raised"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
-from unitvis.half_precision.step import HALF, Step
+from unitvis.half_precision.step import HALF, Step, overflowing_layer
 from unitvis.network.device import refuse_state
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
 from unitvis.network.network import Network, Shape
-from unitvis.ranking.batches import checked_ids, checked_images
-from unitvis.ranking.winners import winners
-from unitvis.reranking.bound import EXCEEDING_PROBABILITY
-from unitvis.reranking.rerank import Scanned, rerank
-from unitvis.results.manifest import saturation_warning, scan_manifest
+from unitvis.ranking.batches import check_coverage, checked_ids, checked_images
+from unitvis.ranking.winners import ranked_run, reranked_run
+from unitvis.reranking.rerank import Scanned
+from unitvis.results.manifest import scan_manifest
 from unitvis.run import Run
-from unitvis.sources import Source, open_source
+from unitvis.sources import open_source
 from unitvis.sources.transform import Transform
 from unitvis.state.intervals import IntervalSet
 from unitvis.state.partial import Identity, Partial, identity
@@ -72,8 +70,9 @@ class Recorder:
         self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # images and ids, fewer than are computed at once
-        self._canonical: CanonicalPass | None = None  # in float32, once it began
-        self._step: Step | None = None  # in half precision, once it began
+        self._begun = False
+        self._canonical: CanonicalPass  # in float32, once it has begun
+        self._step: Step  # in half precision, once it has begun
         self._stack = ExitStack()
         self._open = False
         self.set_precision(precision, batch_size)
@@ -110,13 +109,13 @@ class Recorder:
         """
         if not self._open:
             raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
-        images = checked_images(batch, uint8=self.network.transform is not None)
+        images = checked_images(batch, self._first_shape, uint8=self.network.transform is not None)
+        self._first_shape = images.shape[1:]
         if self.precision == "fp32":
             images = images.to(self.network.device)
         if ids is None:
             ids = torch.arange(self._next_id, self._next_id + len(images), device="cpu")
         ids = checked_ids(ids, len(images))
-        self._check_size(images)
         known = ids.numpy().copy() if ids.device.type == "cpu" else ()  # ids that came on a GPU stay unknown
         self._next_id += len(images)
         if self._waiting:
@@ -138,13 +137,13 @@ class Recorder:
     def _rank(self, images: Tensor, ids: Tensor) -> None:
         """Compute at most as many images as are computed at once, and fold them into the top-k."""
         with self.network.evaluating():  # a loop may train the model meanwhile
-            if self._canonical is None and self._step is None:
+            if not self._begun:
                 self._begin(images)
-            if self._canonical is not None:
+            if self.precision == "fp32":
                 keys = self._canonical.keys(images, self.topk.threshold())
                 self.topk.merge(keys, ids.to(keys.device))
             else:
-                self._rank_in_half_precision(images, ids)
+                self._rank_in_half_precision(self._step, images, ids)
         self.images += len(ids)
 
     def _begin(self, images: Tensor) -> None:
@@ -160,21 +159,17 @@ class Recorder:
             self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])
         else:
             self._step = self.make_step(self.network, self.topk, images, precision=self.precision, size=self._size)
+        self._begun = True
 
-    def _rank_in_half_precision(self, images: Tensor, ids: Tensor) -> None:
-        assert self._step is not None  # noqa: S101  for mypy
-        self._step(images, ids)
-        if self.images == 0 and self.precision != "bf16" and (layer := self._overflowing(len(ids))):
+    def _rank_in_half_precision(self, step: Step, images: Tensor, ids: Tensor) -> None:
+        step(images, ids)
+        if self.images or self.precision == "bf16":
+            return
+        if layer := overflowing_layer(self.network, self.topk, len(ids)):
             warnings.warn(f"layer {layer!r} overflows in float16; the images are scanned in bfloat16")
             self.precision = "bf16"
             self._begin(images)
             self._step(images, ids)
-
-    def _overflowing(self, images: int) -> str | None:
-        """After the first batch: a layer with a unit that half of its images overflow."""
-        values = self.topk.threshold(min(self.topk.places, (images + 1) // 2) - 1)
-        both = zip(self.network.layers, self.network.columns, strict=True)
-        return next((layer.name for layer, units in both if values[units].isinf().any()), None)
 
     @torch.inference_mode(False)
     def result(self, images: object = None) -> Run:
@@ -187,66 +182,48 @@ class Recorder:
         if self.images == 0:
             raise UnitvisError("no image was recorded, so there is nothing to rank")
         if len(self.coverage):  # none are known where they came on a GPU
-            self._check_coverage()
+            check_coverage(self.coverage, self.images)
         source = None if images is None else open_source(images, self.network.transform)
         if self.precision != "fp32" and source is not None:
-            return self._reranked(source)
+            return reranked_run(self.network, self.scanned, source, self._manifest("exact"))
         decided = np.full(self.network.units, self.precision == "fp32")
-        run = self._run(self.topk, decided, self.precision)
+        run = ranked_run(self.network, self.topk, self.k, decided, self._manifest(self.precision))
         if source is not None:
             run.attach(source)
         return run
 
-    def _reranked(self, source: Source) -> Run:
-        """The exact run after half precision: each unit's status says whether the bound decides it."""
-        if len(self.coverage) != self.images:
-            raise UnitvisError("ids must come on the CPU, or nothing tells which images can be computed again")
-        start = time.perf_counter()
-        with self.network.evaluating():
-            found = rerank(self.network, self.scanned, source)
-        run = self._run(found.topk, found.decided, "exact")
-        counts = {"images": found.computed, "sample": found.sampled, "doubt": EXCEEDING_PROBABILITY}
-        run.manifest["rescored"] = counts
-        run.manifest["seconds"]["rescoring"] = time.perf_counter() - start
-        run.attach(source)
-        return run
-
     @property
     def scanned(self) -> Scanned:
-        """What half precision leaves to be decided."""
+        """What half precision leaves to be decided by float32."""
+        if len(self.coverage) != self.images:
+            raise UnitvisError("ids must come on the CPU, or nothing tells which images can be computed again")
         resolution = torch.finfo(HALF[self.precision]).eps
         return Scanned(self.k, self.topk, self.coverage, self._half_responses, resolution)
 
     def _half_responses(self, images: Tensor) -> Any:
-        if self._step is None:  # the scan was another process's
+        if not self._begun:  # the scan was another process's
             self._begin(images)
-        assert self._step is not None  # noqa: S101  for mypy
         return self._step.responses(images)
 
-    def _run(self, topk: TopK, decided: Any, precision: str) -> Run:
-        tops = winners(self.network, topk, self.k, decided)
-        manifest = {
+    def _manifest(self, precision: str) -> dict[str, Any]:
+        return {
             **self.about(),
             "precision": precision,
-            "layers": {name: top.info for name, top in tops.items()},
             "images": self.images,
             "coverage": self.coverage.ranges.tolist(),
             "failures": [],
             "seconds": {"preparation": self.network.preparation},
-            "warnings": [sentence for top in tops.values() if (sentence := saturation_warning(top))],
         }
-        return Run(tops, manifest, {})
 
     def about(self) -> dict[str, Any]:
         """What is recorded and how, for a manifest."""
         how: dict[str, Any] = {"precision": self.precision, "batch_size": self._size}
         if self.precision != "fp32":
-            how["candidates"] = self.k + EXTRA_CANDIDATES
-        how |= self._step.how if self._step else {}
+            how |= {"candidates": self.k + EXTRA_CANDIDATES, **(self._step.how if self._begun else {})}
         return scan_manifest(self.network, self.k, self.precision, how)
 
     def partial(self, seconds: float = 0.0, **entries: Any) -> Run:
-        """What was recorded so far as a run that holds what `merge` needs, and no winners yet; its ids must be known.
+        """A run with what `merge` needs of the images so far, and no winners yet; their ids must be known.
 
         seconds: of scanning. entries: of the manifest, in place of a recorder's own.
         """
@@ -259,26 +236,10 @@ class Recorder:
     def snapshot(self, identity: Identity, failures: Mapping[int, str], seconds: float) -> Partial:
         """All that was recorded so far, taken at once: one copy from the device."""
         self.flush()
-        self._check_coverage()
+        check_coverage(self.coverage, self.images)
         return Partial(identity, self.topk.to("cpu"), self.coverage.copy(), failures, seconds)
 
     def restore(self, part: Partial) -> None:
         """Go on from a snapshot; only before the first image, after `prepare`."""
         self.topk, self.coverage = part.topk.to(self.network.device), part.coverage.copy()
         self.images = len(self.coverage)
-
-    def _check_size(self, images: Tensor) -> None:
-        self._first_shape = self._first_shape or images.shape[1:]
-        if images.shape[1:] != self._first_shape:
-            raise UnitvisError(
-                f"images of {list(images.shape[1:])} came after images of {list(self._first_shape)}; give them one size"
-            )
-
-    def _check_coverage(self) -> None:
-        """UnitvisError where the known ids are not one for each image."""
-        if len(self.coverage) != self.images:
-            raise UnitvisError(
-                f"{self.images} images were recorded under {len(self.coverage)} known ids; give each image one of its "
-                "own, on the CPU (what comes after the images is taken for ids, not labels), and drop a Recorder that "
-                "raised"
-            )

@@ -1,7 +1,8 @@
-"""From places in a top-k to winners: rows, columns, boxes, status, and what a run says of their layer."""
+"""From a top-k to a run: rows, columns, boxes, status, and what the manifest says of each layer."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -12,9 +13,34 @@ from numpy.typing import NDArray
 from unitvis.network.layers import Layer
 from unitvis.network.network import Network
 from unitvis.network.receptive_fields.fields import ReceptiveField
+from unitvis.reranking.bound import EXCEEDING_PROBABILITY
+from unitvis.reranking.rerank import Scanned, rerank
 from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED, LayerArrays
+from unitvis.results.manifest import saturation_warning
 from unitvis.results.nonfinite import infinite_info, nan_info
+from unitvis.run import Run
+from unitvis.sources import Source
 from unitvis.state.topk import Ranked, TopK
+
+
+def ranked_run(network: Network, topk: TopK, k: int, decided: NDArray[np.bool_], manifest: Mapping[str, Any]) -> Run:
+    """The run of a top-k; see `winners`. manifest: of the scan, to which the layers and their warnings are added."""
+    tops = winners(network, topk, k, decided)
+    layers = {name: top.info for name, top in tops.items()}
+    warned = [sentence for top in tops.values() if (sentence := saturation_warning(top))]
+    return Run(tops, {**manifest, "layers": layers, "warnings": warned}, {})
+
+
+def reranked_run(network: Network, scanned: Scanned, source: Source, manifest: Mapping[str, Any]) -> Run:
+    """The exact run after a scan in half precision: each unit's status says whether it is decided; see `rerank`."""
+    start = time.perf_counter()
+    with network.evaluating():
+        found = rerank(network, scanned, source)
+    counts = {"images": found.computed, "sample": found.sampled, "doubt": EXCEEDING_PROBABILITY}
+    run = ranked_run(network, found.topk, scanned.k, found.decided, {**manifest, "rescored": counts})
+    run.manifest["seconds"]["rescoring"] = time.perf_counter() - start
+    run.attach(source)
+    return run
 
 
 def winners(network: Network, topk: TopK, k: int, decided: NDArray[np.bool_]) -> Mapping[str, LayerArrays]:
