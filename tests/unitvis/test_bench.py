@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_cli import MODEL, call
 from torch import nn
 
-import brute
-from test_cli import MODEL, call
+from support import brute
 from unitvis import UnitvisError, cli
 from unitvis.bench.baselines import DeviceHook, HostHook
 from unitvis.bench.bench import DEVICE, FLOAT, HOST, Bench, bench, interleaved, pictures, table, units_apart

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import brute
 import unitvis
+from support import brute
 from unitvis import UnitvisError
 from unitvis.attribution import deconvnet
 from unitvis.drawing import colours

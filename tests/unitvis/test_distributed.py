@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-import photos
+from support import photos
 from unitvis import UnitvisError, cli
 
 ROOT = Path(__file__).parents[2]

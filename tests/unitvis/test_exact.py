@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import brute
 import unitvis
-from half import rounded  # noqa: F401  # a fixture
+from support import brute
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.ranking.recorder import Recorder
 from unitvis.reranking import rerank
@@ -70,7 +69,7 @@ def wrong(run: Run, model: nn.Module, images: Tensor) -> int:
     return count
 
 
-@pytest.mark.usefixtures("rounded")
+@pytest.mark.usefixtures("emulated_half")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_decided_units_equal_brute_force(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)  # nothing but the bound decides
@@ -85,7 +84,7 @@ def test_decided_units_equal_brute_force(precision: str, monkeypatch: pytest.Mon
     assert run.manifest["rescored"]["images"] < 1500
 
 
-@pytest.mark.usefixtures("rounded")
+@pytest.mark.usefixtures("emulated_half")
 def test_where_the_bound_decides_nothing_all_images_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerank, "upper_bound", lambda errors, draws: math.inf)
     images, model = pictures(600), net(1)
@@ -153,7 +152,7 @@ def test_adversarial_units_come_out_right_or_undecided(
     precision: str, emulated: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if emulated:
-        request.getfixturevalue("rounded")
+        request.getfixturevalue("emulated_half")
     monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)
     images, model = hostile(600), Adversary().eval()
     run = by_half(model, images, precision)
@@ -224,7 +223,7 @@ def test_the_plan_is_by_measurement_and_told(monkeypatch: pytest.MonkeyPatch) ->
     assert "too little" in plan(50_000, 1152, 9, cpu, rereadable=True).line
 
 
-@pytest.mark.usefixtures("rounded")
+@pytest.mark.usefixtures("emulated_half")
 def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
     images, model = pictures(900), net(6)
@@ -241,7 +240,7 @@ def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_array_equal(getattr(top, part)[decided], getattr(want[name], part)[decided])
 
 
-@pytest.mark.usefixtures("rounded")
+@pytest.mark.usefixtures("emulated_half")
 def test_shards_scanned_in_half_precision_merge_into_an_exact_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
     images, model = pictures(900), net(7)
@@ -255,7 +254,7 @@ def test_shards_scanned_in_half_precision_merge_into_an_exact_run(monkeypatch: p
     assert np.mean(np.concatenate([top.status for top in run.tops.values()]) != UNSEPARATED) > 0.9
 
 
-@pytest.mark.usefixtures("rounded")
+@pytest.mark.usefixtures("emulated_half")
 def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
     images, model, options = pictures(900), net(8), {"k": 3, "progress": False, "layers": ["6", "8"]}

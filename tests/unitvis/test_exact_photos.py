@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import brute
-import photos
 import unitvis
-from half import rounded  # noqa: F401  # a fixture
+from support import brute, photos
 from unitvis.reranking import rerank
 from unitvis.results.arrays import UNSEPARATED
 from unitvis.scanning.verify import verify
@@ -64,7 +62,7 @@ def test_a_plain_forward_ranks_the_same_but_for_near_ties(network: str) -> None:
             assert abs(exact[ours][name][unit] - exact[theirs][name][unit]) <= 1e-5 * largest, (name, unit)
 
 
-@pytest.mark.usefixtures("rounded")
+@pytest.mark.usefixtures("emulated_half")
 def test_by_way_of_half_precision_decided_units_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)  # nothing but the bound decides
     layers, source = ["conv1.2", "dw3.1", "pw6.1"], open_source(photos.images(), None)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import unitvis
-from benchmarks.memory import Peak
+from support.memory import Peak
 
 GOOD = 40
 TRANSFORM = unitvis.Transform(resize=(16, 16))

@@ -10,10 +10,10 @@ from urllib.parse import quote, unquote, urlparse
 
 import numpy as np
 import pytest
+import test_gallery
 import torch
 from torch import nn
 
-import test_gallery
 import unitvis
 from unitvis.gallery import pictures
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 import unitvis
-import zoos
-from judges import Neuron, check_by_perturbation
+from support import zoos
+from support.judges import Neuron, check_by_perturbation
 from unitvis import UnitvisError, models
 from unitvis.network.weights import load_weights
 

@@ -21,7 +21,6 @@ from PIL import Image
 from torch import nn
 
 import unitvis
-from half import rounded  # noqa: F401  # a fixture
 from unitvis import Interrupted, UnitvisError, cli, models
 from unitvis import pack as pack_function
 from unitvis.drawing import sheets
@@ -264,7 +263,7 @@ def test_files_count_as_gone_where_none_is_left(folder: Path, tmp_path: Path) ->
         assert run.patch("2", 3, 0, size=64).tobytes() != want.tobytes()
 
 
-@pytest.mark.usefixtures("rounded")
+@pytest.mark.usefixtures("emulated_half")
 def test_candidates_of_half_precision_are_read_again_from_the_pack(
     packed: Path, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from judges import all_boxes, inside, places
+from support.judges import all_boxes, inside, places
+from support.zoo import LOCAL, AtrousPyramid, SqueezeExcite, alexnet, mobilenet_v1
 from unitvis.errors import UnitvisError
 from unitvis.network.receptive_fields.fields import probe_receptive_fields, receptive_field, receptive_fields
-from zoo import LOCAL, AtrousPyramid, SqueezeExcite, alexnet, mobilenet_v1
 
 
 def test_input_sizes() -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import brute
 import unitvis
+from support import brute
 from unitvis import Recorder, UnitvisError
 from unitvis.network.canonical import canonical_settings
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-import brute
 import unitvis
+from support import brute
 from unitvis import UnitvisError
 from unitvis.attribution.filters import first_filters
 from unitvis.attribution.responses import covered

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import unitvis
 import unitvis_kernels as uk
-import zoos
-from brute import outputs
+from support import zoos
+from support.brute import outputs
 from unitvis.half_precision import rewrite
 from unitvis.half_precision.rewrite import Chain, NotRewrittenError, Threshold, rewritten
 

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_exact import by_half, net, pictures
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import brute
 import unitvis
 import unitvis_kernels as uk
-import zoos
-from test_exact import by_half, net, pictures
+from support import brute, zoos
 from unitvis.half_precision import rewrite, step
 from unitvis.half_precision.capture import _NobodyLooks
 from unitvis.half_precision.step import Step

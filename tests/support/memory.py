@@ -1,4 +1,4 @@
-"""Anonymous memory of this process, watched from a thread of its own (Linux)."""
+"""The peak of the anonymous memory of this process (Linux): what it allocated, not the files that it mapped."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Self
 def anonymous() -> int:
     """RssAnon of this process in bytes."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, "only Linux tells"
+    assert found, "/proc/self/status has no RssAnon"
     return 1024 * int(found[1])
 
 
 class Peak:
-    """While the block runs: the largest anonymous memory seen, and how much that is above the beginning."""
+    """Measures the peak while its block runs, by reading the memory every 10 ms in a thread."""
 
     def __enter__(self) -> Self:
         self.before = self.highest = anonymous()
@@ -36,5 +36,5 @@ class Peak:
 
     @property
     def added(self) -> int:
-        """Bytes above the beginning."""
+        """Bytes of the peak above what there was when the block began."""
         return self.highest - self.before

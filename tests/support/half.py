@@ -1,19 +1,20 @@
-"""Half precision on a CPU without it, in float32's time: weights and every layer's output rounded, sums in float32."""
+"""Half precision emulated on a CPU: float32 arithmetic whose weights and layer outputs are rounded to half."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from unitvis.half_precision.step import Step
-from unitvis.ranking.recorder import Recorder
 
 
 class Rounded(Step):
-    """As a GPU computes it: products are summed in float32, what is stored is half."""
+    """The step as a GPU computes it: sums of products in float32, what a layer stores rounded to half precision.
+
+    A CPU without half-precision arithmetic computes this as fast as float32.
+    """
 
     def _copy(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Callable[[Tensor], Tensor]:
         self._half, self._dtype = self._dtype, torch.float32
@@ -32,9 +33,3 @@ class Rounded(Step):
 
     def _input(self, images: Tensor) -> Tensor:
         return super()._input(images).to(self._half).to(torch.float32)
-
-
-@pytest.fixture
-def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recorders make this step."""
-    monkeypatch.setattr(Recorder, "make_step", Rounded.of)
