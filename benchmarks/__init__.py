@@ -7,4 +7,5 @@ the suite's file, and `.exactness`, `.million`, `.processes` and `.start`, which
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "unitvis"))  # networks and emulations that the tests use
+# The package `support` lies beside the tests: networks, photographs, emulations and measures that both need.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -6,7 +6,7 @@
 The MobileNets on photographs and augmented copies of them, the others with random weights on made-up pictures. A line
 each, kept in results/long/exactness.json: units `decided` by the bound alone, whatever was computed besides, and
 `wrong`, those of them with a winner that is no candidate, which the bound said cannot be. Half precision is emulated
-in float32 (tests/unitvis/half.py).
+in float32 (tests/support/half.py).
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import half
-import photos
 import unitvis
 from benchmarks import machine, naive, results
+from support import half, photos
 from unitvis.ranking.recorder import Recorder
 from unitvis.reranking.rerank import Reranking
 from unitvis.sources import open_source

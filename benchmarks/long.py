@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import machine, results
-from benchmarks.memory import Peak
 from benchmarks.naive import network
 from benchmarks.ring import Ring
+from support.memory import Peak
 from unitvis.bench.baselines import Forward, HostHook
 from unitvis.bench.bench import Bench, fastest_half, interleaved, pictures
 from unitvis.half_precision.step import HALF

@@ -34,8 +34,8 @@ from PIL import Image
 from torch import nn
 
 import unitvis
-from benchmarks.memory import anonymous
 from benchmarks.results import record
+from support.memory import anonymous
 from unitvis.scanning.progress import Progress
 
 SIDE, SAMPLE, BATCH = 32, 10_000, 256

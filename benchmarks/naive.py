@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import zoos
+from support import zoos
 from unitvis import models
 from unitvis.bench.baselines import DeviceHook, Forward, HostHook
 

@@ -33,8 +33,8 @@ class FirstRequestError(Exception):
 def start(images: str, out: str) -> None:
     """Scan until the first image is asked for, in this process; prints what that took."""
     import unitvis
-    from benchmarks.memory import Peak
     from benchmarks.million import network
+    from support.memory import Peak
     from unitvis.sources.encoded import EncodedSource
 
     asked: list[float] = []

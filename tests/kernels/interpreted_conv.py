@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
 import unitvis_kernels as uk
-from conv_cases import CASES, Case, operands
+from support.conv_cases import CASES, Case, operands
 from unitvis_kernels import naive
 from unitvis_kernels.geometry import ConvGeometry
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import unitvis_kernels as uk
-from conv_cases import CASES, operands
+from support.conv_cases import CASES, operands
 from unitvis_kernels import choice, naive
 from unitvis_kernels.geometry import ConvGeometry
 

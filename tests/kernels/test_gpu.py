@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import unitvis_kernels as uk
-from conv_cases import CASES, Case, operands
+from support.conv_cases import CASES, Case, operands
 from unitvis_kernels import naive
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -1,4 +1,4 @@
-"""Networks by name, checkpoints of one's own, and the networks people know, scanned with their default layers."""
+"""Networks of torchvision and timm by name, with their weights and preprocessing, and scans of their default layers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image
 from torch import nn
 
 import unitvis
-import zoos
-from judges import Neuron, check_by_perturbation
+from support import zoos
+from support.judges import Neuron, check_by_perturbation
 from unitvis import UnitvisError, models
-from unitvis.network.weights import load_weights
 
 zoos.importable()
+
 
 # name -> (number of default layers, size of the input): as small as the network takes, to be quick
 NETWORKS = {
@@ -85,26 +85,6 @@ def test_a_checkpoint_with_another_head_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded.model.classifier[6].weight, tuned.classifier[6].weight)
     assert torch.equal(loaded.model.features[0].weight, tuned.features[0].weight)
     assert loaded.transform is not None
-
-
-def test_a_checkpoint_that_does_not_fit_names_every_key(tmp_path: Path) -> None:
-    def small() -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 10))
-
-    state = small().state_dict()
-    state["0.weight"] = torch.zeros(5, 3, 3, 3)
-    state["extra.weight"] = state.pop("1.bias")
-    torch.save(state, tmp_path / "w.pt")
-    told = (
-        r"\(missing: 1.bias; unexpected: extra.weight; of another shape: 0.weight \[5, 3, 3, 3\] for \[4, 3, 3, 3\]\)"
-        r"; name a function that builds the network"
-    )
-    with pytest.raises(UnitvisError, match=told):
-        load_weights(small(), tmp_path / "w.pt")
-    deeper = nn.Sequential(*list(small())[:3], nn.Linear(17, 2))
-    torch.save(deeper.state_dict(), tmp_path / "d.pt")
-    with pytest.raises(UnitvisError, match=r"of another shape: 3.weight \[2, 17\] for \[10, 16\], 3.bias"):
-        load_weights(small(), tmp_path / "d.pt")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,207 @@
+"""The rewritten copy of a model against the model itself, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import unitvis
+import unitvis_kernels as uk
+from support import zoos
+from support.brute import outputs
+from unitvis.half_precision import rewrite
+from unitvis.half_precision.rewrite import Chain, NotRewrittenError, Threshold, rewritten
+
+
+def norm(channels: int) -> nn.BatchNorm2d:
+    made = nn.BatchNorm2d(channels)
+    for tensor, low, high in ((made.running_mean, -1, 1), (made.running_var, 0.5, 2), (made.weight.data, -2, 2)):
+        tensor.uniform_(low, high)
+    return made
+
+
+class Block(nn.Module):
+    """A residual block as torchvision writes it: one ReLU for all places, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), norm(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), norm(6)
+        self.down = nn.Sequential(nn.Conv2d(3, 6, 1), norm(6))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.down(x)
+        return self.relu(out)
+
+
+class Functional(nn.Module):
+    """Functions, branches, an in-place change whose result nobody takes, and a pool that rounds up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 3, dilation=2, groups=1)
+        self.c = nn.Conv2d(4, 8, 1, groups=4)
+        self.d = nn.Conv2d(12, 5, 3, padding=1, padding_mode="reflect")
+        self.up = nn.MaxPool2d(2, ceil_mode=True)
+        self.tail = nn.Conv2d(5, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        y = self.b(x).relu_()
+        z = self.c(y)
+        z.add_(1)
+        y = torch.cat([torch.relu(z), y], dim=1)
+        y = self.d(y)
+        y = F.max_pool2d(F.relu6(y), 2)
+        return self.tail(self.up(y))
+
+
+class Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.next = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)
+        self.conv.register_forward_hook(lambda module, args, output: output * -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.next(self.relu(self.conv(x)))
+
+
+def stack() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 5, 2, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 9, 3, groups=1),
+        nn.ReLU6(), nn.Conv2d(9, 4, 1, bias=False), norm(4), nn.MaxPool2d(2), nn.Sigmoid(), nn.Conv2d(4, 7, 1),
+    )  # fmt: skip
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[list[str]], int]] = {  # and the chains of the first choice
+    "residual": (Block, [["bn1", "bn2", "down.1"], ["conv1", "relu"][:1], ["down"], ["bn1", "conv2"]], 3),
+    "functional": (Functional, [["a", "b", "c", "d", "tail"], ["b"], ["up"], ["c", "up"]], 4),
+    "hooked": (Hooked, [["conv", "next"], ["relu"]], 1),
+    "stack": (stack, [["0", "3", "6", "9"], ["1"], ["0", "1", "2"], ["4", "5", "7"], ["2", "6", "8"]], 4),
+}
+
+
+def keys(copied: nn.Module, layers: list[str], images: Tensor) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        return dict(zip(layers, copied(images), strict=True))
+
+
+def units(model: nn.Module, layers: list[str], images: Tensor) -> dict[str, slice]:
+    found, start, maps = {}, 0, outputs(model, layers, images)
+    for name in layers:
+        found[name] = slice(start, start := start + maps[name].shape[1])
+    return found
+
+
+def chains(copied: nn.Module) -> int:
+    return sum(isinstance(module, Chain) for module in copied.modules())
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_are_those_of_the_model(name: str, one_pass: bool) -> None:
+    torch.manual_seed(0)
+    make, choices, most = MODELS[name]
+    model = make().eval()
+    images = torch.randn(3, 3, 20, 23).contiguous(memory_format=torch.channels_last)
+    for number, layers in enumerate(choices):
+        copied = rewritten(model, units(model, layers, images), Threshold(), one_pass=one_pass)
+        copied.graph.lint()
+        assert number > 0 or chains(copied) == most
+        want = outputs(model, layers, images)
+        for layer, found in keys(copied, layers, images).items():
+            values, positions = uk.unpack(found)
+            flat = want[layer].flatten(2)
+            torch.testing.assert_close(values, flat.amax(2), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(flat.gather(2, positions[..., None])[..., 0], values, rtol=1e-5, atol=1e-5)
+            if not one_pass and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+                assert torch.equal(found, uk.spatial_argmax(want[layer]))  # the very same operations
+
+
+def test_nothing_runs_after_the_last_layer_and_the_model_is_untouched() -> None:
+    model = stack().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    copied = rewritten(model, {"3": slice(0, 9)}, Threshold(), one_pass=True)
+    assert chains(copied) == 2
+    assert not any(isinstance(module, nn.Sigmoid) for module in copied.modules())
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_below_the_floor_no_position_is_looked_for() -> None:
+    torch.manual_seed(1)
+    model, threshold = stack().eval(), Threshold()
+    images = torch.randn(40, 3, 20, 23)
+    copied = rewritten(model, {"0": slice(0, 8), "5": slice(8, 12)}, threshold, one_pass=False)
+    full = keys(copied, ["0", "5"], images)
+    values = torch.cat([uk.unpack(full[name])[0] for name in full], dim=1)
+    threshold.values = values.sort(dim=0).values[-2]
+    for (name, found), part in zip(keys(copied, ["0", "5"], images).items(), (slice(0, 8), slice(8, 12)), strict=True):
+        reaches = values[:, part] >= threshold.values[part]
+        assert torch.equal(found[reaches], full[name][reaches])
+        assert torch.equal(found >> 32, full[name] >> 32)
+        assert (uk.unpack(found)[1] == 2**31 - 1).any()
+
+
+class Choosy(nn.Module):
+    """What it does depends on the values it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > -1e9 else self.conv(-x)
+
+
+def test_what_cannot_be_traced_is_scanned_as_it_is() -> None:
+    with pytest.raises(NotRewrittenError, match="cannot be traced"):
+        rewritten(Choosy(), {"conv": slice(0, 4)}, Threshold(), one_pass=True)
+    images = torch.randn(20, 3, 9, 9)
+    run = unitvis.scan(Choosy(), images, precision="fp16", progress=False)
+    assert "cannot be traced" in run.manifest["scan"]["rewritten"]
+
+
+def test_a_wrong_copy_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    model, images = stack(), torch.randn(40, 3, 20, 23)
+    right = unitvis.scan(model, images, precision="fp16", progress=False)
+    assert right.manifest["scan"]["rewritten"] == "4 chains of a convolution and what follows it"
+    monkeypatch.setattr(rewrite, "_RELUS", rewrite._RELUS | {nn.ReLU: "relu6", nn.ReLU6: "relu"})
+    loud = images * 50
+    run = unitvis.scan(model, loud, precision="fp16", progress=False)
+    assert run.manifest["scan"]["rewritten"] == "no: rewritten, layer '3' gives other responses"
+    np_want = unitvis.scan(model, loud, precision="fp32", progress=False)
+    for name in run:  # what is scanned instead is right
+        largest = abs(np_want[name].values).max()
+        assert abs(run[name].values - np_want[name].values).max() < 0.01 * largest
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "googlenet", "densenet121", "mobilenet_v2"])
+def test_networks_of_torchvision(name: str) -> None:
+    zoos.importable()
+    import torchvision
+
+    torch.manual_seed(3)
+    more = {"init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, **more).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    images = torch.randn(2, 3, 64, 80).contiguous(memory_format=torch.channels_last)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d if name != "alexnet" else nn.Conv2d)]
+    layers = [n for n in layers if "aux" not in n]
+    copied = rewritten(model, units(model, layers, images), Threshold(), one_pass=True)
+    assert chains(copied) >= (len(layers) if name != "densenet121" else 59)  # half of its norms come before
+    want = outputs(model, layers, images)
+    for layer, found in keys(copied, layers, images).items():
+        largest = float(want[layer].abs().max())
+        torch.testing.assert_close(uk.unpack(found)[0], want[layer].amax((2, 3)), rtol=1e-4, atol=1e-5 * largest)

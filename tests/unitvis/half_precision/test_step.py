@@ -1,0 +1,185 @@
+"""The step in half precision: the same candidates whatever computes it, and no copy to the host."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import unitvis
+import unitvis_kernels as uk
+from support import brute, zoos
+from support.scans import by_half, pictures, tiny_net
+from unitvis.half_precision import rewrite, step
+from unitvis.half_precision.capture import _NobodyLooks
+from unitvis.half_precision.step import Step
+from unitvis.network.canonical import canonical_settings
+from unitvis.state.topk import TopK
+
+
+def stepping(model: nn.Module, images: Tensor, device: str = "cpu", size: int = 64, **options: Any) -> Step:
+    """A step over the default layers."""
+    layers = unitvis.scan(model, images[:2], k=1, progress=False).layers
+    sample = images[:16].to(device).contiguous(memory_format=torch.channels_last)
+    with canonical_settings(sample.device):
+        maps = brute.outputs(model, layers, sample)
+    ends = list(itertools.accumulate(maps[name].shape[1] for name in layers))
+    units = [slice(end - maps[name].shape[1], end) for name, end in zip(layers, ends, strict=True)]
+    responses = torch.cat([maps[name].flatten(2).amax(2) for name in layers], dim=1)
+    topk = TopK.empty(ends[-1], 32, torch.device(device))
+    return Step(
+        model,
+        dict(zip(layers, units, strict=True)),
+        topk,
+        dtype=torch.float16,
+        size=size,
+        neurons=False,
+        sample=sample,
+        responses=responses,
+        **({"transform": None} | options),
+    )
+
+
+def test_alexnet_with_conv_argmax_wherever_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    zoos.importable()
+    import torchvision
+
+    torch.manual_seed(0)
+    model, images = torchvision.models.alexnet(weights=None).eval(), pictures(48, 64)
+    calls: list[bool] = []
+    fused = uk.conv_argmax
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(options["store"])
+        return fused(*args, **options)
+
+    monkeypatch.setattr(uk, "conv_argmax", counted)
+    monkeypatch.setattr(rewrite, "prefer", lambda *shape, **options: (True, "measured"))
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass: rewrite.rewritten(*a, one_pass=True))
+    run = by_half(model, images)
+    assert calls[:5] == [True, True, True, True, False]  # the last map is not stored
+    brute.check(run, brute.responses(model, run.layers, images, brute.canonical_batches(images)))
+
+
+def test_padding_of_the_last_batch_is_no_image() -> None:
+    model, images = tiny_net(), pictures(70)
+    once = stepping(model, images)
+    once(images[:64], torch.arange(64))
+    once(images[64:], torch.arange(64, 70))
+    ids = uk.topk_read(once.topk.tensor)[1]
+    assert ids.max() < 70
+    assert all(len(set(row.tolist())) == 32 for row in ids)
+
+
+class Leaving(TorchDispatchMode):
+    """Lists operations that read a device's memory from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        taken, given = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), result))
+        self.calls += 1
+        if any(t.device.type == "cuda" for t in taken):
+            written = given + ([args[0]] if "copy_" in str(func) else [])
+            if torch.Tag.data_dependent_output in func.tags or any(t.device.type != "cuda" for t in written):
+                self.found.append(str(func))
+        return result
+
+
+def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass: rewrite.rewritten(*a, one_pass=True))
+    transform = unitvis.Transform(mean=(0.5, 0.5, 0.5))
+    one = stepping(tiny_net(), pictures(16), transform=transform)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that computes nothing
+        for module in one.model.modules():
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                holder = module._parameters if name in module._parameters else module._buffers
+                holder[name] = nn.Parameter(fake) if name in module._parameters else fake
+        one.topk = TopK(torch.empty(one.topk.tensor.shape, dtype=torch.int64, device="cuda"))
+        one._device = torch.device("cuda")
+        pixels = torch.empty(64, 20, 20, 3, dtype=torch.uint8, device="cuda")
+        ids = torch.empty(64, dtype=torch.int64, device="cuda")
+        with Leaving() as leaving, _NobodyLooks():
+            one._fold(pixels, ids)
+        assert leaving.calls > 10
+        assert leaving.found == []
+        with Leaving() as leaving:  # the judge sees what it is there for
+            pixels.cpu()
+            torch.empty(3).copy_(torch.empty(3, device="cuda"))
+        assert len(leaving.found) == 2
+
+
+def on_gpu(model: nn.Module, images: Tensor, pin: bool = False) -> Step:
+    one = stepping(model, images, "cuda")
+    for start in range(0, len(images), 64):
+        part = images[start : start + 64]
+        one(part.pin_memory() if pin else part, torch.arange(start, start + len(part)))
+    torch.cuda.synchronize()
+    return one
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+class TestOnAGpu:
+    def test_captured_and_eager_steps_agree(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, images = tiny_net().cuda(), pictures(300)
+        captured = on_gpu(model, images)
+        assert captured.how["captured"] is True, captured.how
+        assert torch.equal(on_gpu(model, images, pin=True).topk.tensor, captured.topk.tensor)
+        monkeypatch.setattr("unitvis.half_precision.capture.Replay._capture", lambda self: "asked not to")
+        eager = on_gpu(model, images)
+        assert eager.how["captured"] == "asked not to"
+        assert torch.equal(eager.topk.tensor, captured.topk.tensor)
+
+    def test_a_scan_is_exact(self) -> None:
+        model, images = tiny_net().cuda(), pictures(2000)
+        run = by_half(model, images.cuda())
+        want = unitvis.scan(model, images.cuda(), precision="fp32", progress=False)
+        for name, top in run.tops.items():
+            decided = top.status != "unseparated"
+            assert decided.mean() > 0.8
+            assert (top.images == want[name].images)[decided].all()
+            assert (top.values == want[name].values)[decided].all()
+
+    def test_no_copy_to_the_host_and_no_growth(self) -> None:
+        model, images = tiny_net().cuda(), pictures(640)
+        one = on_gpu(model, images[:128])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
+        activities = list(torch.profiler.supported_activities())
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+            for start in range(128, 640, 64):
+                one(images[start : start + 64], torch.arange(start, start + 64))
+        names = [event.name for event in profile.events()]
+        assert any("Graph" in name for name in names)
+        assert not [n for n in names if "DtoH" in n or "cudaDeviceSynchronize" in n or "cudaStreamSynchronize" in n][1:]
+        assert torch.cuda.max_memory_allocated() == before
+
+    def test_a_model_that_looks_at_its_values_runs_eagerly(self) -> None:
+        class Choosy(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.conv(x) if float(x.sum()) > -1e9 else self.conv(-x)
+
+        one = on_gpu(Choosy().cuda(), pictures(128))
+        assert "cannot be traced" in one.how["rewritten"]
+        assert re.search(
+            r"aten\.(item|_local_scalar_dense)\.default makes the host wait for the device", one.how["captured"]
+        )
+        assert (uk.topk_read(one.topk.tensor)[1] >= 0).all()

@@ -1,0 +1,79 @@
+"""The forward pass: where it ends, and how the outputs of layers are read as maps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from support import brute
+from support.scans import images, scan, small_net
+from unitvis import Recorder, UnitvisError
+
+
+def test_in_place_activation_does_not_spoil_the_layer_before_it() -> None:
+    model, pixels = small_net(), images(20)
+    run = scan(model, pixels, ["0", "1"])
+    assert run["0"].info["feeds_relu"]
+    before = brute.outputs(model, ["0"], next(iter(brute.canonical_batches(pixels)))[1])["0"]
+    assert (before < 0).any()
+    brute.check(run, brute.responses(model, ["0", "1"], pixels, brute.canonical_batches(pixels)))
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+        self.second_runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(self.first(x))
+        self.second_runs += 1
+        return self.second(x)
+
+
+def test_forward_stops_after_the_last_tapped_layer() -> None:
+    model = Counting().eval()
+    scan(model, iter([images(20, 9)]), "first")
+    assert model.second_runs <= 3  # the examination, the receptive fields; never in the scan
+    runs = model.second_runs
+    with Recorder(model, "second") as recorder:
+        recorder(images(48, 9))
+    assert model.second_runs > runs + 3
+
+
+def test_tokens_and_channels_last_layers_are_taken_as_such() -> None:
+    torch.manual_seed(0)
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.mix = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6), nn.Linear(6, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(self.norm(self.embed(x).flatten(2).transpose(1, 2)))
+
+    model, pixels = Tokens().eval(), images(10, 16)
+    run = scan(model, pixels, ["norm", "mix"], 3)
+    assert (run["mix"].info["channels"], run["mix"].info["height"], run["mix"].info["width"]) == (9, 1, 16)
+    out = brute.outputs(model, ["mix"], next(iter(brute.canonical_batches(pixels)))[1])["mix"][:10].numpy()
+    assert (run["mix"].images[:, 0] == out.max(axis=1).argmax(axis=0)).all()
+    assert (run["mix"].positions[:, 0, 1] == out[run["mix"].images[:, 0], :, np.arange(9)].argmax(axis=1)).all()
+
+
+def test_a_layer_with_its_channels_last_is_refused_where_its_kind_does_not_tell() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.grow, self.act = nn.Conv2d(3, 6, 3), nn.Linear(6, 24), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.grow(self.conv(x).permute(0, 2, 3, 1)))
+
+    model, pixels = Block().eval(), images(5, 12)
+    with pytest.raises(UnitvisError, match=r"layer 'act' puts its channels last, .*\[N, 10, 10, 24\]"):
+        scan(model, pixels, "act")
+    run = scan(model, pixels, "grow")
+    assert (run["grow"].info["channels"], run["grow"].info["height"]) == (24, 10)

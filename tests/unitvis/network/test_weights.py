@@ -1,0 +1,47 @@
+"""Weights from files of the common forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from support.commands import model_file
+from unitvis import UnitvisError, models
+from unitvis.network.weights import load_weights
+
+
+def test_weights_are_loaded_from_common_checkpoints(tmp_path: Path) -> None:
+    model = model_file(tmp_path)
+    weights = {name: tensor + 1 for name, tensor in models.load(model).model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": t for name, t in weights.items()}}, tmp_path / "a.pt")
+    save_file(weights, tmp_path / "b.safetensors")
+    for name in ("a.pt", "b.safetensors"):
+        loaded = models.load(model, tmp_path / name).model.state_dict()
+        assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+    (tmp_path / "ints.py").write_text("def f():\n    return 3\n")
+    with pytest.raises(UnitvisError, match=r"returned a int, not an nn.Module"):
+        models.load(f"{tmp_path / 'ints.py'}:f")
+
+
+def test_a_checkpoint_that_does_not_fit_names_every_key(tmp_path: Path) -> None:
+    def small() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 10))
+
+    state = small().state_dict()
+    state["0.weight"] = torch.zeros(5, 3, 3, 3)
+    state["extra.weight"] = state.pop("1.bias")
+    torch.save(state, tmp_path / "w.pt")
+    told = (
+        r"\(missing: 1.bias; unexpected: extra.weight; of another shape: 0.weight \[5, 3, 3, 3\] for \[4, 3, 3, 3\]\)"
+        r"; name a function that builds the network"
+    )
+    with pytest.raises(UnitvisError, match=told):
+        load_weights(small(), tmp_path / "w.pt")
+    deeper = nn.Sequential(*list(small())[:3], nn.Linear(17, 2))
+    torch.save(deeper.state_dict(), tmp_path / "d.pt")
+    with pytest.raises(UnitvisError, match=r"of another shape: 3.weight \[2, 17\] for \[10, 16\], 3.bias"):
+        load_weights(small(), tmp_path / "d.pt")

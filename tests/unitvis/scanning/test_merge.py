@@ -1,0 +1,269 @@
+"""Shards scanned apart and merged equal one scan, in whatever order and however often."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import unitvis
+from support.commands import TWO_CONVOLUTIONS, model_file
+from unitvis import UnitvisError, cli
+from unitvis.sources import FileSource
+
+COUNT = 53
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU6(), nn.Conv2d(6, 5, 3)).eval()
+
+
+@functools.cache
+def images() -> Tensor:
+    """With ties across shards, and NaN in three of them."""
+    pixels = torch.randn(COUNT, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    pixels[40] = pixels[7]
+    pixels[41] = pixels[3]
+    for id in (5, 22, 23, 52):
+        pixels[id, 0, 3, 4] = math.nan
+    return pixels
+
+
+def scan(shard: object = None, **options: object) -> unitvis.Run:
+    return unitvis.scan(net(), images(), ["0", "2"], 9, shard=shard, progress=False, **options)
+
+
+@functools.cache
+def shards(count: int) -> list[unitvis.Run]:
+    return [scan((number, count)) for number in range(1, count + 1)]
+
+
+@functools.cache
+def whole() -> unitvis.Run:
+    return scan()
+
+
+def merge(runs: object, **options: object) -> unitvis.Run:
+    return unitvis.merge(runs, net(), **{"images": images(), **options})
+
+
+def same(one: unitvis.Run, other: unitvis.Run) -> None:
+    assert one.layers == other.layers
+    for name in one:
+        for key in ("values", "images", "positions", "boxes", "status"):
+            assert getattr(one[name], key).tobytes() == getattr(other[name], key).tobytes(), (name, key)
+    for key in ("images", "coverage", "failures", "layers", "input", "k", "fingerprint", "source", "records"):
+        assert one.manifest.get(key) == other.manifest.get(key), key
+    assert one.records == other.records
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, COUNT])
+def test_merged_shards_are_the_whole(count: int) -> None:
+    same(merge(shards(count)), whole())
+
+
+def test_order_repetition_and_grouping_do_not_matter() -> None:
+    a, b, c = shards(3)
+    for order in itertools.permutations([a, b, c]):
+        same(merge(order), whole())
+    same(merge([a, b, c, b, a]), whole())
+    ab, bc = merge([a, b], partial=True), merge([c, b], partial=True)
+    for runs in ([ab, c], [c, ab], [a, ab, c, c], [a, bc], [merge([ab, c], partial=True)], [merge([a, b, c]), b]):
+        same(merge(runs), whole())
+    assert merge([a, b], partial=True).partial.coverage.ranges.tolist() == [[0, 35]]
+
+
+def test_a_shard_s_run_holds_what_merges_and_no_winners(tmp_path: Path) -> None:
+    run = shards(3)[1]
+    assert repr(run) == "<Run: a shard, 18 images, to be merged>"
+    assert (run.manifest["shard"], run.manifest["images"], run.manifest["coverage"]) == ("2/3", 18, [[17, 35]])
+    with pytest.raises(UnitvisError, match="run of a shard, which has no winners yet; merge it"):
+        run["0"]
+    run.save(tmp_path / "shard")
+    assert sorted(path.name for path in (tmp_path / "shard").iterdir()) == [
+        "images.jsonl",
+        "manifest.json",
+        "state.npz",
+    ]
+    again = unitvis.load(tmp_path / "shard").partial
+    assert torch.equal(again.topk.tensor, run.partial.topk.tensor)
+    assert (again.identity, again.coverage, again.failures) == (
+        run.partial.identity,
+        run.partial.coverage,
+        run.partial.failures,
+    )
+    (tmp_path / "shard" / "state.npz").unlink()
+    with pytest.raises(UnitvisError, match=r"not a whole run \(there is no state.npz\); scan that shard again"):
+        unitvis.load(tmp_path / "shard")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda run: (run / "manifest.json").write_text("[]"),
+            r"manifest.json is damaged \(it holds no object\); scan",
+        ),
+        (lambda run: (run / "manifest.json").write_text('{"for'), r"manifest.json is damaged \(.*\); scan again"),
+        (lambda run: (run / "state.npz").write_bytes(b"half"), r"state.npz is damaged \(.*\); scan that shard again"),
+        (lambda run: (run / "images.jsonl").write_text('{"id": 3'), r"is not a whole run \(.*\); scan again"),
+    ],
+    ids=["manifest", "half a manifest", "state", "records"],
+)
+def test_a_damaged_shard_is_named(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    run = shards(3)[1].save(tmp_path / "shard")
+    damage(run)
+    with pytest.raises(UnitvisError, match=message):
+        merge([shards(3)[0], run, shards(3)[2]])
+    with pytest.raises(UnitvisError, match=r"manifest.json is not a run: there is no manifest.json in it"):
+        merge([run / "manifest.json"])
+
+
+def test_what_the_shards_noted_of_their_images_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    options = {"transform": unitvis.Transform(), "progress": False}
+    runs = [unitvis.scan(net(), tmp_path, shard=(number, 2), **options) for number in (1, 2)]
+    want = unitvis.scan(net(), tmp_path, **options)
+    monkeypatch.setattr(FileSource, "record", None)
+    assert unitvis.merge(runs, net(), images=tmp_path).records == want.records
+
+
+def test_gaps_are_named() -> None:
+    a, _, c = shards(3)
+    with pytest.raises(UnitvisError, match=r"18 of 53 images are in none of the runs: 17 to 34; scan the shards"):
+        merge([a, c])
+    partial = merge([a, c], partial=True)
+    assert (partial.manifest["coverage"], partial.manifest["partial"]) == ([[0, 17], [35, 53]], True)
+
+
+def test_overlaps_count_nothing_twice_or_are_named() -> None:
+    halves, thirds = shards(2), shards(3)
+    with pytest.raises(UnitvisError, match="has images 17 to 25 in common with the others, and both count NaN"):
+        merge([halves[0], thirds[1], thirds[2]])
+    a, b, c, d, e = shards(5)  # there is no NaN in b and d
+    same(merge([a, merge([b, d], partial=True), merge([c, d], partial=True), e]), whole())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 8}, "k is 9 and 8"),
+        ({"unit": "neuron"}, "unit is channel and neuron"),
+        ({"layers": ["0"]}, r"layers.2 is \[5, 8, 8\] and nothing"),
+        ({"model": net(1)}, "model.weights is "),
+        ({"pixels": torch.zeros(COUNT, 3, 12, 13)}, r"input is \[3, 12, 12\] and \[3, 12, 13\]"),
+        ({"pixels": torch.zeros(50, 3, 12, 12)}, "source.images is 53 and 50"),
+    ],
+    ids=["k", "unit", "layers", "weights", "size", "images"],
+)
+def test_runs_of_other_scans_are_refused(options: dict[str, object], message: str) -> None:
+    given = {"model": net(), "pixels": images(), "layers": ["0", "2"], "k": 9, "unit": "channel", **options}
+    other = unitvis.scan(
+        given["model"], given["pixels"], given["layers"], given["k"], unit=given["unit"], shard="3/3", progress=False
+    )
+    with pytest.raises(UnitvisError, match=rf"run 2 and run 3 cannot be merged: .*{message}"):
+        merge([*shards(3)[:2], other])
+
+
+def test_what_a_merge_needs() -> None:
+    with pytest.raises(UnitvisError, match="nothing to merge"):
+        merge([])
+    with pytest.raises(UnitvisError, match="run 1 has no state to merge"):
+        merge([whole()])
+    with pytest.raises(UnitvisError, match="do not say where their model is; give model="):
+        unitvis.merge(shards(3), images=images())
+    with pytest.raises(UnitvisError, match=r"the model is not that of the runs .*: weights is"):
+        unitvis.merge(shards(3), net(1), images=images())
+    with pytest.raises(UnitvisError, match="the images came from a array, which has no path"):
+        unitvis.merge(shards(3), net())
+    with pytest.raises(UnitvisError, match="the images are not those of the runs: images is 53 and 50"):
+        merge(shards(3), images=images()[:50])
+
+
+def test_recorders_of_other_loops_merge() -> None:
+    runs = []
+    for part in np.array_split(np.random.default_rng(0).permutation(COUNT), 3):
+        with unitvis.Recorder(net(), ["0", "2"]) as recorder:
+            for some in np.array_split(part, 4):
+                recorder(images()[some], some)
+        runs.append(recorder.partial())
+    merged = merge(runs)
+    for name in whole():
+        assert merged[name].images.tobytes() == whole()[name].images.tobytes()
+        assert merged[name].values.tobytes() == whole()[name].values.tobytes()
+    with unitvis.Recorder(net(), ["0", "2"]) as recorder:
+        recorder(images()[:3], [1, 2, 1])
+    with pytest.raises(UnitvisError, match="3 images were recorded under 2 known ids"):
+        recorder.partial()
+
+
+def test_a_shard_is_resumed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (80, 12, 12, 3), np.uint8))
+    options = {"transform": unitvis.Transform(), "progress": False, "batch_size": 16, "every": 1e-9}
+    path = tmp_path / "x.npy"
+    unitvis.scan(net(), path, "2", shard="2/2", out=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("unitvis.sources.arrays.ArraySource._rows", stop_at(70))
+        with pytest.raises(KeyError):
+            unitvis.scan(net(), path, "2", shard="2/2", out=tmp_path / "run", **options)
+    unitvis.scan(net(), path, "2", shard="2/2", out=tmp_path / "run", resume=True, **options)
+    one, other = (unitvis.load(tmp_path / name) for name in ("run", "whole"))
+    assert torch.equal(one.partial.topk.tensor, other.partial.topk.tensor)
+    assert one.manifest["coverage"] == other.manifest["coverage"] == [[40, 80]]
+
+
+def stop_at(id: int) -> object:
+    from unitvis.sources.arrays import ArraySource
+
+    real = ArraySource._rows
+
+    def rows(self: ArraySource, ids: list[int]) -> Tensor:
+        if id in ids:
+            raise KeyError(id)
+        return real(self, ids)
+
+    return rows
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(net().state_dict(), tmp_path / "w.pt")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3), np.uint8))
+    scan = [
+        "scan",
+        model_file(tmp_path, TWO_CONVOLUTIONS),
+        str(tmp_path / "x.npy"),
+        "--weights",
+        str(tmp_path / "w.pt"),
+    ]
+    scan += ["--mean", "0", "0", "0", "-o"]
+    assert cli.main([*scan, str(tmp_path / "whole")]) == cli.DONE
+    for number in (1, 2):
+        assert cli.main([*scan, str(tmp_path / f"s{number}"), "--shard", f"{number}/2"]) == cli.DONE
+    assert "20 images; `unitvis merge` makes a run of all shards" in capsys.readouterr().out
+    merge = ["merge", str(tmp_path / "s2"), str(tmp_path / "s1"), "-o", str(tmp_path / "merged")]
+    assert cli.main(merge) == cli.DONE
+    assert "2 sheets in" in capsys.readouterr().out
+    assert (tmp_path / "merged" / "top.npz").read_bytes() == (tmp_path / "whole" / "top.npz").read_bytes()
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("merged", "whole")]
+    for key in ("layers", "images", "coverage", "model", "source"):
+        assert manifests[0][key] == manifests[1][key]
+    (tmp_path / "w.pt").unlink()
+    assert cli.main([*merge, "--overwrite"]) == cli.USAGE
+    assert "there is no file" in capsys.readouterr().err
+    for command in (["render", str(tmp_path / "s1")], ["verify", str(tmp_path / "s1"), scan[1]]):
+        assert cli.main(command) == cli.USAGE
+        assert "the run of a shard" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""The choice of precision by measured speed, and scans that follow it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import unitvis
+from support.brute import wrong
+from support.scans import pictures, tiny_net
+from unitvis.errors import Interrupted
+from unitvis.ranking.recorder import Recorder
+from unitvis.results.arrays import UNSEPARATED
+from unitvis.scanning.precision import plan, speed
+from unitvis.state.sampling import SIZE
+
+
+def test_the_plan_is_by_measurement_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert speed(cpu, "fp16") > 0
+    speeds = {"fp16": 6.0, "bf16": 6.1}
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: speeds[precision])
+    assert plan(50_000, 1152, 9, cpu, rereadable=True).precision == "fp16"
+    assert "of 50,000 images" in plan(50_000, 1152, 9, cpu, rereadable=True).line
+    assert plan(500, 1152, 9, cpu, rereadable=True).precision == "fp32"
+    assert plan(None, 1152, 9, cpu, rereadable=True).precision == "fp32"
+    assert plan(50_000, 1152, 9, cpu, rereadable=False).precision == "fp32"
+    speeds = {"fp16": 0.2, "bf16": 5.0}
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: speeds[precision])
+    assert plan(50_000, 1152, 9, cpu, rereadable=True).precision == "bf16"
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 1.05)
+    assert "too little" in plan(50_000, 1152, 9, cpu, rereadable=True).line
+
+
+@pytest.mark.usefixtures("emulated_half")
+def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
+    images, model = pictures(900), tiny_net(6)
+    run = unitvis.scan(model, images, ["6", "8"], k=3, progress=False)
+    assert run.manifest["scan"]["precision"] == "fp16"
+    assert run.manifest["plan"].startswith("float16, 6.0 times as fast here")
+    assert {"scan", "rescoring", "second_pass", "preparation"} <= run.manifest["seconds"].keys()
+    assert wrong(run, model, images) == 0
+    want = unitvis.scan(model, images, ["6", "8"], k=3, precision="fp32", progress=False)
+    for name, top in run.tops.items():
+        decided = top.status != UNSEPARATED
+        assert decided.mean() > 0.9
+        for part in ("values", "images", "positions", "boxes", "status"):
+            np.testing.assert_array_equal(getattr(top, part)[decided], getattr(want[name], part)[decided])
+
+
+@pytest.mark.usefixtures("emulated_half")
+def test_shards_scanned_in_half_precision_merge_into_an_exact_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
+    images, model = pictures(900), tiny_net(7)
+    shards = [unitvis.scan(model, images, ["6", "8"], k=3, shard=(i, 3), progress=False) for i in (1, 2, 3)]
+    assert all(run.manifest["scan"]["precision"] == "fp16" for run in shards)
+    run = unitvis.merge(shards[::-1], model, images=images)
+    assert run.manifest["precision"] == "exact"
+    assert run.manifest["images"] == 900
+    assert run.manifest["rescored"]["sample"] == SIZE
+    assert wrong(run, model, images) == 0
+    assert np.mean(np.concatenate([top.status for top in run.tops.values()]) != UNSEPARATED) > 0.9
+
+
+@pytest.mark.usefixtures("emulated_half")
+def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
+    images, model, options = pictures(900), tiny_net(8), {"k": 3, "progress": False, "layers": ["6", "8"]}
+    stopped = []
+
+    def stop(recorder: Recorder, *batch: Tensor) -> None:
+        if recorder.images >= 320 and not stopped:
+            stopped.append(recorder.images)
+            signal.raise_signal(signal.SIGTERM)
+        called(recorder, *batch)
+
+    called = Recorder.__call__
+    monkeypatch.setattr(Recorder, "__call__", stop)
+    with pytest.raises(Interrupted, match="go on with"):
+        unitvis.scan(model, images, out=tmp_path / "run", **options)
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda *_: 0.5)  # would now be planned otherwise
+    run = unitvis.scan(model, images, out=tmp_path / "run", resume=True, **options)
+    assert stopped == [320]
+    assert run.manifest["scan"]["precision"] == "fp16"
+    assert run.manifest["images"] == 900
+    assert wrong(run, model, images) == 0

@@ -1,0 +1,437 @@
+"""A scan that was stopped and is resumed gives the bytes of one that was not; damage never gives a wrong result."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import unitvis
+from support.commands import TWO_CONVOLUTIONS, model_file
+from support.scans import two_convolutions
+from unitvis import Interrupted, UnitvisError, cli
+from unitvis.ranking.recorder import Recorder
+from unitvis.scanning.progress import Progress
+from unitvis.sources import FileSource
+from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
+from unitvis.state.partial import Partial
+
+COUNT = 70
+TRANSFORM = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+PREVIOUS = "progress.previous.npz"
+
+
+def scan(folder: Path, out: Path | None, model: nn.Module | None = None, **options: object) -> unitvis.Run:
+    given = {"transform": TRANSFORM, "progress": False, "batch_size": 8, "every": 1e-6, **options}
+    return unitvis.scan(
+        model or two_convolutions(), folder, given.pop("layers", None), given.pop("k", 9), out=out, **given
+    )
+
+
+def checkpoint(out: Path) -> Partial | None:
+    return Checkpoints(out / SCAN_CHECKPOINT).read(Partial.from_arrays)
+
+
+def result(out: Path) -> tuple[bytes, bytes, object]:
+    manifest = json.loads((out / "manifest.json").read_text())
+    kept = {key: manifest[key] for key in ("images", "coverage", "failures", "layers", "model", "source", "k")}
+    return (out / "top.npz").read_bytes(), (out / "images.jsonl").read_bytes(), kept
+
+
+class StoppedError(Exception):
+    """The end of a process, as far as a test in one process can have it."""
+
+
+def stopping(after: int, how: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`how` is called once so many batches have been computed, before the checkpoint that follows."""
+    seen, real = [0], Progress.after_batch
+
+    def after_batch(self: Progress) -> None:
+        seen[0] += 1
+        if seen[0] == after:
+            how()
+        real(self)
+
+    monkeypatch.setattr(Progress, "after_batch", after_batch)
+
+
+def crash() -> None:
+    raise StoppedError
+
+
+@pytest.mark.parametrize(("batches", "batch_size"), [(1, 8), (2, 7), (5, 7), (9, 8)])
+def test_a_scan_that_crashed_goes_on_to_the_same_bytes(
+    batches: int, batch_size: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(folder, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stopping(batches, crash, patch)
+        with pytest.raises(StoppedError):
+            scan(folder, tmp_path / "run", batch_size=batch_size)
+    asked: list[list[int]] = []
+    real = FileSource.batches
+
+    def batches_of(self: FileSource, size: int, *, workers: int | None = None, ids: object = None) -> object:
+        asked.append(list(range(COUNT) if ids is None else ids))
+        return real(self, size, workers=workers, ids=asked[-1])
+
+    monkeypatch.setattr(FileSource, "batches", batches_of)
+    run = scan(folder, tmp_path / "run", resume=True, batch_size=16)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    assert run.manifest["coverage"] == [[1, 31], [32, 69]]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["images.jsonl", "manifest.json", "top.npz"]
+    good = [id for id in range(COUNT) if id not in (0, 31, 69)]
+    done = good[: (batches - 1) * batch_size]  # a failure before the last of them is known as well
+    assert asked[0] == [id for id in range(COUNT) if id not in done and (id in good or id > max(done, default=-1))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
+    number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(folder, tmp_path / "whole")
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        stopping(3, lambda: os.kill(os.getpid(), number), patch)
+        with pytest.raises(Interrupted, match=r"after 24 of 70 images; go on .* --resume \(resume=True\)") as stopped:
+            scan(folder, tmp_path / "run", every=1e9)
+    assert stopped.value.code == 128 + number
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    scan(folder, tmp_path / "run", resume=True)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopping(3, twice, monkeypatch)
+    with pytest.raises(Interrupted, match="interrupted twice"):
+        scan(folder, tmp_path / "run")
+
+
+def test_without_a_folder_or_in_another_thread_signals_are_left_alone(folder: Path, tmp_path: Path) -> None:
+    class Seeing(nn.Conv2d):
+        seen: set[object] = set()  # noqa: RUF012
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.add(signal.getsignal(signal.SIGTERM))
+            return super().forward(x)
+
+    before = signal.getsignal(signal.SIGTERM)
+    scan(folder, None, nn.Sequential(Seeing(3, 2, 3)))
+    other = threading.Thread(target=lambda: scan(folder, tmp_path / "run", nn.Sequential(Seeing(3, 2, 3))))
+    other.start()
+    other.join()
+    assert (tmp_path / "run" / "manifest.json").exists()
+    assert Seeing.seen == {before}
+
+
+def unfinished(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> Path:
+    """A scan that crashed with two checkpoints, of 24 and 32 images."""
+    with monkeypatch.context() as patch:
+        stopping(5, crash, patch)
+        with pytest.raises(StoppedError):
+            scan(folder, out, **options)
+    return out
+
+
+def other_weights() -> nn.Module:
+    model = two_convolutions()
+    model[0].bias.data[0] += 1
+    return model
+
+
+OTHERS: list[tuple[dict[str, object], str]] = [
+    ({"model": other_weights()}, "model.weights is "),
+    ({"model": nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh())}, "model.parameters is 443 and 168"),
+    ({"transform": unitvis.Transform(mean=(0.5, 0.5, 0.4), std=(0.2, 0.2, 0.2))}, r"transform.mean is \[0.5, 0.5"),
+    ({"layers": "0"}, r"layers.2 is \[5, 8, 8\] and nothing"),
+    ({"k": 5}, "k is 9 and 5"),
+    ({"unit": "neuron"}, "unit is channel and neuron"),
+    ({"shard": "1/2"}, "shard is null and 1/2"),
+    ({"allow_truncated": True}, "source.decoding.allow_truncated is false and true"),
+]
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
+def test_another_scan_is_refused_with_the_difference(
+    finished: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    if finished:
+        scan(folder, out)
+    else:
+        unfinished(folder, out, monkeypatch)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for options, message in OTHERS:
+        with pytest.raises(UnitvisError, match=rf"there and now\): .*{message}"):
+            scan(folder, out, resume=True, **options)
+    (folder / "069.png").unlink()
+    with pytest.raises(UnitvisError, match=r"source\.images is 70 and 69"):
+        scan(folder, out, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_finished_run_is_not_scanned_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = scan(folder, tmp_path / "run")
+    before = result(tmp_path / "run")
+    monkeypatch.setattr(Recorder, "_rank", None)
+    again = scan(folder, tmp_path / "run", resume=True)
+    assert again["0"].values.tobytes() == first["0"].values.tobytes()
+    assert result(tmp_path / "run") == before
+    assert again.source.length == COUNT
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"state.npy") + 400] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    damage: Callable[[Path], object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(folder, tmp_path / "whole")
+    out = unfinished(folder, tmp_path / "run", monkeypatch)
+    damage(out / SCAN_CHECKPOINT)
+    if (out / SCAN_CHECKPOINT).exists():
+        with pytest.warns(UserWarning, match=r"progress.npz is damaged .*; going on with the checkpoint before it"):
+            scan(folder, out, resume=True)
+    else:
+        scan(folder, out, resume=True)
+    assert result(out) == result(tmp_path / "whole")
+
+
+def test_two_damaged_checkpoints_are_an_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = unfinished(folder, tmp_path / "run", monkeypatch)
+    cut(out / SCAN_CHECKPOINT)
+    flip(out / PREVIOUS)
+    with pytest.raises(UnitvisError, match=r"is damaged .* no other checkpoint; start again with --overwrite"):
+        scan(folder, out, resume=True)
+    scan(folder, out, overwrite=True)
+    assert not (out / SCAN_CHECKPOINT).exists()
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(folder, tmp_path / "whole")
+    real, calls = os.fsync, [0]
+
+    def full(number: int) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(UnitvisError, match=r"could not be written into .*run: No space left on device; mend"):
+            scan(folder, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([PREVIOUS, SCAN_CHECKPOINT])
+    scan(folder, tmp_path / "run", resume=True)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_at_the_very_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan(folder, tmp_path / "whole")
+
+    def full(file: object, **arrays: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.savez_compressed", full)
+        with pytest.raises(UnitvisError, match=r"the run could not be written into .*run: No space left on device"):
+            scan(folder, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(unitvis.Run, "write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; go on"):
+            scan(folder, tmp_path / "run", resume=True)
+    scan(folder, tmp_path / "run", resume=True)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_up_while_the_pictures_are_drawn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan(folder, tmp_path / "run")
+    real = Image.Image.save
+
+    def full(image: Image.Image, path: object, *options: object, **named: object) -> None:
+        real(image, path, *options, **named)  # type: ignore[arg-type]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        assert cli.main(["render", str(tmp_path / "run")]) == cli.USAGE
+    said = capsys.readouterr().err
+    assert "the run is whole, but its pictures could not be written into" in said
+    assert "No space left on device; mend that, then draw them with `unitvis render`" in said
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert cli.main(["render", str(tmp_path / "run")]) == cli.DONE
+
+
+def test_a_folder_that_was_removed_meanwhile_is_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping(3, lambda: shutil.rmtree(tmp_path / "run"), monkeypatch)
+    with pytest.raises(UnitvisError, match=r"after 24 of 70 images the checkpoint could not be written into .*No such"):
+        scan(folder, tmp_path / "run")
+
+
+def test_what_a_folder_holds_is_respected(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = unfinished(folder, tmp_path / "run", monkeypatch)
+    with pytest.raises(UnitvisError, match=r"not finished; go on with it \(--resume\) or start again \(--overwrite\)"):
+        scan(folder, out)
+    with pytest.raises(UnitvisError, match="exclude each other"):
+        scan(folder, out, resume=True, overwrite=True)
+    with pytest.raises(UnitvisError, match="resume needs out"):
+        scan(folder, None, resume=True)
+    scan(folder, tmp_path / "new", resume=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / f"{SCAN_CHECKPOINT}.part").write_bytes(b"half")
+    scan(folder, tmp_path / "killed", resume=True)
+    assert result(tmp_path / "killed") == result(tmp_path / "new")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    with pytest.raises(UnitvisError, match="holds no run"):
+        scan(folder, tmp_path / "thesis", resume=True)
+    with pytest.raises(UnitvisError, match="a stream is read once, so a scan of it cannot be resumed"):
+        scan(iter([torch.zeros(2, 3, 9, 9)]), tmp_path / "stream", resume=True)
+    with pytest.raises(UnitvisError, match="every 0 seconds"):
+        scan(folder, tmp_path / "never", every=0)
+
+
+def test_an_older_run_stays_until_the_resumed_one_is_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    scan(folder, out, k=3)
+    before = result(out)
+    unfinished(folder, out, monkeypatch, overwrite=True)
+    assert result(out) == before
+    scan(folder, out, resume=True)
+    assert unitvis.load(out).manifest["k"] == 9
+
+
+def lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    assert process.stderr is not None
+    return iter(process.stderr.readline, "")
+
+
+PROGRAM = """
+import sys
+from unitvis import cli
+from unitvis.scanning.progress import Progress
+real = Progress.after_batch
+def after_batch(self):
+    real(self)
+    print(self._recorder.images, file=sys.stderr, flush=True)
+    sys.stdin.readline()  # the test says when to go on
+Progress.after_batch = after_batch
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2", "--batch-size", "4", "--checkpoint-every", "1e-9"]
+    command = ["scan", model_file(tmp_path, TWO_CONVOLUTIONS), str(folder), *numbers, "-o"]
+    assert cli.main([*command, str(tmp_path / "whole")]) == cli.SKIPPED
+    arguments = [sys.executable, "-c", PROGRAM, *command, str(tmp_path / "run"), "--resume"]
+    seen: dict[int, list[int]] = {signal.SIGKILL: [], signal.SIGTERM: []}
+    for number, counts in seen.items():
+        with subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        ) as process:
+            assert process.stdin is not None
+            rest = ""
+            for line in lines(process):
+                if not line.strip().isdigit():
+                    rest += line
+                    continue
+                counts.append(int(line))
+                if counts[-1] % 20 > 8:
+                    process.send_signal(number)  # while the process waits, so that it cannot be over before
+                    if number == signal.SIGKILL:
+                        break
+                process.stdin.write("\n")
+            rest += "".join(lines(process))
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+        assert "Traceback" not in rest
+    assert seen == {signal.SIGKILL: [4, 8, 12], signal.SIGTERM: [16]}
+    assert "go on with the same command and --resume" in rest
+    assert cli.main([*command, str(tmp_path / "run"), "--resume"]) == cli.SKIPPED
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    assert "67 images" in capsys.readouterr().out
+
+
+def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[float] = []
+    clock = [0.0]
+    monkeypatch.setattr("unitvis.state.checkpoints.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Progress, "part", lambda self: written.append(clock[0]) or crash_free(self))
+    stopping(-1, crash, monkeypatch)
+    real = Progress.after_batch
+
+    def tick(self: Progress) -> None:
+        clock[0] += 10
+        real(self)
+
+    def crash_free(self: Progress) -> object:
+        return self._recorder.snapshot(self.identity, self._source.reasons, 0.0)
+
+    monkeypatch.setattr(Progress, "after_batch", tick)
+    scan(folder, tmp_path / "run", every=25)
+    assert written == [30.0, 60.0, 90.0, 90.0]  # the last one before the second pass
+
+
+def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = unfinished(folder, tmp_path / "run", monkeypatch)
+    before = checkpoint(out)
+    assert before is not None
+    start = time.perf_counter()
+    run = scan(folder, out, resume=True)
+    assert run.manifest["seconds"]["scan"] > before.seconds > 0
+    assert run.manifest["seconds"]["checkpoints"] < time.perf_counter() - start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("owner", "during"),
+    [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "complete"), (unitvis.Run, "write")],
+)
+def test_after_the_last_image_the_first_signal_ends_it(
+    owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(folder, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, during, lambda *_, **__: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; go on") as ended:
+            scan(folder, tmp_path / "run")
+    assert ended.value.code == 128 + number
+    assert len(checkpoint(tmp_path / "run").coverage) == COUNT - 3  # nothing is to be read again but the winners
+    scan(folder, tmp_path / "run", resume=True)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")

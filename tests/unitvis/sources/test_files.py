@@ -1,0 +1,127 @@
+"""Folders and lists of files: which images they hold, in which order, and what cannot be listed."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support.sources import PLAIN, everything, noise, write
+from unitvis.errors import UnitvisError
+from unitvis.sources import Failure, open_source
+
+
+def test_a_folder_in_the_order_of_its_paths(tmp_path):
+    names = ["b/x.png", "b-c/x.png", "b.png", "a/z.JPEG", "a/deep/er/y.bmp", "a/deep.png", "Z.png", "é.png", "a b.webp"]
+    for name in names:
+        write(tmp_path / name, len(name))
+    for other in ("readme.md", "a/list.txt", ".hidden.png", ".git/x.png", "a/._z.jpg"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_bytes(b"")
+    source = open_source(tmp_path, PLAIN)
+    assert [source.name(id) for id in range(source.length)] == sorted(names, key=os.fsencode)
+    assert source.others == 2
+    assert source.describe()["images"] == len(names)
+    assert source.describe()["others"] == 2
+
+
+def test_links_and_loops_end(tmp_path):
+    root = tmp_path / "root"
+    write(root / "a" / "1.png", 1)
+    write(tmp_path / "elsewhere" / "2.png", 2)
+    (root / "a" / "up").symlink_to(root)
+    (root / "b").symlink_to(tmp_path / "elsewhere")
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "gone.png").symlink_to(root / "nothing")
+    (root / "link.png").symlink_to(root / "a" / "1.png")
+    source = open_source(root, PLAIN)
+    assert [source.name(id) for id in range(source.length)] == [
+        "a/1.png",
+        "b/2.png",
+        "gone.png",
+        "link.png",
+        "self.png",
+    ]
+    assert everything(source)[0] == [0, 1, 3]
+    reasons = {failure.name: failure.reason for failure in source.failures}
+    assert reasons == {"gone.png": "No such file or directory", "self.png": "Too many levels of symbolic links"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_pipe_or_a_huge_file_does_not_stop_the_scan(tmp_path):
+    write(tmp_path / "a.png", 1)
+    os.mkfifo(tmp_path / "pipe.png")
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(10**10)
+    source = open_source(tmp_path, PLAIN)
+    assert everything(source)[0] == [0]
+    assert [(failure.name, failure.reason) for failure in source.failures] == [
+        ("huge.png", "a file of 10,000,000,000 bytes; more than 536,870,912 are refused"),
+        ("pipe.png", "not a regular file"),
+    ]
+
+
+def test_odd_names_survive_json(tmp_path):
+    names = [b"line\nbreak.png", b'quote".png', b"<b>'.png", b"caf\xe9.png", b"\xff\xfe.png", b"-rf.png"]
+    for seed, name in enumerate(names):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            Image.fromarray(noise(seed)).save(file, "PNG")
+    source = open_source(tmp_path, PLAIN)
+    assert everything(source)[0] == list(range(len(names)))
+    for id, name in enumerate(sorted(names)):
+        record = json.loads(json.dumps(source.record(id)))
+        assert record == source.record(id)
+        assert os.fsencode(record["name"]) == name
+        source.check(record)
+
+
+def test_a_text_list(tmp_path):
+    write(tmp_path / "sub" / "b.png", 1)
+    write(tmp_path / "a.png", 2)
+    far = write(tmp_path / "far" / "c.png", 3)
+    listing = tmp_path / "sub" / "list.TXT"
+    listing.write_bytes(b"\xef\xbb\xbfb.png\r\n\r\n../a.png\n" + os.fsencode(far) + b"\n  \nmissing.png")
+    source = open_source(str(listing), PLAIN)
+    assert [source.name(id) for id in range(source.length)] == ["b.png", "../a.png", str(far), "missing.png"]
+    ids, pixels = everything(source)
+    assert ids == [0, 1, 2]
+    assert (pixels.numpy() == np.stack([noise(1), noise(2), noise(3)])).all()
+    assert source.failures == [Failure(3, "missing.png", "No such file or directory")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a.png\nb.png\na.png\n", r"entries 1 and 3 of the list '.*list.txt' are both 'a.png'"),
+        (b"a.png\n./a.png\n", r"entries 1 and 2 of .* are both './a.png'"),
+        (b"\n\r\n", "names no file"),
+        ("a.png\n".encode("utf-16"), "entry 1 of .* holds a NUL byte"),
+    ],
+)
+def test_a_wrong_list(tmp_path, content, message):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(UnitvisError, match=message):
+        open_source(tmp_path / "list.txt", PLAIN)
+
+
+def test_a_python_list_of_paths(tmp_path):
+    paths = [write(tmp_path / f"{name}.png", seed) for seed, name in enumerate("ba")]
+    source = open_source(paths, PLAIN)
+    assert (everything(source)[1].numpy() == np.stack([noise(0), noise(1)])).all()
+    with pytest.raises(UnitvisError, match="entries 1 and 2 of the paths are both"):
+        open_source([paths[0], paths[0]], PLAIN)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    write(tmp_path / "a" / "x.png", 1)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(UnitvisError, match=r"cannot read the folder '.*': Permission denied"):
+        open_source(tmp_path, PLAIN)

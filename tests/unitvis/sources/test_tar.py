@@ -1,0 +1,326 @@
+"""Tar shards: the same images as in a folder, whatever wrote the archive; archives that lie; kept listings."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unitvis.errors import UnitvisError
+from unitvis.sources import open_source, reopen_source, tar
+from unitvis.sources.transform import Transform
+
+PLAIN = Transform()
+
+
+def encoded(seed, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def write_tar(path, members, form=tarfile.PAX_FORMAT):
+    """members: (name, bytes), or a TarInfo as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form, encoding="utf-8", errors="surrogateescape") as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+                continue
+            info = tarfile.TarInfo(os.fsdecode(member[0]))
+            info.size = len(member[1])
+            archive.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def link(name, target, kind=tarfile.LNKTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three WebDataset shards of 5, 0 and 4 samples, each with a label."""
+    seed = 0
+    for number, count in enumerate((5, 0, 4)):
+        members = []
+        for _ in range(count):
+            members += [(f"{seed:04}.cls", b"7"), (f"{seed:04}.png", encoded(seed)), (f"{seed:04}.json", b"{}")]
+            seed += 1
+        write_tar(tmp_path / "set" / f"train-{number:03}.tar", members)
+    return tmp_path / "set"
+
+
+def read_all(source, **options):
+    batches = list(source.batches(4, **options))
+    return torch.cat([batch.ids for batch in batches]).tolist(), torch.cat([batch.pixels for batch in batches]).numpy()
+
+
+def test_shards_give_what_lies_in_them(shards):
+    source = open_source(shards / "train-{000..002}.tar", PLAIN)
+    ids, pixels = read_all(source, workers=3)
+    assert ids == list(range(9))
+    for id in ids:
+        want = np.asarray(Image.open(io.BytesIO(encoded(id))))
+        assert (pixels[id] == want).all()
+        assert (np.asarray(source.picture(id)[0]) == want).all()
+    names = [source.name(id) for id in range(9)]
+    assert names == [f"train-{0 if i < 5 else 2:03}.tar/{i:04}.png" for i in range(9)]
+    assert source.describe() | {"names": ""} == {
+        "kind": "tar",
+        "path": str(shards / "train-{000..002}.tar"),
+        "images": 9,
+        "names": "",
+        "others": 18,
+        "shards": 3,
+        "decoding": {"decoder": "pillow", "scaled": False, "allow_truncated": False},
+    }
+    assert read_all(source, ids=[8, 0, 5])[0] == [8, 0, 5]
+    record = source.record(7)
+    again = reopen_source(json.loads(json.dumps(source.describe())), PLAIN.to_json())
+    again.check(record)
+    assert again.describe() == source.describe()
+
+
+def test_a_list_keeps_its_order_and_opens_again(shards):
+    paths = [shards / "train-002.tar", shards / "train-000.tar"]
+    source = open_source(paths, PLAIN)
+    assert [source.name(id)[:9] for id in range(9)] == ["train-002"] * 4 + ["train-000"] * 5
+    assert reopen_source(source.describe(), PLAIN.to_json()).name(0) == source.name(0)
+    elsewhere = shards.parent / "b" / "train-000.tar"
+    elsewhere.parent.mkdir()
+    shutil.copy(paths[1], elsewhere)
+    both = open_source([paths[1], elsewhere], PLAIN)
+    assert (both.name(0), both.name(5)) == ("set/train-000.tar/0000.png", "b/train-000.tar/0000.png")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "paths"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
+        ("a-{08..11}.tar", ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]),
+        ("{x,y}-{0..1}.tar", ["x-0.tar", "x-1.tar", "y-0.tar", "y-1.tar"]),
+        ("a-{3..3}.tar", ["a-3.tar"]),
+    ],
+)
+def test_braces(pattern, paths):
+    assert tar.expand(pattern) == paths
+
+
+def test_braces_in_the_name_of_a_file_are_that_file(tmp_path):
+    path = write_tar(tmp_path / "a{0..1}.tar", [("x.png", encoded(0))])
+    assert open_source(path, PLAIN).name(0) == "a{0..1}.tar/x.png"
+
+
+LONG = "folder/" * 30 + "x" * 120 + ".png"
+ODD = [b"line\nbreak.png", b'quote".png', b"<b>'.png", b"caf\xe9.png", b"\xff\xfe.png", b"-rf.png", b"../../up.png"]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
+def test_odd_and_long_names(form, tmp_path):
+    names = [*ODD, LONG.encode(), "é.jpg".encode(), b"x.PNG"]
+    path = write_tar(tmp_path / "odd.tar", [(name, encoded(i)) for i, name in enumerate(names)], form)
+    source = open_source(path, PLAIN)
+    ids, pixels = read_all(source)
+    assert ids == list(range(len(names)))
+    for id, name in enumerate(names):
+        assert (pixels[id] == np.asarray(Image.open(io.BytesIO(encoded(id))))).all()
+        record = json.loads(json.dumps(source.record(id)))
+        assert os.fsencode(record["name"]) == b"odd.tar/" + name
+        source.check(record)
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")
+@pytest.mark.parametrize("form", ["gnu", "ustar", "v7", "pax"])
+def test_what_the_program_tar_writes(form, tmp_path):
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    for seed, name in enumerate(["a.png", "b/c.png", "b/d.jpg.txt", ".hidden.png", "b/._e.png"]):
+        (tmp_path / "in" / name).write_bytes(encoded(seed))
+    subprocess.run(
+        ["tar", "--sort=name", f"--format={form}", "-cf", "x.tar", "-C", "in", "."], cwd=tmp_path, check=True
+    )
+    source = open_source(tmp_path / "x.tar", PLAIN)
+    assert [source.name(id) for id in range(source.length)] == ["x.tar/a.png", "x.tar/b/c.png"]
+    assert source.others == 3
+    assert read_all(source)[0] == [0, 1]
+
+
+def test_links_and_holes_are_failures_not_gaps(tmp_path):
+    members = [("a.png", encoded(0)), link("b.png", "a.png"), link("c.png", "a.png", tarfile.SYMTYPE), ("d.png", b"")]
+    source = open_source(write_tar(tmp_path / "x.tar", members), PLAIN)
+    assert read_all(source)[0] == [0]
+    assert [(failure.id, failure.reason) for failure in source.failures] == [
+        (1, "a link or a file with holes inside a tar; make it with tar --dereference"),
+        (2, "a link or a file with holes inside a tar; make it with tar --dereference"),
+        (3, "empty file"),
+    ]
+
+
+def broken(case, path):
+    """An archive that is not what it seems, and what must be said."""
+    members = [(f"{i}.png", encoded(i)) for i in range(4)]
+    write_tar(path, members, tarfile.USTAR_FORMAT)
+    data = bytearray(path.read_bytes())
+    second = 512 + 512 * -(-len(members[0][1]) // 512)
+    end = 4 * second
+    if case == "cut in a file":
+        return data[: end - 300], "broken after 4 files: unexpected end of data; --allow-truncated takes"
+    if case == "cut in a header":
+        return data[: 3 * second + 100], "broken after 3 files: unexpected end of data"
+    if case == "cut between files":
+        return data[: 3 * second], "broken after 3 files: unexpected end of data"
+    if case == "damaged header":
+        data[2 * second + 5] ^= 255
+        return data, f"broken after 2 files: no header of a file at byte {2 * second:,}"
+    if case == "damaged first header":
+        data[5] ^= 255
+        return data, "broken after 0 files: bad checksum"
+    if case == "joined":
+        return data + data, "broken after 4 files: something follows its end"
+    if case == "gzip":
+        return bytes.fromhex("1f8b0800") + data, r"is compressed \(gzip\); unpack it"
+    return b"", "broken after 0 files: empty file"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "cut in a file",
+        "cut in a header",
+        "cut between files",
+        "damaged header",
+        "damaged first header",
+        "joined",
+        "gzip",
+        "empty",
+    ],
+)
+def test_an_archive_that_lost_images_is_refused(case, tmp_path):
+    path = tmp_path / "x.tar"
+    data, message = broken(case, path)
+    path.write_bytes(data)
+    with pytest.raises(UnitvisError, match=message):
+        open_source(path, PLAIN)
+
+
+def test_truncated_archives_count_where_that_is_allowed(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(broken("cut in a file", path)[0])
+    source = open_source(path, PLAIN, allow_truncated=True)
+    assert source.length == 4
+    assert set(read_all(source)[0]) | {failure.id for failure in source.failures} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("train-{000..009}.tar", "7 of 10 archives are not there: .*train-003.tar.*train-009.tar"),
+        ("train-{2..0}.tar", "counts down"),
+        ("train-{0..999999999}.tar", "names more than 1,000,000 archives"),
+        ("{0..1000}/train-{0..1000}.tar", "names more than 1,000,000 archives"),
+        ("train-{all}.tar", "neither a range"),
+        (["train-000.tar", "train-000.tar"], "is named twice"),
+        (["train-000.tar", "x.png"], "'train-000.tar' is an archive and 'x.png' is none"),
+        ("train-001.tar", "no image in 'train-001.tar', which holds 0 other members"),
+    ],
+)
+def test_refusals(images, message, shards, monkeypatch):
+    monkeypatch.chdir(shards)
+    with pytest.raises(UnitvisError, match=message):
+        open_source(images, PLAIN)
+
+
+def test_a_member_that_claims_to_be_huge_costs_nothing(tmp_path):
+    info = tarfile.TarInfo("a.png")
+    info.size = 1 << 28
+    path = tmp_path / "x.tar"
+    path.write_bytes(info.tobuf() + encoded(0))
+    source = open_source(path, PLAIN, allow_truncated=True)
+    assert len(source._contents(0)) == len(encoded(0))
+
+
+def test_few_files_stay_open(shards, monkeypatch):
+    monkeypatch.setattr(tar, "_OPEN", 1)
+    source = open_source(shards / "train-{000..002}.tar", PLAIN)
+    open_files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    threads = [threading.Thread(target=lambda: [source.read(i) for i in (0, 8) * 20]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(source._open) == 1
+    if open_files:
+        assert len(os.listdir("/proc/self/fd")) <= open_files + 1
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Listings of any length are kept, in a folder of the test's own, and are taken for settled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in ("files", "tar"):
+        monkeypatch.setattr(f"unitvis.sources.{module}.LARGE", 1)
+        monkeypatch.setattr(f"unitvis.sources.{module}.SETTLED", -1)
+    return tmp_path / "cache" / "unitvis"
+
+
+def age(path):
+    os.utime(path, ns=(10**18, 10**18))
+
+
+def test_an_index_is_kept_until_an_archive_changes(shards, kept, monkeypatch):
+    pattern = shards / "train-{000..002}.tar"
+    for path in shards.glob("*.tar"):
+        age(path)  # one written anew within a tick of the file system's clock would have the time of the old one
+    first = open_source(pattern, PLAIN)
+    assert len(list(kept.iterdir())) == 1
+    with monkeypatch.context() as blind:
+        blind.setattr(tarfile, "open", None)
+        second = open_source(pattern, PLAIN)
+    assert second.describe() == first.describe()
+    assert (read_all(second)[1] == read_all(first)[1]).all()
+    write_tar(shards / "train-001.tar", [("new.png", encoded(77))])
+    assert open_source(pattern, PLAIN).name(5) == "train-001.tar/new.png"
+    for file in kept.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    assert open_source(pattern, PLAIN).length == 10
+
+
+def test_a_folder_s_names_are_kept_until_it_changes(tmp_path, kept, monkeypatch):
+    root = tmp_path / "images"
+    for name in ("a/1.png", "a/2.png", "b/c/3.png", "x.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(len(name)))
+    for folder in (root, root / "a", root / "b", root / "b" / "c"):
+        age(folder)
+    first = open_source(root, PLAIN)
+    assert (first.length, first.others, len(list(kept.iterdir()))) == (3, 1, 1)
+    with monkeypatch.context() as blind:
+        blind.setattr(os, "scandir", None)
+        second = open_source(root, PLAIN)
+    assert second.describe() == first.describe()
+    assert second.name(2) == "b/c/3.png"
+    (root / "b" / "c" / "4.png").write_bytes(encoded(4))
+    assert open_source(root, PLAIN).length == 4
+    age(root / "b" / "c")
+    shutil.rmtree(root / "b")
+    assert open_source(root, PLAIN).length == 2
+
+
+def test_small_or_fresh_listings_leave_no_trace(shards, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr("unitvis.sources.tar.SETTLED", 10**12)
+    open_source(shards / "train-000.tar", PLAIN)
+    monkeypatch.setattr("unitvis.sources.tar.SETTLED", -1)
+    monkeypatch.setattr("unitvis.sources.tar.LARGE", 100)
+    open_source(shards / "train-000.tar", PLAIN)
+    assert not kept.exists()
