@@ -420,7 +420,7 @@ def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkey
         real(self)
 
     def crash_free(self: Progress) -> object:
-        return self._recorder.snapshot(self.identity, self._source.reasons, 0.0)
+        return self._recorder.snapshot(self.identity, self._source.failure_reasons, 0.0)
 
     monkeypatch.setattr(Progress, "after_batch", tick)
     scan(folder, tmp_path / "run", every=25)
@@ -467,8 +467,8 @@ def test_a_small_network_computes_on_one_thread_beside_decoding(
             seen.append(torch.get_num_threads())
             return super().forward(x)
 
-    undecoded, waits = EncodedSource.undecoded, []
-    monkeypatch.setattr(EncodedSource, "undecoded", lambda self: waits.append(self) or undecoded(self))
+    pause_decoding, waits = EncodedSource.pause_decoding, []
+    monkeypatch.setattr(EncodedSource, "pause_decoding", lambda self: waits.append(self) or pause_decoding(self))
     monkeypatch.setattr("unitvis.scanning.cores.compute_rate", lambda *_: rate)
     before = torch.get_num_threads()
     try:

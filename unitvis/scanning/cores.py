@@ -43,7 +43,7 @@ class Threads:
 
     def computing(self) -> AbstractContextManager[None]:
         """Around what computes a batch."""
-        return self._encoded.undecoded() if self._encoded is not None else nullcontext()
+        return self._encoded.pause_decoding() if self._encoded is not None else nullcontext()
 
     def choose(self, images: Tensor) -> None:
         """Decide, by some images that were recorded; once."""

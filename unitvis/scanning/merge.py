@@ -129,7 +129,7 @@ def _finished(
         recorder.prepare((channels, height, width))
         recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         recorder.restore(part)
-        source.take_failures(part.failures)
+        source.add_failures(part.failures)
         undecided = manifest["precision"] == "exact" and recorder.precision != "fp32"
         run = recorder.result(source if undecided else None)
     run.attach(source, records)
@@ -163,7 +163,7 @@ def _model(manifest: dict[str, Any], model: nn.Module | str | models.Loaded | No
         model = models.load(said["spec"], said["file"], pretrained=said["pretrained"])
     elif isinstance(model, str):
         model = models.load(model)
-    place = model.place() if isinstance(model, models.Loaded) else {"spec": None}
+    place = model.origin() if isinstance(model, models.Loaded) else {"spec": None}
     module = model.model if isinstance(model, models.Loaded) else model
     found = describe_model(module)
     refuse_differences("the model is not that of the runs (there and here)", {key: said[key] for key in found}, found)

@@ -23,10 +23,10 @@ from unitvis.files import flush_to_disk, replacing, write_arrays
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.scanning.signals import Signals
 from unitvis.sources import Batch, PackSource, Source, open_source
-from unitvis.sources.base import Seen, SeenTable
+from unitvis.sources.base import ImageInfo, ImageInfoTable
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.names import Names
-from unitvis.sources.packed import BAKED, FORMAT, MARK, pack_source, pixels_hash, read_about, tables_hash
+from unitvis.sources.packed import BAKED_FIELDS, FORMAT, FORMAT_KEY, pack_source, pixels_hash, read_about, tables_hash
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, Arrays, Checkpoints, check_interval
 from unitvis.state.partial import refuse_differences
@@ -103,8 +103,8 @@ class _Packing:
         self._part, self._checkpoints = _part(target), Checkpoints(_checkpoint(target), every)
         self.images = source.length or 0
         self.done = 0  # ids below it are in the array, or known as failures
-        self._seen = np.zeros(self.images, SeenTable.ROW)
-        self._table = SeenTable.of(self._seen)
+        self._seen = np.zeros(self.images, ImageInfoTable.ROW)
+        self._table = ImageInfoTable.of(self._seen)
         self._row: tuple[int, ...] = ()  # height, width, 3; known from the first image on
         self._start = 0  # bytes of the header
         self._file: io.FileIO | None = None  # once it can be written
@@ -132,7 +132,7 @@ class _Packing:
         self._refuse_another(f"the pack {self._target} cannot be gone on with", about)
         self.done, self._file = len(seen), file
         self._seen[: self.done] = seen
-        self._source.take_failures({int(id): reason for id, reason in about["failures"].items()})
+        self._source.add_failures({int(id): reason for id, reason in about["failures"].items()})
         file.truncate(self._bytes(self.done))  # what came after the checkpoint is made again
         return False
 
@@ -154,7 +154,7 @@ class _Packing:
     def _about(self) -> dict[str, Any]:
         assert self._source.transform is not None  # noqa: S101  files have one
         values = self._source.transform.to_json()
-        return {"source": self._source.describe(), "transform": {name: values[name] for name in BAKED}}
+        return {"source": self._source.describe(), "transform": {name: values[name] for name in BAKED_FIELDS}}
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -193,7 +193,7 @@ class _Packing:
             self._file.seek(self._bytes(id))
             _write_all(self._file, row.data)
             record = self._source.record(id)
-            self._table[id] = Seen(bytes.fromhex(record["hash"]), record["width"], record["height"])
+            self._table[id] = ImageInfo(bytes.fromhex(record["hash"]), record["width"], record["height"])
             self.done = id + 1
         if self._checkpoints.due:
             self.checkpoint()
@@ -243,7 +243,7 @@ class _Packing:
             return
         self._file.truncate(self._bytes(self.done))
         flush_to_disk(self._file)
-        failures = {id: reason for id, reason in self._source.reasons.items() if id < self.done}
+        failures = {id: reason for id, reason in self._source.failure_reasons.items() if id < self.done}
         about = self._about() | {"row": self._row, "failures": failures}
         self._checkpoints.write(
             {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "seen": self._seen[: self.done]}
@@ -257,7 +257,7 @@ class _Packing:
         tables = {**names.arrays(), "seen": self._seen}
         pixels = np.load(self._part, mmap_mode="r", allow_pickle=False)
         about = {
-            MARK: FORMAT,
+            FORMAT_KEY: FORMAT,
             **self._about(),
             "shape": list(pixels.shape),
             "pixels": pixels_hash(pixels),

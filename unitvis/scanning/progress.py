@@ -72,7 +72,7 @@ class Progress:
                 self._recorder.set_precision(part.identity["precision"], batch_size)
             self._accept(f"the scan in {self._folder} cannot be gone on with (there and now)", part.identity)
             self._recorder.restore(part)
-            self._source.take_failures(part.failures)
+            self._source.add_failures(part.failures)
             self.before = part.seconds
             return False
         if not (self._folder / "manifest.json").exists():
@@ -105,11 +105,11 @@ class Progress:
 
     def left(self) -> Iterable[int] | None:
         """The ids still to be read; None for all."""
-        done = len(self._recorder.coverage) + len(self._source.reasons)
+        done = len(self._recorder.coverage) + len(self._source.failure_reasons)
         if self.ids is None and not done:
             return None
         wanted = range(self._source.length or 0) if self.ids is None else self.ids
-        return (self._recorder.coverage | IntervalSet.of(self._source.reasons)).left(wanted)
+        return (self._recorder.coverage | IntervalSet.of(self._source.failure_reasons)).left(wanted)
 
     def after_batch(self) -> None:
         """Write a checkpoint if it is time, or if a signal came."""
@@ -147,7 +147,7 @@ class Progress:
 
     def part(self) -> Partial:
         """What is done."""
-        return self._recorder.snapshot(self.identity, self._source.reasons, self.seconds)
+        return self._recorder.snapshot(self.identity, self._source.failure_reasons, self.seconds)
 
     @property
     def seconds(self) -> float:

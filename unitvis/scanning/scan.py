@@ -90,7 +90,7 @@ def scan(
     if isinstance(model, str):
         model = models.load(model)
     if isinstance(model, models.Loaded):
-        place = model.place()
+        place = model.origin()
         transform, model = transform or model.transform, model.model
     source = open_source(
         images,

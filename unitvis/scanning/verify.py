@@ -83,7 +83,7 @@ def verify(run: RunData, model: nn.Module, device: torch.device | str | None = N
         raise UnitvisError(
             f"the run was ranked in {precision}, so its values are not canonical; scan with exact or fp32"
         )
-    for record in run.records.values() if run.source.apart else ():
+    for record in run.records.values() if run.source.separate_originals else ():
         run.source.check(record)
     network = Network(model, device=device, transform=run.source.transform)
     channels, height, width = run.manifest["input"]
