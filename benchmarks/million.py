@@ -81,11 +81,11 @@ def scan(pattern: str, out: Path, every: float, batch: int, until: int | None, c
 
     until: images after which the process kills itself at the `call`-th call of a function. None: it does not.
     """
-    real_left, real_after_batch = Progress.left, Progress.after_batch
+    real_unread_ids, real_after_batch = Progress.unread_ids, Progress.after_batch
 
-    def left(self: Progress) -> Iterable[int] | None:
+    def unread_ids(self: Progress) -> Iterable[int] | None:
         print(self._recorder.images, anonymous(), flush=True)
-        return real_left(self)
+        return real_unread_ids(self)
 
     def after_batch(self: Progress) -> None:
         print(self._recorder.images, anonymous(), flush=True)
@@ -95,7 +95,7 @@ def scan(pattern: str, out: Path, every: float, batch: int, until: int | None, c
             sys.setprofile(killing(call))
         real_after_batch(self)
 
-    Progress.left, Progress.after_batch = left, after_batch  # type: ignore[method-assign]
+    Progress.unread_ids, Progress.after_batch = unread_ids, after_batch  # type: ignore[method-assign]
     if until is not None:
         Progress.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
     transform = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

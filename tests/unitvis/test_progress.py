@@ -411,7 +411,7 @@ def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkey
     written: list[float] = []
     clock = [0.0]
     monkeypatch.setattr("unitvis.state.checkpoints.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(Progress, "part", lambda self: written.append(clock[0]) or crash_free(self))
+    monkeypatch.setattr(Progress, "snapshot", lambda self: written.append(clock[0]) or crash_free(self))
     stopping(-1, crash, monkeypatch)
     real = Progress.after_batch
 
@@ -440,7 +440,7 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("owner", "during"),
-    [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "complete"), (unitvis.Run, "write")],
+    [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "finish_run"), (unitvis.Run, "write")],
 )
 def test_after_the_last_image_the_first_signal_ends_it(
     owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
