@@ -1,4 +1,4 @@
-"""python -m benchmarks: run the suite that suits the device, write results/<device>.json and the README's table."""
+"""Run the benchmarks for this device, and write results/<device>.json and the README's table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = ("bench_operators.py", "bench_step.py", "bench_scan.py")
 
 
 def main() -> int:
-    """Exit code 0, or pytest's where a benchmark failed: then nothing is written."""
+    """Run the suite; returns 0, or pytest's exit code if a benchmark failed, and then nothing is written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--render", action="store_true", help="only write the README's table again")
     if not parser.parse_args().render:
