@@ -34,7 +34,7 @@ TABLE = machine.ROOT / "kernels" / "unitvis_kernels" / "measured.json"
 
 
 class Layer(NamedTuple):
-    """A convolution, and the size [H, W] of its input."""
+    """Convolution with the size (H, W) of its input."""
 
     conv: nn.Conv2d
     size: tuple[int, int]

@@ -94,7 +94,7 @@ def test_nothing_is_timed_where_a_contender_is_wrong(monkeypatch: pytest.MonkeyP
 def test_exact_by_half_precision_is_checked_and_timed_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unitvis.bench.bench.speed", lambda device, precision: 2.0)
     said = bench(net(), Transform(resize=20, crop=16), "cpu", 70)  # of the images' size, so that nothing is cut
-    assert re.search(r"by way of fp16 10 units are decided and equal, \d+ images computed twice", said)
+    assert re.search(r"by way of fp16 10 units are decided and equal, \d+ images are computed again", said)
     assert "\nunitvis, exact by fp16 " in said
     one, images = judged(70)
     monkeypatch.setattr(

@@ -195,7 +195,7 @@ def test_another_scan_is_refused_with_the_difference(
         unfinished(folder, out, monkeypatch)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for options, message in OTHERS:
-        with pytest.raises(UnitvisError, match=rf"there and now\): .*{message}"):
+        with pytest.raises(UnitvisError, match=rf"then and now\): .*{message}"):
             scan(folder, out, resume=True, **options)
     (folder / "069.png").unlink()
     with pytest.raises(UnitvisError, match=r"source\.images is 70 and 69"):
@@ -303,8 +303,8 @@ def test_a_disk_that_fills_up_while_the_pictures_are_drawn(
         patch.setattr(Image.Image, "save", full)
         assert cli.main(["render", str(tmp_path / "run")]) == cli.USAGE
     said = capsys.readouterr().err
-    assert "the run is whole, but its pictures could not be written into" in said
-    assert "No space left on device; mend that, then draw them with `unitvis render`" in said
+    assert "the run is complete, but its pictures could not be written into" in said
+    assert "No space left on device; fix that, then draw them with `unitvis render`" in said
     assert not list((tmp_path / "run").rglob("*.part"))
     assert cli.main(["render", str(tmp_path / "run")]) == cli.DONE
 
@@ -319,7 +319,7 @@ def test_a_folder_that_was_removed_meanwhile_is_said(
 
 def test_what_a_folder_holds_is_respected(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = unfinished(folder, tmp_path / "run", monkeypatch)
-    with pytest.raises(UnitvisError, match=r"not finished; go on with it \(--resume\) or start again \(--overwrite\)"):
+    with pytest.raises(UnitvisError, match=r"not finished; resume it \(--resume\) or start again \(--overwrite\)"):
         scan(folder, out)
     with pytest.raises(UnitvisError, match="exclude each other"):
         scan(folder, out, resume=True, overwrite=True)

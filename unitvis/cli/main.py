@@ -162,7 +162,7 @@ def _render_into(
             drawn = gallery(run, folder, model, project=project, crop=crop, device=device)
     except OSError as error:
         raise UnitvisError(
-            f"the run is whole, but its pictures could not be written into {folder}: {error.strerror or error}; mend "
+            f"the run is complete, but its pictures could not be written into {folder}: {error.strerror or error}; fix "
             f"that, then draw them with `unitvis render`"
         ) from error
     print_drawn(written, drawn, units)

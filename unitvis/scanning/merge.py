@@ -182,5 +182,5 @@ def _checked_model(
     module = model.model if isinstance(model, models.Loaded) else model
     found = describe_model(module)
     wanted = {key: recorded[key] for key in found}
-    refuse_differences("the model is not that of the runs (there and here)", wanted, found)
+    refuse_differences("the model is not that of the runs (in the runs and here)", wanted, found)
     return module, origin

@@ -137,7 +137,7 @@ class _Packing:
         found = self._checkpoints.read(self._parse_checkpoint)
         assert found is not None  # noqa: S101  it exists
         about, seen = found
-        self._refuse_other_pack(f"the pack {self._target} cannot be gone on with", about)
+        self._refuse_other_pack(f"the pack {self._target} cannot be resumed", about)
         self.done, self._file = len(seen), file
         self._rows[: self.done] = seen
         self._source.add_failures({int(id): reason for id, reason in about["failures"].items()})
@@ -158,7 +158,7 @@ class _Packing:
         there, here = (
             {"source": one["source"] | ignored, "transform": one["transform"]} for one in (about, self._about())
         )
-        refuse_differences(f"{what} (there and now)", there, json.loads(json.dumps(here)))
+        refuse_differences(f"{what} (then and now)", there, json.loads(json.dumps(here)))
 
     def _about(self) -> dict[str, Any]:
         """Source and transform, as the JSON file and the checkpoints keep them."""
@@ -175,7 +175,7 @@ class _Packing:
             self._try_checkpoint()
             raise UnitvisError(
                 f"after {self.count} {self._target} could not be written: {error.strerror}; "
-                f"mend that, then {HOW_TO_RESUME}"
+                f"fix that, then {HOW_TO_RESUME}"
             ) from error
         except UnitvisError:
             self._try_checkpoint()
@@ -301,7 +301,7 @@ def _checked_target(path: Path, overwrite: bool, resume: bool) -> Path:
         if not known and (other := path.with_suffix(ending)).exists():
             raise UnitvisError(f"{other} is there and belongs to no pack, so it is not overwritten; give another path")
     if unfinished and not overwrite and not resume:
-        raise UnitvisError(f"{path} is not finished; go on with it (--resume) or start again (--overwrite)")
+        raise UnitvisError(f"{path} is not finished; resume it (--resume) or start again (--overwrite)")
     if path.exists() and not overwrite and not resume:
         raise UnitvisError(f"{path} holds a pack already; give another path, or overwrite it (--overwrite)")
     return path

@@ -71,7 +71,7 @@ class Progress:
         if part := self._checkpoints.read(Partial.from_arrays):
             if batch_size is not None:
                 self._recorder.set_precision(part.identity["precision"], batch_size)
-            self._prepare_same_scan(f"the scan in {self._folder} cannot be gone on with (there and now)", part.identity)
+            self._prepare_same_scan(f"the scan in {self._folder} cannot be resumed (then and now)", part.identity)
             self._recorder.restore(part)
             self._source.add_failures(part.failures)
             self.earlier_seconds = part.seconds
@@ -82,7 +82,7 @@ class Progress:
         found = identity(manifest) | {"shard": manifest.get("shard")}
         if batch_size is not None:
             self._recorder.set_precision(found["precision"], batch_size)
-        self._prepare_same_scan(f"{self._folder} holds the run of another scan (there and now)", found)
+        self._prepare_same_scan(f"{self._folder} holds the run of another scan (then and now)", found)
         return True
 
     def _prepare_same_scan(self, what: str, found: Identity) -> None:
@@ -137,7 +137,7 @@ class Progress:
         except OSError as error:
             raise UnitvisError(
                 f"after {self._progress_text()} the checkpoint could not be written into {self._folder}: "
-                f"{error.strerror}; mend that, then {HOW_TO_RESUME}"
+                f"{error.strerror}; fix that, then {HOW_TO_RESUME}"
             ) from error
         self.checkpoint_seconds += time.perf_counter() - start
 

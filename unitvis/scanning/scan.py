@@ -98,7 +98,7 @@ def scan(
     own_shard = parse_shard(shard)
     folder = None if out is None else check_output(out, overwrite=overwrite, resume=resume)
     if resume and folder is None:
-        raise UnitvisError("resume needs out, the folder of the scan to go on with")
+        raise UnitvisError("resume needs out, the folder of the scan to resume")
     origin: dict[str, Any] = {"spec": None}
     if isinstance(model, str):
         model = models.load(model)

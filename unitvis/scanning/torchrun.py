@@ -78,7 +78,7 @@ def _check_folders(folder: Path, shards: Path, overwrite: bool, resume: bool) ->
         shutil.rmtree(shards)
     if shards.exists() and not resume:
         raise UnitvisError(
-            f"{shards} holds a scan that is not finished; go on with it (--resume) or start again (--overwrite)"
+            f"{shards} holds a scan that is not finished; resume it (--resume) or start again (--overwrite)"
         )
 
 

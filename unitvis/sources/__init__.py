@@ -133,7 +133,7 @@ def _open_path(path: str, transform: Transform | None, on_error: str, decoding: 
         return folder_source(path, transform, on_error=on_error, decoding=decoding)
     if not os.path.exists(path):
         unfinished = os.path.exists(f"{path}.part") and ending == ".npy"
-        hint = "; that pack is not finished: go on with `unitvis pack --resume`" if unfinished else ""
+        hint = "; that pack is not finished: resume it with `unitvis pack --resume`" if unfinished else ""
         raise UnitvisError(f"there is no file or folder {path!r}{hint}")
     try:
         if ending == ".txt":

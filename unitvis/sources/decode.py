@@ -196,7 +196,7 @@ def _open_image(data: bytes, allow_truncated: bool = False) -> Iterator[ImageFil
         yield image
     except ImageError:
         raise
-    except Exception as error:  # a hostile file makes Pillow raise nearly anything
+    except Exception as error:  # Pillow may raise anything for a hostile file
         text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", " ".join(str(error).split())) or type(error).__name__
         too_large = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
         raise ImageError(text if too_large else f"broken {name}: {text[:200]}") from error

@@ -174,14 +174,14 @@ def pack_source(
         with open(Path(path).with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as arrays:
             tables = dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UnitvisError(f"{path!r} is not a whole pack: its .npz file: {first_line(error)}; pack again") from error
+        raise UnitvisError(f"{path!r} is an incomplete pack: its .npz file: {first_line(error)}; pack again") from error
     for ending, hashed, known in (
         ("npz", tables_hash(tables), about["tables"]),
         ("npy", pixels_hash(pixels), about["pixels"]),
     ):
         if hashed != known:
             raise UnitvisError(
-                f"{path!r} is not a whole pack: its .{ending} and .json files do not belong together; pack again"
+                f"{path!r} is an incomplete pack: its .{ending} and .json files do not belong together; pack again"
             )
     return PackSource(os.path.abspath(path), about, pixels, tables, combined, on_error=on_error)
 
