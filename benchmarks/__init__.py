@@ -1,7 +1,8 @@
-"""How fast it is, measured.
+"""Benchmarks.
 
-`python -m benchmarks` is the suite, `.convolutions` fills measured.json. By hand: `.long` and `.crp`, which write into
-the suite's file, and `.exactness`, `.million`, `.processes` and `.start`, which write into results/long.
+`python -m benchmarks` runs the suite; `benchmarks.convolutions` fills measured.json. Started by hand: `.long` and
+`.crp`, which write into the suite's results file, and `.exactness`, `.million`, `.processes` and `.start`, which write
+into results/long.
 """
 
 import sys

@@ -17,7 +17,7 @@ MODULES = ("bench_operators.py", "bench_step.py", "bench_scan.py")
 
 
 def main() -> int:
-    """Exit code 0, or pytest's where a benchmark failed: then nothing is written."""
+    """Run the suite; returns 0, or pytest's exit code if a benchmark failed, and then nothing is written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--render", action="store_true", help="only write the tables in docs/ again")
     if not parser.parse_args().render:

@@ -1,7 +1,7 @@
-"""A whole scan from images in host memory: AlexNet's five convolutions, the transfer to the device included.
+"""Benchmark a whole scan of images in host memory, transfer to the device included: AlexNet's five convolutions.
 
-On a GPU the images are replayed from a ring of pinned memory, so that a million of them need no terabyte. What can win
-is computed again from the same ring.
+On a GPU a ring of images in pinned memory is read again and again, so that a million images need little memory. Images
+that can win are read from the same ring when they are computed again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.naive import network
 from benchmarks.ring import Ring
 from benchmarks.sizes import Sizes
 from benchmarks.timing import Timer
-from unitvis.bench.bench import BARE, BASELINES, DEVICE, HOST, Bench, pictures
+from unitvis.bench.bench import BARE_FORWARD, BASELINES, DEVICE_HOOK, NAIVE_HOOK, Bench, synthetic_images
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.arrays import UNSEPARATED
@@ -27,39 +27,41 @@ from unitvis.sources.transform import Transform
 SCAN, EXACT = "unitvis, the scan alone", "unitvis, exact"
 CASES: dict[str, Callable[[Sizes, str], list[tuple[Any, ...]]]] = {
     "test_scan": lambda form, kind: [
-        ("alexnet", who, turn)
+        ("alexnet", contender, turn)
         for turn in range(form.turns)
-        for who in (BARE, SCAN, *([EXACT] if kind == "cuda" else []), DEVICE, HOST)
+        for contender in (BARE_FORWARD, SCAN, *([EXACT] if kind == "cuda" else []), DEVICE_HOOK, NAIVE_HOOK)
     ]
 }
 
 
 @cache
 def checked(name: str, side: int, device: torch.device) -> tuple[nn.Module, Transform, list[str]]:
-    """A network on the device, its preprocessing and layers, once all contenders agree on some images."""
+    """Load a network, check that all contenders agree on 64 images; returns the model, its transform and layers."""
     loaded = network(name)
     examined = Network(loaded.model.to(device), transform=loaded.transform)
     examined.examine((3, side, side))
     with examined.evaluating():
-        one = Bench(examined)
-        one.check(pictures(64, (side, side)))
-    return one.model, one.transform, one.layers
+        checked_bench = Bench(examined)
+        checked_bench.check(synthetic_images(64, (side, side)))
+    return checked_bench.model, checked_bench.transform, checked_bench.layers
 
 
 def test_scan(case: tuple[str, str, int], timer: Timer, form: Sizes, device: torch.device) -> None:
-    name, who, turn = case
+    name, contender, turn = case
     on_gpu = device.type == "cuda"
     model, transform, layers = checked(name, form.side, device)
     precision, dtype, size = ("fp16", torch.float16, form.batches[-1]) if on_gpu else ("fp32", torch.float32, 64)
     ring = Ring(form.host_images, form.side, form.ring, pinned=on_gpu, batch=size)
-    count = min(form.host_images, 20_000) if who in BASELINES else form.host_images
+    count = min(form.host_images, 20_000) if contender in BASELINES else form.host_images
     timer.rounds = 1
-    row: dict[str, Any] = {"kind": "scan", "network": name, "precision": precision, "images": count, "contender": who}
-    row |= {"ring": len(ring.images), "batch": size}
+    row: dict[str, Any] = {"kind": "scan", "network": name, "precision": precision, "images": count}
+    row |= {"contender": contender, "ring": len(ring.images), "batch": size}
     recorder: Recorder
-    own = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last) if on_gpu and who in BASELINES else model
+    own = model  # what a baseline runs, in the precision of the scan
+    if on_gpu and contender in BASELINES:
+        own = copy.deepcopy(model).to(dtype, memory_format=torch.channels_last)
 
-    def prepare() -> None:  # layers and receptive fields are found once a model
+    def prepare() -> None:  # untimed: layers and receptive fields are found once a model
         nonlocal recorder
         recorder = Recorder(model, layers, transform=transform, precision=precision, batch_size=size)
         recorder.prepare((3, form.side, form.side))
@@ -68,17 +70,17 @@ def test_scan(case: tuple[str, str, int], timer: Timer, form: Sizes, device: tor
         with recorder:
             for ids, pixels in ring.batches(size, count):
                 recorder(pixels, ids)
-        if who == EXACT:
+        if contender == EXACT:
             run = recorder.result(ring)
             row["rescored"] = run.manifest["rescored"]["images"]
             row["undecided"] = sum(int((top.status == UNSEPARATED).sum()) for top in run.tops.values())
 
     def baseline() -> None:
-        with torch.inference_mode(), BASELINES[who](own, layers) as hooks:
+        with torch.inference_mode(), BASELINES[contender](own, layers) as hooks:
             for ids, pixels in ring.batches(size, count):
                 batch = transform.normalize(pixels.to(device, non_blocking=True), dtype)
                 hooks(batch, ids.to(device))
 
-    run, setup = (baseline, None) if who in BASELINES else (scan, prepare)
+    run, setup = (baseline, None) if contender in BASELINES else (scan, prepare)
     timer(run, setup=setup, warm=turn > 0, **row)
     timer.benchmark.extra_info.update(row)

@@ -1,4 +1,4 @@
-"""What every benchmark gets: the device, the sizes, and a timer."""
+"""Fixtures of the benchmarks: device, sizes and timer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def timer(benchmark: Any, form: sizes.Sizes, device: torch.device) -> Timer:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`case` and `contender`: what a benchmark's module lists in CASES(form, device type) for the test's name."""
+    """Parametrise `case` with what the module's CASES lists for the benchmark's name."""
     if "case" not in metafunc.fixturenames:
         return
     name = metafunc.config.getoption("--sizes")

@@ -1,8 +1,8 @@
-"""python -m benchmarks.convolutions: fill kernels/unitvis_kernels/measured.json on the GPU that is here.
+"""Measure convolutions on this GPU and fill kernels/unitvis_kernels/measured.json.
 
-Each convolution of AlexNet, VGG16 and ResNet-50 at 224 x 224 through `conv_argmax` (fused), through cuDNN followed by
-`epilogue` (separate), and, to be known, through cuDNN's convolution with ReLU followed by `spatial_argmax` (the rival).
-Where one is wrong, nothing is written.
+Each convolution of AlexNet, VGG16 and ResNet-50 at 224 x 224 is timed through `conv_argmax` (fused), through cuDNN
+followed by `epilogue` (separate) and, for comparison, through cuDNN's convolution with ReLU and `spatial_argmax`
+(rival). If one of the first two is wrong, nothing is written.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ TABLE = machine.ROOT / "kernels" / "unitvis_kernels" / "measured.json"
 
 
 class Layer(NamedTuple):
-    """A convolution, and the size [H, W] of its input."""
+    """Convolution with the size (H, W) of its input."""
 
     conv: nn.Conv2d
     size: tuple[int, int]
 
     def key(self, dtype: torch.dtype) -> str:
+        """Key of the layer in measured.json."""
         conv = self.conv
         around = zip(self.size, conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
         height, width = ((size + 2 * int(p) - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in around)
@@ -48,7 +49,7 @@ class Layer(NamedTuple):
 
 
 def layers(model: nn.Module, side: int) -> dict[str, Layer]:
-    """The different convolutions that a scan of the model would choose a way for, by their keys in float16."""
+    """Find the different convolutions for which a scan chooses between fused and separate, by their float16 keys."""
     examined = Network(model)
     examined.examine((3, side, side))
     copied = rewritten(model, {layer.name: slice(0) for layer in examined.layers}, Threshold(), one_pass=False)
@@ -56,7 +57,7 @@ def layers(model: nn.Module, side: int) -> dict[str, Layer]:
 
     def see(chain: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(chain, Chain)
-        if chain.pool is None:  # of a map that is pooled at once nothing is saved, so no choice is made
+        if chain.pool is None:  # a map that is pooled at once is never stored, so there is no choice
             one = Layer(chain.conv, tuple(inputs[0].shape[2:]))
             found.setdefault(one.key(torch.float16), one)
 
@@ -69,7 +70,7 @@ def layers(model: nn.Module, side: int) -> dict[str, Layer]:
 
 
 def measure(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, float]:
-    """Microseconds of the ways of one layer, after checking that they agree; medians."""
+    """Measure median microseconds of each way to compute one layer, after checking that they agree."""
     conv = layer.conv
     weight = conv.weight.detach().to(device, dtype, memory_format=torch.channels_last)
     bias = torch.zeros(conv.out_channels, device=device, dtype=dtype) if conv.bias is None else conv.bias.detach()
@@ -97,10 +98,10 @@ def measure(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, 
         values, positions = uk.unpack(keys)
         stored = y.flatten(2).gather(2, positions[..., None])[..., 0].float()
         if not wrong < 8 * torch.finfo(dtype).eps or not torch.equal(values.clamp_min(0), stored):
-            said = f"{layer.key(dtype)}: {name} is wrong (relative error {wrong:.2g})"
+            verdict = f"{layer.key(dtype)}: {name} is wrong (relative error {wrong:.2g})"
             if way is not rival:
-                raise SystemExit(f"{said}; nothing is written")
-            print(f"{said} and left out", flush=True)  # it is cuDNN's, and nothing is decided by it
+                raise SystemExit(f"{verdict}; nothing is written")
+            print(f"{verdict} and left out", flush=True)  # it is cuDNN's kernel, and no choice depends on it
             del ways[name]
 
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -118,7 +119,7 @@ def measure(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, 
 
 
 def fill(table: Path, architecture: str, measured: dict[str, dict[str, float]]) -> None:
-    """Put what was measured on an architecture into the table, in place of what it says of the same layers."""
+    """Write the times measured on an architecture into the table, in place of earlier ones of the same layers."""
     known = json.loads(table.read_text())
     own = known["layers"].setdefault(architecture, {})
     own |= {layer: {name: times[name] for name in ("fused_us", "separate_us")} for layer, times in measured.items()}
@@ -127,21 +128,21 @@ def fill(table: Path, architecture: str, measured: dict[str, dict[str, float]]) 
 
 
 def main() -> int:
-    """Exit code 2 without a GPU."""
+    """Measure all layers and write the table; returns 0, or 2 without a GPU."""
     argparse.ArgumentParser(prog="python -m benchmarks.convolutions", description=__doc__).parse_args()
     if not torch.cuda.is_available():
         print("a GPU is needed: measured.json says what is fastest on one", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"  # what is compared to
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"  # for the reference
     described = machine.describe(device)
     found = {key: one for name in NETWORKS for key, one in layers(network(name).model, SIDE).items()}
     measured: dict[str, dict[str, float]] = {}
     for one in found.values():
         for dtype in (torch.float16, torch.bfloat16):
             times = measured[one.key(dtype)] = measure(one, BATCH, dtype, device, ROUNDS)
-            told = ", ".join(f"{name.removesuffix('_us')} {value:.1f}" for name, value in times.items())
-            print(f"{one.key(dtype):<44} us: {told}", flush=True)
+            times_text = ", ".join(f"{name.removesuffix('_us')} {value:.1f}" for name, value in times.items())
+            print(f"{one.key(dtype):<44} us: {times_text}", flush=True)
     fill(TABLE, described["architecture"], measured)
     rows = [{"layer": layer, "batch": BATCH} | times for layer, times in measured.items()]
     target = results.RESULTS / machine.file_name(described["name"])

@@ -1,4 +1,4 @@
-"""zennit-crp's search for the strongest images beside a scan, on the same images in memory.
+"""Compare a scan with zennit-crp's search for the strongest images, on the same images in memory.
 
     pip install zennit-crp
     python -m benchmarks.crp
@@ -27,16 +27,16 @@ from torch import Tensor, nn
 
 from benchmarks import machine, results
 from benchmarks.naive import network
-from unitvis.bench.bench import pictures
+from unitvis.bench.bench import synthetic_images
 from unitvis.scanning.scan import scan
 from unitvis.sources.transform import Transform
 
-COUNT, SIDE, K = 500, 224, 9
-CLOSE = 1e-4  # of a layer's largest response
+IMAGES, SIDE, K = 500, 224, 9
+RELATIVE_TOLERANCE = 1e-4  # of a layer's largest response
 
 
 class Normalised(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Float images and a label, as zennit-crp asks for."""
+    """Dataset of normalised float images [3, H, W] with a label, as zennit-crp needs it."""
 
     def __init__(self, pixels: NDArray[np.uint8], transform: Transform) -> None:
         self._pixels, self._transform = pixels, transform
@@ -51,7 +51,7 @@ class Normalised(torch.utils.data.Dataset[tuple[Tensor, int]]):
 def by_crp(
     model: nn.Module, layers: list[str], pixels: NDArray[np.uint8], transform: Transform
 ) -> tuple[dict[str, NDArray[np.float32]], float]:
-    """(layer -> the largest values [units, K], seconds)."""
+    """Run zennit-crp's search; returns (layer -> the K largest values [units, K], seconds)."""
     from crp.attribution import CondAttribution
     from crp.concepts import ChannelConcept
     from crp.visualization import FeatureVisualization
@@ -74,14 +74,14 @@ def by_crp(
 
 
 def compared(count: int, side: int) -> dict[str, Any]:
-    """Seconds of both, once their values agree."""
+    """Time both, and check that their values agree."""
     loaded = network("alexnet")
     model, transform = loaded.model, loaded.transform
     assert transform is not None
     for module in model.modules():
         if isinstance(module, nn.ReLU):
-            module.inplace = False  # zennit's rules need what goes in
-    pixels = pictures(count, (side, side))
+            module.inplace = False  # zennit's rules need the input of a ReLU
+    pixels = synthetic_images(count, (side, side))
     own = Transform(mean=transform.mean, std=transform.std)
     start = time.perf_counter()
     run = scan(model, pixels, k=K, transform=own, progress=False)
@@ -89,7 +89,7 @@ def compared(count: int, side: int) -> dict[str, Any]:
     model.requires_grad_(True)
     found, theirs = by_crp(model, run.layers, pixels, own)
     for name, values in found.items():
-        slack = CLOSE * float(np.abs(run[name].values).max())
+        slack = RELATIVE_TOLERANCE * float(np.abs(run[name].values).max())
         np.testing.assert_allclose(values, run[name].values, rtol=0, atol=slack, err_msg=name)
     return {"images": count, "seconds": {"zennit-crp": round(theirs, 1), "unitvis": round(ours, 1)}} | {
         "times_as_fast": round(theirs / ours, 2)
@@ -97,14 +97,14 @@ def compared(count: int, side: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Exit code 2 without zennit-crp."""
+    """Run the comparison and write its result; returns 0, or 2 if zennit-crp is not installed."""
     argparse.ArgumentParser(prog="python -m benchmarks.crp", description=__doc__).parse_args()
     try:
         import crp.visualization  # noqa: F401
     except ImportError as error:
         print(f"zennit-crp is needed ({error}): pip install zennit-crp", file=sys.stderr)
         return 2
-    found = compared(COUNT, SIDE)
+    found = compared(IMAGES, SIDE)
     print(json.dumps(found, indent=1))
     described = machine.describe(torch.device("cpu"))
     results.write(results.RESULTS / machine.file_name(described["name"]), crp={"machine": described, "found": found})

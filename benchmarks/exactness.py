@@ -1,4 +1,4 @@
-"""How often the bound errs by which a scan in half precision decides: against float32, on real and random networks.
+"""Count how often the bound of half-precision scans is wrong, against float32, on trained and random networks.
 
     UNITVIS_SHARED=FOLDER python -m benchmarks.exactness --images 10000 small large
     python -m benchmarks.exactness --images 2000 alexnet vgg16 resnet18
@@ -29,7 +29,7 @@ from unitvis.sources import open_source
 
 
 class Augmented(torch.utils.data.Dataset[Tensor]):
-    """Copies of pictures, each cut, mirrored and lit otherwise by a hash of its number; the first ones as they are."""
+    """Dataset of images, float [3, H, W], then copies of them with random crops, flips and brightness, by number."""
 
     def __init__(self, pictures: Tensor, count: int) -> None:
         self._pictures, self._count = pictures, count
@@ -51,8 +51,8 @@ class Augmented(torch.utils.data.Dataset[Tensor]):
         return (part * float(rng.uniform(0.6, 1.2)) + float(rng.uniform(-0.2, 0.2))).clamp(-1, 1)
 
 
-class MadeUp(torch.utils.data.Dataset[Tensor]):
-    """Smooth random pictures of different contrast."""
+class SmoothRandom(torch.utils.data.Dataset[Tensor]):
+    """Dataset of smooth random images, float [3, side, side], of different contrast."""
 
     def __init__(self, count: int, side: int) -> None:
         self._count, self._side = count, side
@@ -69,26 +69,27 @@ class MadeUp(torch.utils.data.Dataset[Tensor]):
 
 
 def network(name: str) -> nn.Module:
+    """Load a trained MobileNet (small, large) or a torchvision network with random weights."""
     return photos.model(name) if name in photos.NETWORKS else naive.network(name).model
 
 
 def measure(name: str, count: int, precision: str) -> dict[str, Any]:
-    """How many units the bound decides once all candidates are known, and how many of those wrongly."""
+    """Count the units that the bound decides once all candidates are computed, and how many of those are wrong."""
     model = network(name)
-    images = Augmented(photos.images(), count) if name in photos.NETWORKS else MadeUp(count, 64)
+    images = Augmented(photos.images(), count) if name in photos.NETWORKS else SmoothRandom(count, 64)
     source = open_source(images, None)
     with Recorder(model, precision=precision) as recorder:
         for batch in source.batches(64):
             recorder(batch.pixels, batch.ids)
     with recorder.network.evaluating():
-        again = Reranking(recorder.network, recorder.scanned, source)
-        again.compute_sample()
-        again.compute_candidates(np.ones(len(again.rows), bool))
-        computed = len(again.computed)
-        decided = again.kth > again.outsiders() + again.margins()
+        reranking = Reranking(recorder.network, recorder.scanned, source)
+        reranking.compute_sample()
+        reranking.compute_candidates(np.ones(len(reranking.rows), bool))
+        computed = len(reranking.computed)
+        decided = reranking.kth > reranking.outsiders() + reranking.margins()
     truth = unitvis.scan(model, images, precision="fp32", progress=False)
     winners = np.concatenate([top.images for top in truth.tops.values()])
-    inside = (winners[:, :, None] == again.images[:, None, :]).any(axis=2).all(axis=1)
+    inside = (winners[:, :, None] == reranking.images[:, None, :]).any(axis=2).all(axis=1)
     return {
         "network": name,
         "images": count,
@@ -101,8 +102,8 @@ def measure(name: str, count: int, precision: str) -> dict[str, Any]:
     }
 
 
-def keep(line: dict[str, Any]) -> None:
-    """Write it down, in place of what was measured of the same before."""
+def save_line(line: dict[str, Any]) -> None:
+    """Write a line into the results, in place of an earlier one of the same network, images and precision."""
     path = results.LONG / "exactness.json"
     same = ("network", "images", "precision")
     others = [one for one in results.read(path).get("lines", []) if any(one[key] != line[key] for key in same)]
@@ -110,7 +111,7 @@ def keep(line: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure one after the other."""
+    """Measure each network in each precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+", help="small, large, or a name of torchvision's")
     parser.add_argument("--images", type=int, default=1000)
@@ -118,13 +119,14 @@ def main() -> None:
     arguments = parser.parse_args()
     Recorder.make_step = half.Rounded.of  # type: ignore[method-assign, assignment]
     device = machine.describe(torch.device("cpu"))
-    told = {"commit": device["commit"], "date": device["date"], "torch": device["versions"]["torch"]}
+    measured_on = {"commit": device["commit"], "date": device["date"], "torch": device["versions"]["torch"]}
     for name in arguments.networks:
         for precision in arguments.precision:
             start = time.perf_counter()
-            line = measure(name, arguments.images, precision) | {"seconds": round(time.perf_counter() - start)} | told
+            line = measure(name, arguments.images, precision)
+            line |= {"seconds": round(time.perf_counter() - start)} | measured_on
             print(json.dumps(line), flush=True)
-            keep(line)
+            save_line(line)
     results.update_documents()
 
 

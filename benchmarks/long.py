@@ -1,9 +1,9 @@
-"""Long measurements, by hand: `python -m benchmarks.long memory`, `... folder` and `... exact`.
+"""Long measurements, started by hand: `python -m benchmarks.long memory`, `... folder` and `... exact`.
 
-memory: does a scan's own memory grow with the number of images? folder: AlexNet on 2,000 JPEG files, against a naive
-loop and against what decoding and computing allow together. exact: AlexNet on 50,000 images in memory, exact by way of
-half precision, against the bare forward passes and the naive hook; where half precision is not fast this is not what a
-scan does, and that is what is written down. Results go into benchmarks/results/<device>.json.
+memory: peak memory of scans of few and of many images. folder: AlexNet on 2,000 JPEG files, against a naive loop and
+against the time that decoding and computing take alone. exact: AlexNet on 50,000 images in memory, exact by way of half
+precision, against bare forward passes and the naive hook; on a device where half precision is not fast nothing is
+measured, and the results say so. Results go into benchmarks/results/<device>.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.naive import network
 from benchmarks.ring import Ring
 from support.memory import Peak
 from unitvis.bench.baselines import Forward, HostHook
-from unitvis.bench.bench import Bench, fastest_half, interleaved, pictures
+from unitvis.bench.bench import Bench, fastest_half, interleaved, synthetic_images
 from unitvis.half_precision.step import HALF
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
@@ -40,20 +40,22 @@ from unitvis.scanning.scan import scan
 from unitvis.sources import open_source
 from unitvis.sources.transform import Transform
 
-COUNTS, SMALL = (4_000, 100_000), 32
-IMAGES, FILES, TIMED = 50_000, 2_000, 2_000  # TIMED: images that the baselines of `exact` are timed on
-RING = 2**33
+MEMORY_COUNTS, MEMORY_SIDE = (4_000, 100_000), 32
+EXACT_IMAGES, FOLDER_FILES = 50_000, 2_000
+BASELINE_IMAGES = 2_000  # that the baselines of `exact` are timed on
+RING_BYTES = 2**33
 
 
 def small_net() -> nn.Module:
-    """Two convolutions, 48 units."""
+    """Network of two convolutions with 48 units."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2)).eval()
 
 
 def growth(path: str, count: int, precision: str) -> dict[str, Any]:
-    """The peak of anonymous memory during a scan of `count` small images of a .npy file, beyond what a scan of one
-    batch took before it.
+    """Measure the peak of anonymous memory of a scan of `count` small images, above that after a scan of one batch.
+
+    path: a .npy file of the images.
     """
     pixels = np.load(path, mmap_mode="r")[:count]
     transform, model = Transform(mean=(0.5,) * 3, std=(0.25,) * 3), small_net()
@@ -80,11 +82,12 @@ def growth(path: str, count: int, precision: str) -> dict[str, Any]:
 
 
 def memory(counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Growth of each, in a process of its own; `exact` as the scan plans it, and by way of float16."""
+    """Measure `growth` for each count in a new process, in the precision that a scan chooses and by way of float16."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.npy"
-        pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(max(counts), SMALL, SMALL, 3))
+        shape = (max(counts), MEMORY_SIDE, MEMORY_SIDE, 3)
+        pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
         rng = np.random.default_rng(0)
         for start in range(0, len(pixels), 4096):
             part = pixels[start : start + 4096]
@@ -99,8 +102,8 @@ def memory(counts: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def jpegs(folder: Path, count: int) -> None:
-    """Files of 500 x 400 pixels, 256 different ones."""
-    drawn = pictures(min(count, 256), (400, 500))
+    """Write JPEG files of 500 x 400 pixels, 256 different ones and copies of them."""
+    drawn = synthetic_images(min(count, 256), (400, 500))
     for number in range(count):
         path = folder / f"{number:06}.jpg"
         if number < len(drawn):
@@ -110,7 +113,7 @@ def jpegs(folder: Path, count: int) -> None:
 
 
 def naive_batches(folder: Path, transform: Transform) -> Iterator[Tensor]:
-    """What one writes first: one file after the other, to float, normalised, 64 at once."""
+    """Read files as a first version of a scan would: one after the other, to normalised float batches of 64."""
     mean, std = torch.tensor(transform.mean)[:, None, None], torch.tensor(transform.std)[:, None, None]
     waiting = []
     for path in sorted(folder.iterdir()):
@@ -130,12 +133,12 @@ def naive_batches(folder: Path, transform: Transform) -> Iterator[Tensor]:
 
 
 def folder(count: int) -> dict[str, Any]:
-    """Images a second from files, in the fastest precision: a scan's loop, its parts alone, and the naive loop."""
+    """Measure images a second from files, in the fastest precision: a scan, its parts alone, and the naive loop."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     model = network("alexnet").model.to(device)
     transform = Transform(resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     precision = fastest_half(device) or "fp32"
-    ring = Ring(count, 224, RING, pinned=device.type == "cuda", batch=64)
+    ring = Ring(count, 224, RING_BYTES, pinned=device.type == "cuda", batch=64)
 
     examined = Network(model, transform=transform)
     examined.examine((3, 224, 224))
@@ -163,7 +166,7 @@ def folder(count: int) -> dict[str, Any]:
             return float(run.manifest["seconds"]["scan"])
 
         turns: list[dict[str, float]] = []
-        for _ in range(3):  # they take turns, so that what slows the machine slows all of them alike
+        for _ in range(3):  # in turns, so that a slow moment of the machine slows all of them
             times: dict[str, float] = {}
             for name, run in (("decoding alone", decoded), ("computing alone", computed), ("naive loop", naive)):
                 start = time.perf_counter()
@@ -182,20 +185,20 @@ def folder(count: int) -> dict[str, Any]:
 
 
 def exact(count: int) -> dict[str, Any]:
-    """Scan and rescoring of `count` images, and the speeds they are compared with, images a second."""
+    """Measure seconds of scan and re-ranking of `count` images, and the images a second of the baselines."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     half = fastest_half(device)
     if half is None:
         speeds = {precision: round(speed(device, precision), 2) for precision in HALF}
         return {"not measured": "half precision is slower than float32 here", "times_as_fast_as_float32": speeds}
     loaded = network("alexnet")
-    ring = Ring(count, 224, RING, pinned=device.type == "cuda", batch=64)
+    ring = Ring(count, 224, RING_BYTES, pinned=device.type == "cuda", batch=64)
     examined = Network(loaded.model.to(device), transform=loaded.transform)
     examined.examine((3, 224, 224))
-    one = Bench(examined)
-    model, transform, layers = one.model, one.transform, one.layers
+    checked_bench = Bench(examined)
+    model, transform, layers = checked_bench.model, checked_bench.transform, checked_bench.layers
     fast = network.__wrapped__("alexnet").model.to(device, HALF[half], memory_format=torch.channels_last)
-    timed = min(count, TIMED)
+    timed = min(count, BASELINE_IMAGES)
 
     def passed(kind: type[Forward], own: nn.Module, dtype: torch.dtype) -> Any:
         def run() -> None:
@@ -250,11 +253,15 @@ def exact(count: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, print, and keep it in the device's results file."""
+    """Measure, print, and write into the device's results file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long", description=__doc__)
     parser.add_argument("what", choices=("memory", "folder", "exact"))
     arguments = parser.parse_args()
-    runs = {"memory": lambda: memory(COUNTS), "folder": lambda: folder(FILES), "exact": lambda: exact(IMAGES)}
+    runs = {
+        "memory": lambda: memory(MEMORY_COUNTS),
+        "folder": lambda: folder(FOLDER_FILES),
+        "exact": lambda: exact(EXACT_IMAGES),
+    }
     found = runs[arguments.what]()
     print(json.dumps(found, indent=1))
     target = results.RESULTS / machine.file_name(machine.device_name())

@@ -1,4 +1,4 @@
-"""What the figures were measured on and with."""
+"""Describe the machine and the versions that figures were measured with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device, the versions, the commit, the date, and how busy the machine was before the suite ran."""
+    """Device, versions, commit, date, and the load of the machine before the measurement."""
     own = _gpu(device) if device.type == "cuda" else {"name": _processor(), "driver": None}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -39,33 +39,35 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """Of the device that the suite runs on."""
+    """Name of the GPU, or of the processor if there is none."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
 
 
 def file_name(name: str) -> str:
-    """The device's name in letters, digits, dots and dashes."""
+    """File name of a device's results: its name in lower-case letters, digits, dots and dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-.") + ".json"
 
 
 def commit() -> str | None:
-    """The checkout's, with a + where tracked files differ from it; None where there is none to ask."""
+    """Commit of the checkout, followed by + if tracked Python files differ from it; None outside of a checkout."""
     try:
-        own = _said("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-        changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        own = _output_of("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+        changed = _output_of("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except (OSError, subprocess.CalledProcessError):
         return None
     return own + ("+" if changed else "")
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
+    """Run a command and return its output."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
+    """Name, driver, architecture and size of the L2 cache of a GPU."""
     found = torch.cuda.get_device_properties(device)
     try:
-        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+        driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
     except (OSError, subprocess.CalledProcessError):
         driver = None
     capability = f"sm_{found.major}{found.minor}"
@@ -73,6 +75,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -81,6 +84,7 @@ def _processor() -> str:
 
 
 def _version(package: str) -> str | None:
+    """Version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

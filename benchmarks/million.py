@@ -1,11 +1,11 @@
-"""A million small images in a hundred tar shards, scanned in one go and again with three kills, compared byte by byte.
+"""Scan a million small images in a hundred tar shards, once whole and once with three kills, and compare the bytes.
 
     python -m benchmarks.million [--images 1000000] [--shards 100] [--kills 3] [--folder DIR] [--seed 0]
 
-Each `kill -9` comes at a random function call after a random number of images, not after a time: on any machine it
-strikes before the scan is over, every second time while a checkpoint is being written. Tells images/s, anonymous memory
-(RssAnon) from image 10,000 to the end, the share of time that checkpoints took, and whether the run that was killed
-equals the other one; with a million images in benchmarks/results/long/million.json.
+Each `kill -9` comes at a random function call after a random number of images, not after a time, so that on any machine
+it comes before the scan is over, every second time while a checkpoint is being written. Prints images/s, anonymous
+memory (RssAnon) from image 10,000 to the end, the fraction of time that checkpoints took, and whether both runs are
+equal; with a million images the figures go into benchmarks/results/long/million.json.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ from benchmarks.results import record
 from support.memory import anonymous
 from unitvis.scanning.progress import Progress
 
-SIDE, SAMPLE, BATCH = 32, 10_000, 256
-CALLS = 3_000  # calls and returns within which a kill comes: half of them write a checkpoint, the rest begin a batch
+SIDE, BATCH = 32, 256
+SAMPLE_EVERY = 10_000  # images between two figures of memory
+# A kill comes within so many calls and returns: about half of them write a checkpoint, the others begin a batch.
+MAX_CALLS = 3_000
 
 
 def network() -> nn.Sequential:
-    """48 channels in two layers."""
+    """Network of two convolutions with 48 channels."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2)).eval()
 
 
 def make_shard(path: Path, number: int, count: int) -> None:
-    """`count` JPEG files of coloured blocks and noise, each another."""
+    """Write a tar archive of `count` different JPEG files of coloured blocks and noise."""
     draw = np.random.default_rng(number)
     with tarfile.open(path.with_suffix(".part"), "w", format=tarfile.USTAR_FORMAT) as archive:
         for image in range(count):
@@ -65,7 +67,7 @@ def make_shard(path: Path, number: int, count: int) -> None:
 
 
 def make(folder: Path, images: int, shards: int) -> str:
-    """The shards, made where they are not there yet; returns their pattern."""
+    """Make the shards that do not exist yet; returns their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
         for number in range(shards):
@@ -77,25 +79,25 @@ def make(folder: Path, images: int, shards: int) -> str:
 
 
 def scan(pattern: str, out: Path, every: float, batch: int, until: int | None, call: int) -> None:
-    """Scan, or go on, in a process of its own; prints the number of images and the memory first and after every batch.
+    """Scan, or resume a scan, in this process; prints images and memory at first and after each batch.
 
-    until: images after which the process kills itself at the `call`-th call of a function. None: it does not.
+    until: number of images after which the process kills itself at the `call`-th call of a function; None: never.
     """
-    real_left, real_after_batch = Progress.left, Progress.after_batch
+    real_unread_ids, real_after_batch = Progress.unread_ids, Progress.after_batch
 
-    def left(self: Progress) -> Iterable[int] | None:
+    def unread_ids(self: Progress) -> Iterable[int] | None:
         print(self._recorder.images, anonymous(), flush=True)
-        return real_left(self)
+        return real_unread_ids(self)
 
     def after_batch(self: Progress) -> None:
         print(self._recorder.images, anonymous(), flush=True)
         if until is not None and self._recorder.images >= until and sys.getprofile() is None:
             self.checkpoint()
-            self._every = 1e-9  # from here on a checkpoint follows every batch, so that the kill can strike in one
+            self._every = 1e-9  # from here on a checkpoint follows every batch, so that the kill can come during one
             sys.setprofile(killing(call))
         real_after_batch(self)
 
-    Progress.left, Progress.after_batch = left, after_batch  # type: ignore[method-assign]
+    Progress.unread_ids, Progress.after_batch = unread_ids, after_batch  # type: ignore[method-assign]
     if until is not None:
         Progress.finish = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
     transform = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -105,7 +107,7 @@ def scan(pattern: str, out: Path, every: float, batch: int, until: int | None, c
 
 
 def killing(call: int) -> Callable[[FrameType, str, object], None]:
-    """A function for `sys.setprofile` that kills the process at the `call`-th call or return, Python's or C's."""
+    """Make a function for `sys.setprofile` that kills the process at the `call`-th call or return."""
     left = iter(range(call, 0, -1))
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
@@ -117,23 +119,23 @@ def killing(call: int) -> Callable[[FrameType, str, object], None]:
 
 @dataclass
 class Outcome:
-    """What a comparison of the run in one go with the one that was killed came to."""
+    """Result of comparing the whole run with the one that was killed."""
 
     images: int
     shards: int
-    seconds: float  # of the scan in one go
+    seconds: float  # of the whole scan
     rate: float  # its images/s
-    memory: dict[int, int]  # its RssAnon in bytes, by images: at the first batch from each 10,000 on, and at the end
+    memory: dict[int, int]  # images -> its RssAnon in bytes, at the first batch of each 10,000 images and at the end
     every: float  # seconds between its checkpoints
     checkpoint_share: float  # of its time
-    kills: list[int]  # images that were done when each came
-    resumed: list[int]  # images in the checkpoint from which the scan went on after each
+    kills: list[int]  # images that were done at each kill
+    resumed: list[int]  # images in the checkpoint that was resumed after each kill
     equal: bool
     seconds_in_all: float
 
     @property
     def spread(self) -> int:
-        """Bytes between the smallest and the largest memory from image 10,000 to the end."""
+        """Difference in bytes between the smallest and the largest memory from image 10,000 to the end."""
         return max(self.memory.values()) - min(self.memory.values())
 
     def __str__(self) -> str:
@@ -146,7 +148,7 @@ class Outcome:
             f"{self.images:,} images of {self.shards} shards in {self.seconds:.0f} s, {self.rate:.0f} images/s; "
             f"RssAnon {first} after {min(self.memory):,}, {last} at the end, within {spread}; checkpoints every "
             f"{self.every:g} s took {self.checkpoint_share:.2%} of the time; killed after {killed} images, "
-            f"gone on from {resumed}: "
+            f"resumed from {resumed}: "
             f"{'the same bytes' if self.equal else 'OTHER BYTES'}; {self.seconds_in_all:.0f} s in all"
         )
 
@@ -154,7 +156,7 @@ class Outcome:
 def watched(
     pattern: str, out: Path, every: float, batch: int, until: int | None = None, call: int = 0
 ) -> dict[int, int]:
-    """RssAnon in bytes by images of a scan in a process, which is killed as `scan` says where `until` is given."""
+    """Scan in a new process, see `scan`; returns images -> RssAnon in bytes."""
     memory: dict[int, int] = {}
     command = [sys.executable, "-m", "benchmarks.million", "--scan", pattern, "--out", str(out), "--every", str(every)]
     command += ["--batch", str(batch)]
@@ -171,32 +173,33 @@ def watched(
 
 
 def sampled(memory: dict[int, int]) -> dict[int, int]:
-    """Of each 10,000 images the first that is known, and the last of all; nothing before the first 10,000."""
+    """Keep the first figure of each 10,000 images, and the last; none before the first 10,000."""
     kept: dict[int, int] = {}
     for images in memory:
-        kept.setdefault(images // SAMPLE, images)
-    return {images: memory[images] for images in [*kept.values(), max(memory)] if images >= min(SAMPLE, max(memory))}
+        kept.setdefault(images // SAMPLE_EVERY, images)
+    first = min(SAMPLE_EVERY, max(memory))
+    return {images: memory[images] for images in [*kept.values(), max(memory)] if images >= first}
 
 
 def compare(
     folder: Path, pattern: str, shards: int, kills: int, seed: int, every: float, batch: int = BATCH
 ) -> Outcome:
-    """Scan in one go, then with one kill -9 in each of `kills` equal parts; `folder` must be empty of runs."""
+    """Scan without a kill, then with one kill -9 in each of `kills` equal parts; `folder` must hold no runs."""
     start, draw = time.perf_counter(), random.Random(seed)  # noqa: S311
     whole, killed = folder / "whole", folder / "killed"
     memory = watched(pattern, whole, every, batch)
     manifest = json.loads((whole / "manifest.json").read_text())
     seconds = manifest["seconds"]
-    met, least, resumed = [], [], []
+    reached, planned, resumed = [], [], []
     for number in range(kills):
         until = int(manifest["images"] * (number + draw.uniform(0.1, 0.9)) / kills)
-        attempt = watched(pattern, killed, every, batch, until, draw.randint(1, CALLS))
+        attempt = watched(pattern, killed, every, batch, until, draw.randint(1, MAX_CALLS))
         assert not (killed / "manifest.json").exists(), "the scan was over before the kill"
-        met.append(max(attempt))
-        least.append(until)
+        reached.append(max(attempt))
+        planned.append(until)
         resumed.append(min(attempt))
     resumed.append(min(watched(pattern, killed, every, batch)))
-    assert all(map(operator.ge, resumed, [0, *least])), f"killed after {least} images and gone on from {resumed}"
+    assert all(map(operator.ge, resumed, [0, *planned])), f"killed after {planned} images and resumed from {resumed}"
     again = json.loads((killed / "manifest.json").read_text())
     equal = all((whole / name).read_bytes() == (killed / name).read_bytes() for name in ("top.npz", "images.jsonl"))
     equal &= all(manifest[key] == again[key] for key in ("images", "coverage", "failures", "layers", "source"))
@@ -208,7 +211,7 @@ def compare(
         memory=sampled(memory),
         every=every,
         checkpoint_share=seconds["checkpoints"] / seconds["scan"],
-        kills=met,
+        kills=reached,
         resumed=resumed[1:],
         equal=equal,
         seconds_in_all=round(time.perf_counter() - start, 1),
@@ -216,6 +219,7 @@ def compare(
 
 
 def main() -> None:
+    """Make the shards, compare the scans and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--shards", type=int, default=100)

@@ -1,9 +1,10 @@
-"""Processes under torchrun beside one process: the same bytes, and how long after the last image the run is there.
+"""Compare a scan by several processes under torchrun with one process: equal bytes, and the time to merge.
 
     python -m benchmarks.processes MODEL IMAGES [--processes 4] [options of `unitvis scan`]
 
-The time counts from the moment at which the last process has computed its last image, until the merged run is written;
-the second pass, which one process has too, is told apart. Writes benchmarks/results/long/processes.json.
+The time to merge runs from the moment at which the last process has computed its last image until the merged run is
+written; the second pass, which a single process has too, is counted on its own. Writes
+benchmarks/results/long/processes.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.results import record
 
 
 def worker(notes: Path, arguments: list[str]) -> int:
-    """`unitvis scan`, which leaves a file that was changed last when the process had computed its last image."""
+    """Run `unitvis scan` in this process; the file notes/PID is touched after every batch."""
     from unitvis import cli
     from unitvis.scanning.progress import Progress
 
@@ -38,7 +39,7 @@ def worker(notes: Path, arguments: list[str]) -> int:
 
 
 def measured(scan: list[str], out: Path, processes: int) -> dict[str, Any]:
-    """Scan into `out`; seconds in all, of the second pass, and between the last image and the run without that."""
+    """Scan into `out`; measures seconds in all, of the second pass, and from the last image to the run without it."""
     notes = out.with_name(f"{out.name}.notes")
     notes.mkdir()
     command = [sys.executable, "-m"]
@@ -59,6 +60,7 @@ def measured(scan: list[str], out: Path, processes: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Scan with one process and with several, compare the bytes and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("images", metavar="IMAGES")

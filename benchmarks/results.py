@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.machine import ROOT
-from unitvis.bench.bench import BARE, DEVICE, HOST
+from unitvis.bench.bench import BARE_FORWARD, DEVICE_HOOK, NAIVE_HOOK
 
 FORMAT = 1
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -23,13 +23,14 @@ START_STEPS = "<!-- python -m benchmarks writes the steps on a GPU from here -->
 START_OPERATORS = "<!-- python -m benchmarks writes the operators on a GPU from here -->"
 START_EXACTNESS = "<!-- python -m benchmarks.exactness writes from here -->"
 PERCENTILES = (20, 50, 80)
+FAMILIES = (BARE_FORWARD, DEVICE_HOOK, NAIVE_HOOK)  # baselines, each in several forms (compiled, captured)
 NAMES = {"alexnet": "AlexNet", "vgg16": "VGG16", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
 NAMES |= {"small": "MobileNet, width 0.25, trained", "large": "MobileNet, width 1, trained"}
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def row(turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """One timed callable: what it was, seconds a call (percentiles of all turns' rounds), what follows from them."""
+    """Make the row of one timed callable: its parameters, percentiles of its seconds a call, and rates."""
     found = dict(turns[-1]["extra_info"])
     calls, times = found.pop("calls"), [seconds for turn in turns for seconds in turn["stats"]["data"]]
     found["rounds"] = len(times)
@@ -42,7 +43,7 @@ def row(turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rows(benchmarks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every timed callable; operators also as a share of the ceiling that was measured beside them."""
+    """Make the rows of all timed callables; those of operators get their fraction of the measured ceiling."""
     turns: dict[str, list[dict[str, Any]]] = {}
     for one in benchmarks:
         own = {key: value for key, value in one["extra_info"].items() if key not in ("rescored", "undecided")}
@@ -57,18 +58,18 @@ def rows(benchmarks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results file; empty where there is none."""
+    """Read a results file; empty if there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(path: Path, **parts: Any) -> None:
-    """Write parts of a results file: the others, measured by hand or at another time, stay."""
+    """Write entries of a results file; its other entries, measured at another time, are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"format": FORMAT} | read(path) | parts, indent=1) + "\n")
 
 
 def record(name: str, figures: dict[str, Any], folder: Path = LONG) -> Path:
-    """Write what a long run on the CPU came to, in place of what was there of that name."""
+    """Write the figures of a long measurement on the CPU, in place of earlier ones of that name."""
     path = folder / f"{name}.json"
     path.unlink(missing_ok=True)
     write(path, machine=machine.describe(torch.device("cpu")), **figures)
@@ -76,23 +77,23 @@ def record(name: str, figures: dict[str, Any], folder: Path = LONG) -> Path:
 
 
 def headline(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was compared with one another: {what, unitvis, and per family of baselines its fastest form}, images/s."""
+    """Group rows that were compared: {what, unitvis, each baseline in its fastest form}, in images/s."""
     groups: dict[tuple[Any, ...], dict[str, float]] = {}
     for one in found:
         if one["kind"] not in ("step", "scan"):
             continue
         batch = one["images"] if one["kind"] == "step" else one["batch"]
         rates = groups.setdefault((one["network"], one["precision"], one["kind"], batch), {})
-        family = next((f for f in (BARE, DEVICE, HOST) if one["contender"].startswith(f)), one["contender"])
+        family = next((name for name in FAMILIES if one["contender"].startswith(name)), one["contender"])
         rates[family] = max(rates.get(family, 0.0), one["images_s"])
     lines = []
     for (network, precision, kind, batch), rates in groups.items():
         what = f"{NAMES.get(network, network)}, {PRECISIONS[precision]}, "
         what += f"a step of {batch}" if kind == "step" else f"a scan from host memory, {batch} at once"
-        for who in rates:
-            if who.startswith("unitvis"):
-                own = what + who.removeprefix("unitvis")
-                lines.append({"what": own, "unitvis": rates[who]} | {f: rates[f] for f in (BARE, DEVICE, HOST)})
+        for contender in rates:
+            if contender.startswith("unitvis"):
+                own = what + contender.removeprefix("unitvis")
+                lines.append({"what": own, "unitvis": rates[contender]} | {name: rates[name] for name in FAMILIES})
     return lines
 
 
@@ -100,23 +101,23 @@ def render(files: Iterable[Path]) -> str:
     """What was timed on each machine, as Markdown tables, from results files."""
     loaded = [json.loads(path.read_text()) for path in files]
     text = [
-        f"Images per second; in brackets, unitvis's rate divided by that one. Where {BARE} and {DEVICE} were also "
+        f"Images per second; in brackets, unitvis's rate divided by that one. Where {BARE_FORWARD} and {DEVICE_HOOK} were also "
         f"compiled or captured, the fastest form counts.",
         "",
     ]
     for one in loaded:
         device = one["machine"]
         driver = f", driver {device['driver']}" if device["driver"] else ""
-        place = f"{device['name']}, {device['cores']} cores" if device["kind"] == "cpu" else device["name"]
+        host = f"{device['name']}, {device['cores']} cores" if device["kind"] == "cpu" else device["name"]
         text += [
-            f"**{place}**{driver}, torch {device['versions']['torch']}, commit {device['commit']}, "
+            f"**{host}**{driver}, torch {device['versions']['torch']}, commit {device['commit']}, "
             f"{device['date']}, load {device['load']} before the start:",
             "",
-            f"| | unitvis | {BARE} | {DEVICE} | {HOST} |",
+            f"| | unitvis | {BARE_FORWARD} | {DEVICE_HOOK} | {NAIVE_HOOK} |",
             "|---|---|---|---|---|",
         ]
         for line in headline(one["rows"]):
-            cells = [f"{line[f]:,.0f} ({line['unitvis'] / line[f]:.2f}x)" for f in (BARE, DEVICE, HOST)]
+            cells = [f"{line[f]:,.0f} ({line['unitvis'] / line[f]:.2f}x)" for f in FAMILIES]
             text.append(f"| {line['what']} | {line['unitvis']:,.0f} | {' | '.join(cells)} |")
         text.append("")
     if not any(one["machine"]["kind"] == "cuda" for one in loaded):
@@ -126,7 +127,7 @@ def render(files: Iterable[Path]) -> str:
 
 def render_steps(measured: dict[str, Any]) -> str:
     """Milliseconds of a step of each network on a GPU, as a Markdown table."""
-    rivals = (f"{BARE}, captured", f"{BARE}, torch.compile", f"{DEVICE}, captured")
+    rivals = (f"{BARE_FORWARD}, captured", f"{BARE_FORWARD}, torch.compile", f"{DEVICE_HOOK}, captured")
     heads = [part for rival in rivals for part in (rival, "ratio")]
     text = [f"| | unitvis | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     steps: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
@@ -160,7 +161,7 @@ def render_operators(measured: dict[str, Any]) -> str:
 
 
 def files() -> list[Path]:
-    """Those that are committed."""
+    """List the committed results files of devices."""
     return sorted(RESULTS.glob("*.json"))
 
 

@@ -1,4 +1,4 @@
-"""Many images from little memory."""
+"""Sequence of many images that takes little memory."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unitvis.bench.bench import pictures
+from unitvis.bench.bench import synthetic_images
 
 
 class Ring:
-    """`count` images, uint8 [H, W, 3], that repeat after those that fit into so many bytes of host memory, which are
-    whole batches.
+    """Sequence of `count` images, uint8 [side, side, 3], that repeat once `memory` bytes are full.
+
+    The images that are held are whole batches; pinned: they are in pinned memory.
     """
 
     def __init__(self, count: int, side: int, memory: int, pinned: bool, batch: int) -> None:
         self.count = count
         fit = min(count, max(1, memory // (3 * side**2) // batch) * batch)
-        self.images = torch.from_numpy(pictures(min(fit, 1024), (side, side)))
+        self.images = torch.from_numpy(synthetic_images(min(fit, 1024), (side, side)))
         self.images = torch.cat([self.images.roll(turn, 1) for turn in range(-(-fit // len(self.images)))])[:fit]
         if pinned:
             self.images = self.images.pin_memory()
@@ -31,7 +32,7 @@ class Ring:
         return self.images[index % len(self.images)].numpy()
 
     def batches(self, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids, uint8 [at most `size`, H, W, 3]) of the first images; views of the ring."""
+        """Yield (ids, uint8 [at most `size`, H, W, 3]) of the first `count` images; views of the ring."""
         start = 0
         while start < count:
             at = start % len(self.images)

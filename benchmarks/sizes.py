@@ -1,4 +1,4 @@
-"""What is measured: the same everywhere, as large as the device can do in minutes."""
+"""Sizes of the benchmarks, so large that the device needs minutes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 @dataclass(frozen=True)
 class Sizes:
-    """One form of the suite."""
+    """Networks, shapes and numbers of rounds of one form of the suite."""
 
     networks: tuple[str, ...]  # torchvision's
-    side: int  # of the images
+    side: int  # of the images, in pixels
     batches: tuple[int, ...]
     precisions: tuple[str, ...]  # of the steps
     maps: tuple[tuple[int, int, int, int], ...]  # [N, C, H, W] that operators read
@@ -20,13 +20,13 @@ class Sizes:
     convolutions: tuple[tuple[int, int, int, int, int], ...]  # images, input and output channels, kernel, map side
     product: int  # rows and columns of the matrix product that is the ceiling
     copied: int  # bytes that the copy that is the ceiling reads
-    flushed: int  # bytes that push everything else out of the cache
-    host_images: int  # a scan from host memory
-    ring: int  # bytes of host memory that it is replayed from
-    turns: int  # of the steps' and scans' contenders, which take turns
-    rounds: int  # of a turn; of an operator
-    calls: int  # of an operator in one round, on operands of their own
-    compiled: bool  # also torch.compile
+    flushed: int  # bytes that are written between rounds to empty the cache
+    host_images: int  # images of a scan from host memory
+    ring: int  # bytes of the ring that holds them
+    turns: int  # how often each contender of a step or scan is timed, in turns
+    rounds: int  # timed rounds of a turn, or of an operator
+    calls: int  # of an operator in one round, each on its own operands
+    compiled: bool  # also time torch.compile
 
 
 GPU = Sizes(
@@ -86,5 +86,5 @@ ALL = {"gpu": GPU, "cpu": CPU, "tiny": TINY}
 
 
 def here() -> str:
-    """The form that suits this machine."""
+    """Name of the form for this machine: "gpu" or "cpu"."""
     return "gpu" if torch.cuda.is_available() else "cpu"

@@ -1,12 +1,12 @@
-"""How long a scan takes to start over a very large source, and what memory that needs.
+"""Measure the time and memory that a scan of a very large source needs until it reads its first image.
 
     python -m benchmarks.start [--images 1000000] [--folder DIR]
 
-Makes folders of empty files and the same number of members in tar shards, and for each starts a scan twice, the second
-time from the kept listing, up to the moment when the first image is asked for. Tells the seconds of `unitvis.scan`
-until then, those that a core worked for it (which other processes do not lengthen), those of the whole process (with
-its imports), and what is added to its memory after the imports: anonymous (RssAnon) at its highest. With a million
-images in benchmarks/results/long/start.json.
+Makes folders of empty files and the same number of members in tar shards. For each a scan is started twice, the second
+time with the saved listing, and stopped when it asks for the first image. Prints the seconds of `unitvis.scan` until
+then, its CPU seconds (which other processes do not lengthen), the seconds of the whole process with its imports, and
+the peak of anonymous memory (RssAnon) above that after the imports. With a million images the figures go into
+benchmarks/results/long/start.json.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.results import record
 
 
 class FirstRequestError(Exception):
-    """The scan has asked for its first image."""
+    """Raised when the scan asks for its first image."""
 
 
 def start(images: str, out: str) -> None:
-    """Scan until the first image is asked for, in this process; prints what that took."""
+    """Scan in this process until the first image is asked for; prints seconds and memory as JSON."""
     import unitvis
     from benchmarks.million import network
     from support.memory import Peak
@@ -53,27 +53,28 @@ def start(images: str, out: str) -> None:
 
 
 def make(folder: Path, count: int) -> dict[str, str]:
-    """The sources: a flat folder, a thousand folders, and a hundred shards."""
+    """Make the sources: a flat folder, a thousand folders and a hundred shards; returns name -> path."""
     flat, deep, shards = folder / "flat", folder / "deep", folder / "shards"
     if not shards.exists():
-        for place in (flat, deep, shards):
-            place.mkdir()
+        for directory in (flat, deep, shards):
+            directory.mkdir()
         for number in range(count):
             (flat / f"n{number:08}.jpg").touch()
         for number in range(count):
-            place = deep / f"class{number % 1000:04}"
-            place.mkdir(exist_ok=True)
-            (place / f"n{number:08}.jpg").touch()
+            directory = deep / f"class{number % 1000:04}"
+            directory.mkdir(exist_ok=True)
+            (directory / f"n{number:08}.jpg").touch()
         for shard in range(100):
             with tarfile.open(shards / f"s-{shard:03}.tar", "w") as archive:
                 for number in range(shard * count // 100, (shard + 1) * count // 100):
                     archive.addfile(tarfile.TarInfo(f"n{number:08}.jpg"))
                     archive.members.clear()  # type: ignore[attr-defined]
-        time.sleep(3)  # a listing is kept once nothing has changed for two seconds
+        time.sleep(3)  # a listing is saved only if nothing has changed for two seconds
     return {"flat folder": str(flat), "1000 folders": str(deep), "100 shards": str(shards / "s-{000..099}.tar")}
 
 
 def main() -> None:
+    """Make the sources, measure them and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="where to make them, and keep them")
@@ -91,7 +92,7 @@ def main() -> None:
 
 
 def measured(sources: dict[str, str], temporary: Path) -> list[dict[str, Any]]:
-    """One row for each source and listing."""
+    """Start each source twice in new processes, without and with its saved listing; returns a row for each."""
     rows = []
     environment = os.environ | {"XDG_CACHE_HOME": str(temporary / "cache")}
     print(f"{'source':<16} {'listing':<8} {'seconds':>10} {'of a core':>10} {'of process':>10} {'MB':>10}")
@@ -99,9 +100,9 @@ def measured(sources: dict[str, str], temporary: Path) -> list[dict[str, Any]]:
         for listing in ("new", "kept"):
             command = [sys.executable, "-m", "benchmarks.start", "--start", images, str(temporary / "run")]
             begin = time.perf_counter()
-            said = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+            output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
             process = round(time.perf_counter() - begin, 2)
-            rows.append({"source": name, "listing": listing, **json.loads(said), "process_seconds": process})
+            rows.append({"source": name, "listing": listing, **json.loads(output), "process_seconds": process})
             row = rows[-1]
             print(f"{name:<16} {listing:<8} {row['seconds']:>10} {row['cpu_seconds']:>10}", end="")
             print(f" {process:>10} {row['megabytes']:>10}", flush=True)

@@ -1,4 +1,4 @@
-"""The state of a long scan without the long scan: what a batch finds when images come in random order."""
+"""Fill a top-k state as it is, on average, during a long scan of images in random order."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-IMAGES = 1_280_000
+IMAGES = 1_280_000  # of the long scan
 
 
 def entries(places: int, batch: int) -> float:
-    """How many images of a batch enter a unit's places, on average over a scan of IMAGES in random order."""
+    """Expected number of images of a batch that enter a unit's places, averaged over a scan in random order."""
     return min(1.0, places * (1 + math.log(IMAGES / places)) * batch / IMAGES)
 
 
 def fill(state: Tensor, keys: Tensor) -> float:
-    """Fill a state, in place, so that of keys int64 [N, C] the best enters as many units as `entries` says, no other.
+    """Fill a state, in place, so that of keys int64 [N, C] only the best enters, in a fraction `entries` of the units.
 
-    Gives the share of units.
+    Returns that fraction.
     """
     places = (state.shape[1] - 2) // 2
     g = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a timed callable is: it ends when the device is done, and finds nothing of its operands in the cache."""
+"""Time callables until the device is done, with the cache emptied before each round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unitvis.bench.bench import synchronise
 
 
 class Timer:
-    """Hands callables to pytest-benchmark, with what a row of the results has to say about them."""
+    """Passes callables to pytest-benchmark, with the parameters of their rows of the results."""
 
     def __init__(self, benchmark: Any, device: torch.device, rounds: int, flushed: int) -> None:
         self.benchmark, self.device, self.rounds = benchmark, device, rounds
@@ -27,8 +27,9 @@ class Timer:
         warm: bool = False,
         **row: Any,
     ) -> None:
-        """Time `run`, which makes `calls` calls of what is measured; before each round `setup`, untimed; first, unless
-        it is warm already, once for nothing.
+        """Time `run`, which makes `calls` calls of what is measured.
+
+        setup: called before each round, untimed. warm: no warm-up round is needed. row: parameters of the row.
         """
 
         def prepare() -> None:
@@ -48,9 +49,9 @@ class Timer:
 def rotating(
     call: Callable[..., object], operands: Sequence[tuple[Any, ...]], device: torch.device
 ) -> tuple[Callable[[], object], int]:
-    """(a callable that calls with each of the operands in turn, how many calls that is).
+    """Make a callable that calls with each of the operands in turn; returns it with the number of its calls.
 
-    On a GPU it replays a CUDA graph, so that a launch from Python is not part of the time.
+    On a GPU it replays a CUDA graph, so that the time of launches from Python does not count.
     """
 
     def run() -> None:
@@ -61,7 +62,7 @@ def rotating(
 
 
 def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The replay of a CUDA graph of `run`, after what it compiles and chooses the first times."""
+    """Capture `run` in a CUDA graph, after three warm-up calls; returns a callable that replays it."""
     aside = torch.cuda.Stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside), torch.inference_mode():
@@ -71,9 +72,9 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.inference_mode():
         run()
-    return lambda _kept=run: graph.replay()  # the graph reads and writes what `run` holds
+    return lambda _kept=run: graph.replay()  # keeps the tensors that the graph reads and writes
 
 
 def copies(tensors: Sequence[Tensor], count: int) -> list[tuple[Tensor, ...]]:
-    """The tensors, and count - 1 copies of each in memory of their own, in the same layout."""
+    """Make `count` tuples: the tensors themselves, and copies of them in the same layout."""
     return [tuple(tensors), *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]

@@ -1,4 +1,4 @@
-"""Models by name: torchvision:NAME, timm:NAME, file.py:function, package.module:function."""
+"""Load a model by its spec: torchvision:NAME, timm:NAME, file.py:function or package.module:function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from unitvis.errors import UnitvisError, closest, named
+from unitvis.errors import UnitvisError, closest_names, error_text
 from unitvis.network.weights import load_weights
 from unitvis.sources.transform import Transform
 
@@ -22,25 +22,29 @@ FORMS = "torchvision:NAME, timm:NAME, file.py:function or package.module:functio
 
 
 class Loaded(NamedTuple):
-    """A model by name; `scan` takes it in place of a module."""
+    """A loaded model with its spec and preprocessing; `scan` accepts it in place of a module."""
 
     spec: str
     model: nn.Module
-    transform: Transform | None  # the preprocessing that its weights were trained with, where that is known
-    file: str | None = None  # the checkpoint that was loaded into it
-    pretrained: bool = True  # as `load` was asked
+    transform: Transform | None  # preprocessing that the weights were trained with; None if unknown
+    file: str | None = None  # absolute path of the checkpoint that was loaded
+    pretrained: bool = True  # the value given to `load`
 
-    def place(self) -> dict[str, Any]:
-        """For a manifest: what `load` finds the model by."""
+    def origin(self) -> dict[str, Any]:
+        """Arguments with which `load` gives this model again, as the manifest keeps them: spec, file, pretrained."""
         return {"spec": self.spec, "file": self.file, "pretrained": self.pretrained}
 
 
 def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = True) -> Loaded:
-    """The model that a spec names.
+    """Load the model that a spec names.
 
-    torchvision:NAME and timm:NAME: with pretrained weights unless `pretrained` is false or `weights` is given.
-    file.py:function and package.module:function: a function without arguments that returns an nn.Module, or a module.
-    weights: a checkpoint to load, see `checkpoints.load_weights`.
+    Args:
+        spec: torchvision:NAME or timm:NAME, with pretrained weights unless `pretrained` is false or `weights` is given;
+            file.py:function or package.module:function, an nn.Module or a function without arguments that returns one.
+        weights: a checkpoint to load into the model, see `weights.load_weights`.
+        pretrained: False: random weights for torchvision and timm models.
+
+    Raises UnitvisError if the spec names no model or the model cannot be built.
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
@@ -51,7 +55,7 @@ def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = Tru
     elif place == "timm":
         loaded = _timm(name, pretrained)
     else:
-        loaded = Loaded(spec, _found(spec, place, name), None)
+        loaded = Loaded(spec, _model_of(spec, place, name), None)
     if weights is not None:
         load_weights(loaded.model, weights)
         loaded = loaded._replace(file=str(Path(weights).absolute()))
@@ -59,11 +63,12 @@ def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = Tru
 
 
 def _torchvision(name: str, pretrained: bool) -> Loaded:
-    zoo = _library("torchvision.models", "torchvision")
+    """Load an image classification model of torchvision with its preprocessing."""
+    zoo = _import_library("torchvision.models", "torchvision")
     try:
         weights = zoo.get_model_weights(name).DEFAULT
     except (ValueError, AttributeError):
-        raise UnitvisError(f"torchvision has no model {name!r}; {closest(name, zoo.list_models())}") from None
+        raise UnitvisError(f"torchvision has no model {name!r}; {closest_names(name, zoo.list_models())}") from None
     preset = weights.transforms()
     if not all(hasattr(preset, key) for key in ("resize_size", "crop_size", "mean", "std", "interpolation")):
         raise UnitvisError(f"torchvision:{name} takes no single images; only image classification models are scanned")
@@ -75,19 +80,20 @@ def _torchvision(name: str, pretrained: bool) -> Loaded:
         interpolation=preset.interpolation.value,
     )
     chosen = weights if pretrained else None
-    model = _made(f"torchvision:{name}", lambda: zoo.get_model(name, weights=chosen))
+    model = _built_model(f"torchvision:{name}", lambda: zoo.get_model(name, weights=chosen))
     return Loaded(f"torchvision:{name}", model, transform)
 
 
 def _timm(name: str, pretrained: bool) -> Loaded:
-    timm = _library("timm", "timm")
+    """Load a timm model; its data config gives the preprocessing, as timm's own evaluation transform does."""
+    timm = _import_library("timm", "timm")
     if not timm.is_model(name):
-        raise UnitvisError(f"timm has no model {name!r}; {closest(name, timm.list_models())}")
-    model = _made(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
+        raise UnitvisError(f"timm has no model {name!r}; {closest_names(name, timm.list_models())}")
+    model = _built_model(f"timm:{name}", lambda: timm.create_model(name, pretrained=pretrained))
     config = timm.data.resolve_model_data_config(model)
     height, width = config["input_size"][1:]
-    share = config.get("crop_pct") or 1.0
-    larger = math.floor(height / share), math.floor(width / share)
+    crop_fraction = config.get("crop_pct") or 1.0
+    larger = math.floor(height / crop_fraction), math.floor(width / crop_fraction)  # before the central crop
     if config.get("crop_mode", "center") == "squash" or height != width:
         resize: int | tuple[int, int] = larger
     else:
@@ -97,32 +103,35 @@ def _timm(name: str, pretrained: bool) -> Loaded:
     return Loaded(f"timm:{name}", model, transform)
 
 
-def _library(module: str, package: str) -> Any:
+def _import_library(module: str, package: str) -> Any:
+    """Import a module of an optional package; UnitvisError if it is not installed or cannot be imported."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
         raise UnitvisError(f"{package} is not installed; pip install 'unitvis[{package}]'") from None
     except Exception as error:
         raise UnitvisError(
-            f"{package} is installed but cannot be imported ({named(error)}); "
+            f"{package} is installed but cannot be imported ({error_text(error)}); "
             f"install the release of it that belongs to this torch"
         ) from error
 
 
-def _made(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
+def _built_model(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Call `build`; whatever it raises (a failed download, for example) becomes a UnitvisError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # about how weights are drawn that are replaced or random
+            warnings.simplefilter("ignore", FutureWarning)  # torchvision warns about its initial weights
             return build()
     except Exception as error:
         raise UnitvisError(
-            f"{spec} could not be made ({named(error)}); pretrained weights are "
+            f"{spec} could not be made ({error_text(error)}); pretrained weights are "
             f"downloaded: give --weights FILE for a checkpoint, or --no-pretrained for random ones"
         ) from error
 
 
-def _found(spec: str, place: str, name: str) -> nn.Module:
-    found: Any = _import(place)
+def _model_of(spec: str, place: str, name: str) -> nn.Module:
+    """Look up `name` in the file or module `place`, and call it if it is not a module itself."""
+    found: Any = _import_place(place)
     for part in name.split("."):
         if not hasattr(found, part):
             public = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
@@ -136,13 +145,14 @@ def _found(spec: str, place: str, name: str) -> nn.Module:
         except UnitvisError:
             raise
         except (Exception, SystemExit) as error:
-            raise UnitvisError(f"{spec} raised {named(error)}") from error
+            raise UnitvisError(f"{spec} raised {error_text(error)}") from error
     if not isinstance(found, nn.Module):
         raise UnitvisError(f"{spec} returned a {type(found).__name__}, not an nn.Module")
     return found
 
 
-def _import(place: str) -> ModuleType:
+def _import_place(place: str) -> ModuleType:
+    """Import a Python file by its path (ending in .py) or a module by its name."""
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
@@ -151,7 +161,7 @@ def _import(place: str) -> ModuleType:
                 f"there is no module {error.name!r} for the model {place}; models are {FORMS}"
             ) from error
         except (Exception, SystemExit) as error:
-            raise UnitvisError(f"importing {place} raised {named(error)}") from error
+            raise UnitvisError(f"importing {place} raised {error_text(error)}") from error
     path = Path(place)
     if not path.is_file():
         raise UnitvisError(f"there is no file {place} for the model")
@@ -164,7 +174,7 @@ def _import(place: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UnitvisError(f"importing {place} raised {named(error)}") from error
+        raise UnitvisError(f"importing {place} raised {error_text(error)}") from error
     finally:
         sys.path.pop(0)
     return module

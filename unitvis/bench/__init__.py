@@ -1,1 +1,1 @@
-"""A scan timed against what one would write without it."""
+"""Benchmark of a scan against baselines in plain PyTorch."""

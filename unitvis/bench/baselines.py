@@ -1,6 +1,6 @@
-"""What one would write without unitvis, in plain PyTorch: what `unitvis bench` and `benchmarks/` compare a scan with.
+"""Baselines in plain PyTorch that `unitvis bench` and `benchmarks/` compare a scan with.
 
-All of them stop after the last layer that is read, as a scan does, which spares them the rest of the model.
+All of them stop after the last layer that is read, as a scan does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unitvis.network.forward import Hooks
 
 
 class Forward:
-    """The bare forward pass up to the last of the layers; nothing is read.
+    """Bare forward pass up to the last of the layers; no map is read.
 
     layers: names, in the order of the forward pass. Call it with batches [N, C, H, W], inside a `with` block, on a
     model in eval mode.
@@ -33,7 +33,7 @@ class Forward:
         self._hooks.__exit__()
 
     def __call__(self, batch: Tensor, ids: Tensor) -> None:
-        """Forward a batch; ids int64, ascending from call to call, of all its images but those that pad it."""
+        """Run a batch; ids: int64, ascending from call to call, of its images; images beyond them are padding."""
         with torch.inference_mode():
             self._hooks.run(batch, lambda layer, maps: self._read(layer, maps[: len(ids)], ids))
 
@@ -42,9 +42,10 @@ class Forward:
 
 
 class HostHook(Forward):
-    """What one writes first: hooks that copy every map to the host, where each channel's maximum and a running top-k
-    are computed. `tops`: a layer's (values float, ids int64, positions int64), each [C, k] on the host, in brute
-    force's order; ids are -1 where blank.
+    """Naive hooks: copy every map to the host, and compute each channel's maximum and a running top-k there.
+
+    `tops`: layer number -> (values float, ids int64, positions int64), each [C, k] on the host, in the total order
+    (value descending, id ascending, position ascending); ids are -1 where blank.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], k: int = 9) -> None:
@@ -63,9 +64,9 @@ class HostHook(Forward):
 
 
 class DeviceHook(Forward):
-    """The strongest that a few lines give: hooks that take `amax` on the device and fold it in with `topk` there.
+    """Fastest hooks of a few lines: `amax` of every map on the device, merged into a running `topk` there.
 
-    `tops`: a layer's (values, ids), each [C, k] on the device; no positions, and ties come as they like.
+    `tops`: layer number -> (values, ids), each [C, k] on the device; there are no positions, and ties have any order.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], k: int = 9) -> None:

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done; 1 a check failed; 2 wrong usage or no start; 3 images skipped."""
+"""Commands of the command line. Exit codes: 0 done; 1 a check failed; 2 wrong usage or no start; 3 images skipped."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from unitvis import models
-from unitvis.cli.options import Command, parser
+from unitvis.cli.options import Command, given_reading, given_transform, parser
+from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_verified
 from unitvis.drawing import sheets
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import replacing
 from unitvis.gallery import MOST_UNITS, gallery
 from unitvis.gallery.figures import DPI, figure
 from unitvis.network.network import Network
-from unitvis.results.nonfinite import odd_responses
 from unitvis.run import Run, load
 from unitvis.scanning.merge import merge
 from unitvis.scanning.pack import pack
@@ -30,11 +29,12 @@ from unitvis.scanning.torchrun import processes, scan_together
 from unitvis.scanning.verify import verify
 from unitvis.sources.transform import Transform
 
-DONE, WRONG, USAGE, SKIPPED = 0, 1, 2, 3
+DONE, WRONG, USAGE, SKIPPED = 0, 1, 2, 3  # exit codes
+MAX_PATCH_SIDE = 2048  # of a patch on a sheet, in pixels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. A user's mistake is one line on stderr, never a traceback."""
+    """Run a command and return its exit code; a UnitvisError is printed as one line on stderr, without a traceback."""
     arguments = parser(COMMANDS).parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -50,34 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("unitvis: interrupted", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # the reader of our output has gone, as in `unitvis layers MODEL | head`
+        except BrokenPipeError:  # the program that reads the output ended, as in `unitvis layers MODEL | head`
             sys.stderr.close()
             return DONE
 
 
-def _load(arguments: argparse.Namespace) -> models.Loaded:
+def _load_model(arguments: argparse.Namespace) -> models.Loaded:
     return models.load(arguments.model, arguments.weights, pretrained=arguments.pretrained)
 
 
 def _layers(arguments: argparse.Namespace) -> int:
-    loaded = _load(arguments)
+    loaded = _load_model(arguments)
     size = arguments.crop or (loaded.transform and loaded.transform.crop) or (224, 224)
     network = Network(loaded.model)
     network.examine((3, *(size if isinstance(size, tuple) else (size, size))), arguments.layer or None)
     network.find_receptive_fields()
-    print(f"{'layer':<28} {'channels':>8} {'map':>11} {'receptive field':>17} {'stride':>9}")
-    for layer in network.layers:
-        field = network.fields[layer.name]
-        seen = "whole image" if field.whole_image else f"{field.size[0]} x {field.size[1]}"
-        stride = f"{field.stride[0]:g} x {field.stride[1]:g}" if field.stride else "-"
-        print(f"{layer.name:<28} {layer.channels:>8} {f'{layer.height} x {layer.width}':>11} {seen:>17} {stride:>9}")
-        if field.note:
-            print(f"  receptive field found by probing, cut at the image's border: {field.note}")
+    print_layers(network)
     return DONE
 
 
 def _scan(arguments: argparse.Namespace) -> int:
-    loaded = _load(arguments)
+    loaded = _load_model(arguments)
     together = processes() > 1 and arguments.shard is None
     shard = {} if together else {"shard": arguments.shard}
     run = (scan_together if together else scan)(
@@ -86,31 +79,18 @@ def _scan(arguments: argparse.Namespace) -> int:
         arguments.layer or None,
         arguments.k,
         out=arguments.output,
-        transform=_transform(arguments, loaded.transform, "mean", "std"),
+        transform=given_transform(arguments, loaded.transform, "mean", "std"),
         batch_size=arguments.batch_size,
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         precision=arguments.precision,
         unit=arguments.unit,
-        **_reading(arguments),
+        **given_reading(arguments),
         **shard,
     )
     if run is None:
         return DONE
-    code = _done(run, arguments.output, loaded.model, arguments.device, project=arguments.project)
+    code = _finish(run, arguments.output, loaded.model, arguments.device, project=arguments.project)
     return DONE if together else code  # torchrun would take any other code for a crash
-
-
-def _transform(arguments: argparse.Namespace, known: Transform | None, *more: str) -> Transform | None:
-    """What is known, with what the command line says instead."""
-    fields = ("resize", "crop", "interpolation", *more)
-    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
-    return replace(known or Transform(), **given) if given else known
-
-
-def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that say how images are read, when checkpoints come, and what becomes of what is there."""
-    names = ("on_error", "max_failures", "decoder", "scaled", "allow_truncated", "workers", "overwrite", "resume")
-    return {name: getattr(arguments, name) for name in names} | {"every": arguments.checkpoint_every}
 
 
 def _pack(arguments: argparse.Namespace) -> int:
@@ -123,21 +103,18 @@ def _pack(arguments: argparse.Namespace) -> int:
     packed = pack(
         arguments.images if len(arguments.images) > 1 else arguments.images[0],
         arguments.output,
-        _transform(arguments, known),
-        **_reading(arguments),
+        given_transform(arguments, known),
+        **given_reading(arguments),
     )
-    images, height, width, _ = packed.describe()["shape"]
-    print(f"{packed.path}: {images:,} images, {width} x {height} pixels")
-    failures = [{"name": packed.name(id), "reason": reason} for id, reason in packed.unusable.items()]
-    _tell_failures(failures, Path(packed.path).with_suffix(".json").name)
+    print_pack(packed)
     return SKIPPED if packed.unusable else DONE
 
 
-def _done(
+def _finish(
     run: Run, folder: Path, model: nn.Module | None = None, device: str | None = None, *, project: bool = False
 ) -> int:
-    """Say what a run holds and draw it, unless it is one to be merged first."""
-    _tell(run)
+    """Print a run and draw it, unless it is a shard's; returns the exit code."""
+    print_run(run)
     if run.tops:
         _render_into(run, folder, model=model, project=project, device=device)
     return SKIPPED if run.manifest["failures"] else DONE
@@ -156,42 +133,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         partial=arguments.partial,
         overwrite=arguments.overwrite,
     )
-    return _done(run, arguments.output)
-
-
-def _tell(run: Run) -> None:
-    if run.tops:
-        _tell_result(run)
-    else:
-        print(f"{run.manifest['images']:,} images; `unitvis merge` makes a run of all shards")
-    _tell_failures(run.manifest["failures"], "the manifest")
-
-
-def _tell_failures(failures: list[dict[str, Any]], where: str) -> None:
-    if failures:
-        print(f"{len(failures)} images could not be read and were skipped (all are listed in {where}):")
-        for failure in failures[:10]:
-            print(f"  {failure['name']!r}: {failure['reason']}")  # !r: a name may hold anything
-
-
-def _tell_result(run: Run) -> None:
-    counts = run.count()
-    seconds = run.manifest["seconds"]
-    images = run.manifest["images"]
-    told = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
-    rate = images / max(seconds["scan"], 1e-9)  # a merge of recorders knows no time
-    print(
-        f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
-        f"({rate:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
-        f"{seconds['second_pass']:.1f} s: {told}"
-    )
-    if run.manifest["precision"] == "exact":
-        print(f"precision: {run.manifest['plan']}")
-    if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
-        layers = ", ".join(f"{count} of {name}" for name, count in unseparated.items())
-        print(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
-    for sentence in odd_responses(run):
-        print(sentence)
+    return _finish(run, arguments.output)
 
 
 def _render(arguments: argparse.Namespace) -> int:
@@ -212,6 +154,7 @@ def _render_into(
     project: bool = False,
     device: str | None = None,
 ) -> None:
+    """Draw the sheets, and the gallery unless the run has too many units for it."""
     units, drawn = sum(len(top) for top in run.tops.values()), None
     try:
         written = sheets.render(run, folder, crop=crop)
@@ -219,17 +162,10 @@ def _render_into(
             drawn = gallery(run, folder, model, project=project, crop=crop, device=device)
     except OSError as error:
         raise UnitvisError(
-            f"the run is whole, but its pictures could not be written into {folder}: {error.strerror or error}; mend "
+            f"the run is complete, but its pictures could not be written into {folder}: {error.strerror or error}; fix "
             f"that, then draw them with `unitvis render`"
         ) from error
-    print(f"{len(written)} sheets in {written[0].parent}")
-    if drawn is None:
-        print(f"no gallery: {units:,} units are too many ({MOST_UNITS:,} at most)")
-    else:
-        print(f"gallery: open {drawn} in a browser")
-
-
-MOST_SIZE = 2048  # of a patch's side on a sheet
+    print_drawn(written, drawn, units)
 
 
 def _sheet(arguments: argparse.Namespace) -> int:
@@ -240,8 +176,8 @@ def _sheet(arguments: argparse.Namespace) -> int:
         raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
     if target.is_dir():
         raise UnitvisError(f"{target} is a folder; name a file")
-    if arguments.size is not None and not 0 < arguments.size <= MOST_SIZE:
-        raise UnitvisError(f"--size is 1 to {MOST_SIZE} pixels a patch, not {arguments.size}")
+    if arguments.size is not None and not 0 < arguments.size <= MAX_PATCH_SIDE:
+        raise UnitvisError(f"--size is 1 to {MAX_PATCH_SIDE} pixels a patch, not {arguments.size}")
     run = load(arguments.run, arguments.images)
     units = sheets.parse_units(arguments.units) if arguments.units else None
     if arguments.figure:
@@ -260,20 +196,13 @@ def _sheet(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     run = load(arguments.run, arguments.images)
-    found = verify(run, _load(arguments).model, arguments.device)
-    how = (
-        "bit for bit"
-        if found["same_fingerprint"]
-        else "within 1e-5 of the layer's largest (another machine or version)"
-    )
-    print(f"{found['winners'] - found['wrong']:,} of {found['winners']:,} winners came out again {how}")
-    if found["wrong"]:
-        print(f"the first that did not: {found['first_wrong']}")
+    found = verify(run, _load_model(arguments).model, arguments.device)
+    print_verified(found)
     return WRONG if found["wrong"] else DONE
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from unitvis.demo.command import demo  # what only the demo needs is loaded for it alone
+    from unitvis.demo.command import demo  # imported for this command alone
 
     print(demo(arguments.output, overwrite=arguments.overwrite, project=arguments.project))
     return DONE
@@ -289,7 +218,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         own = Transform(crop=SIZE, mean=network.MEAN, std=network.STD)
         loaded = models.Loaded("the demo's network", network.load(), own)
     else:
-        loaded = _load(arguments)
+        loaded = _load_model(arguments)
     transform = loaded.transform or Transform()
     if arguments.crop is not None:
         transform = replace(transform, crop=arguments.crop)

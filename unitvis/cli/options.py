@@ -1,15 +1,18 @@
-"""What the command line takes: commands, arguments, options, and the help that they print."""
+"""Options of the command line: commands, arguments and options with their help, and what was given for some."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from unitvis import models
 from unitvis.gallery.figures import FIGURES
 from unitvis.scanning.scan import PRECISIONS
 from unitvis.sources.decoding import DECODERS
+from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import CHECKPOINT_SECONDS
 from unitvis.version import __version__
 
@@ -17,7 +20,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """All commands with their options; run: what each is done by, by its name."""
+    """Build the parser of all commands; run: command name -> function of the arguments, which returns the exit code."""
     whole = argparse.ArgumentParser(
         prog="unitvis", description="For every unit of a ConvNet, the image patches that excite it most."
     )
@@ -43,9 +46,9 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         sub.add_argument("--resize", type=_size, metavar="R|HxW", help="R: the shorter side; HxW: exactly")
         sub.add_argument("--crop", type=_square, metavar="S|HxW", help="cut the centre")
         sub.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
-        sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="what an unreadable image does")
+        sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="for an unreadable image")
         sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
-        sub.add_argument("--allow-truncated", action="store_true", help="take what is there of files that end early")
+        sub.add_argument("--allow-truncated", action="store_true", help="decode files that end early as far as they go")
         sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
         sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
         sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
@@ -54,7 +57,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
             type=float,
             default=CHECKPOINT_SECONDS,
             metavar="SECONDS",
-            help="a kill loses no more (60)",
+            help="seconds between checkpoints, the most that a kill loses (60)",
         )
 
     def run_argument(sub: argparse.ArgumentParser) -> None:
@@ -63,12 +66,12 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     def images_option(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--images", help="where the scanned images are now, if they moved")
 
-    sub = command("demo", "Draw pictures, scan them with the embedded network, and show what its units like.")
+    sub = command("demo", "Draw images, scan them with the embedded network, and show what excites its units.")
     sub.add_argument("-o", "--output", type=Path, default=Path("unitvis-demo"), metavar="RUN", help="(unitvis-demo)")
     sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (a minute)")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
-    sub = command("layers", "List layers that can be scanned, with what their neurons see.")
+    sub = command("layers", "List layers that can be scanned, with their receptive fields.")
     model_argument(sub)
     sub.add_argument(
         "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
@@ -96,17 +99,17 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
     sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
     sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
-    sub.add_argument("--resume", action="store_true", help="go on with the scan that was stopped in RUN")
+    sub.add_argument("--resume", action="store_true", help="continue the interrupted scan in RUN")
     sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (slow)")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
-    sub = command("merge", "Make one run of the runs of all shards, as if one scan had seen all images.")
+    sub = command("merge", "Merge the runs of all shards into one, equal to a scan of all images.")
     sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="made with scan --shard, or merged")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
     sub.add_argument("--model", metavar="MODEL", help="the model, where it is not found as it was scanned")
     weights_options(sub)
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
-    sub.add_argument("--partial", action="store_true", help="merge what is there although images are missing")
+    sub.add_argument("--partial", action="store_true", help="merge although images are missing")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
     images_option(sub)
 
@@ -122,13 +125,13 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     sub.add_argument("--like", metavar="MODEL", help="resize, crop and interpolation as that model's weights want them")
     reading_options(sub)
-    sub.add_argument("--resume", action="store_true", help="go on with the pack that was stopped")
+    sub.add_argument("--resume", action="store_true", help="continue the interrupted pack")
     sub.add_argument("--overwrite", action="store_true", help="replace the pack that is there")
 
     sub = command("render", "Draw the sheets and the gallery of a finished scan again.")
     run_argument(sub)
     images_option(sub)
-    sub.add_argument("--model", help="the network, to draw again what only it can: response maps, filters, projections")
+    sub.add_argument("--model", help="the network, needed to draw response maps, filters and projections")
     sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
     sub.add_argument("--project", action="store_true", help="with --model: draw deconvnet projections")
     sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
@@ -143,7 +146,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
     images_option(sub)
 
-    sub = command("verify", "Recompute every winner of a run; exit code 1 if one does not come out again.")
+    sub = command("verify", "Recompute every winner of a run; exit code 1 if one is not reproduced.")
     run_argument(sub)
     model_argument(sub)
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
@@ -157,8 +160,21 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     return whole
 
 
+def given_transform(arguments: argparse.Namespace, known: Transform | None, *more: str) -> Transform | None:
+    """Replace fields of a known transform by those given on the command line; more: "mean", "std"."""
+    fields = ("resize", "crop", "interpolation", *more)
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    return replace(known or Transform(), **given) if given else known
+
+
+def given_reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `scan` and `pack` for reading, checkpoints, overwriting and resuming."""
+    names = ("on_error", "max_failures", "decoder", "scaled", "allow_truncated", "workers", "overwrite", "resume")
+    return {name: getattr(arguments, name) for name in names} | {"every": arguments.checkpoint_every}
+
+
 def _size(text: str) -> int | tuple[int, int]:
-    """224 is a length, 224x256 height x width."""
+    """Parse "224" to a length in pixels, "224x256" to (height, width)."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 224 or 224x256 (height x width)")
@@ -166,5 +182,6 @@ def _size(text: str) -> int | tuple[int, int]:
 
 
 def _square(text: str) -> tuple[int, int]:
+    """Parse "224" to (224, 224), "224x256" to (height, width)."""
     size = _size(text)
     return size if isinstance(size, tuple) else (size, size)

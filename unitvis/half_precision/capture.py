@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unitvis.errors import named
+from unitvis.errors import error_text
 from unitvis_kernels.layout import memory_format
 
 
@@ -93,7 +93,7 @@ class Replay:
                     with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                         self._step(slot.images, slot.ids)
         except Exception as error:
-            return named(_first(error))
+            return error_text(_first(error))
         finally:
             current.wait_stream(aside)
         for slot, graph in zip(self._slots, graphs, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unitvis.errors import UnitvisError, named
+from unitvis.errors import UnitvisError, error_text
 
 
 def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
@@ -36,8 +36,8 @@ def copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         raise UnitvisError(
-            f"the model must be copied, for another device or precision, and cannot be ({named(error)}); give it in "
-            f"float32 on the device that is to compute, and precision='fp32'"
+            f"the model must be copied, for another device or precision, and cannot be ({error_text(error)}); give it "
+            f"in float32 on the device that is to compute, and precision='fp32'"
         ) from error
 
 

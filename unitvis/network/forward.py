@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import unitvis_kernels as uk
-from unitvis.errors import UnitvisError, closest, first_line
+from unitvis.errors import UnitvisError, closest_names, first_line
 from unitvis.network.canonical import canonical_settings
 from unitvis.sources.transform import Transform
 
@@ -75,7 +75,7 @@ class Hooks:
         modules = dict(self._model.named_modules())
         for index, name in enumerate(self._layers):
             if name not in modules:
-                raise UnitvisError(f"the model has no layer {name!r}; {closest(name, filter(None, modules))}")
+                raise UnitvisError(f"the model has no layer {name!r}; {closest_names(name, filter(None, modules))}")
             self._handles.append(modules[name].register_forward_hook(self._hook(index, name)))
         return self
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from unitvis.errors import UnitvisError, closest, some
+from unitvis.errors import UnitvisError, abridged, closest_names
 from unitvis.network.forward import as_map, call
 
 
@@ -120,7 +120,7 @@ class Examination:
         if repeated:
             warnings.warn(f"left out, because they run more than once in a forward pass: {', '.join(repeated)}")
         if not names:
-            raise UnitvisError(f"the model has no convolution that runs once; name layers: {some(list(self.runs))}")
+            raise UnitvisError(f"the model has no convolution that runs once; name layers: {abridged(list(self.runs))}")
         return list(names)
 
     def select(self, patterns: Sequence[str] | str | None) -> list[str]:
@@ -132,7 +132,7 @@ class Examination:
         for pattern in patterns:
             found = [pattern] if pattern in self.modules else fnmatch.filter(self.modules, pattern)
             if not found:
-                raise UnitvisError(f"no layer is named {pattern!r}; {closest(pattern, self.modules)}")
+                raise UnitvisError(f"no layer is named {pattern!r}; {closest_names(pattern, self.modules)}")
             chosen.update(found)
         if not chosen:
             raise UnitvisError("no layer was named; leave layers out for every convolution")

@@ -1,4 +1,4 @@
-"""Weights from a file: read without executing anything, fitted to a model, every key that does not fit named."""
+"""Load weights from a file into a model: the file is never executed, and every key that does not fit is named."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unitvis.errors import UnitvisError, named
+from unitvis.errors import UnitvisError, error_text
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint into a model, in place.
 
-    A last layer with another number of classes is rebuilt to the checkpoint's shape. Anything else that is missing,
-    unexpected or of another shape is an error that names it.
+    A last layer with another number of outputs is replaced by one of the checkpoint's shape. Raises UnitvisError that
+    names every other tensor that is missing, unexpected or of another shape.
     """
     state = read_weights(Path(path))
     _resize_head(model, state)
@@ -31,18 +31,19 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ],
     }
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        misfits = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
         raise UnitvisError(
-            f"the weights in {path} do not fit the model ({told}); name a function that builds the network that was "
+            f"the weights in {path} do not fit the model ({misfits}); name a function that builds the network that was "
             f"trained: file.py:function"
         )
     model.load_state_dict(state)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, on the CPU: safetensors, or a state dict read with weights_only=True.
+    """Read the tensors of a checkpoint, by name, on the CPU.
 
-    Common wrappings ("state_dict", "model", the prefix "module.") are taken off.
+    Reads safetensors, or a state dict with `torch.load(weights_only=True)`. Common wrappers (the keys "state_dict" and
+    "model", the prefix "module.") are removed. Raises UnitvisError if the file cannot be read.
     """
     if not path.is_file():
         raise UnitvisError(f"there is no file {path} with weights")
@@ -54,7 +55,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     except Exception as error:
         raise UnitvisError(
-            f"the weights in {path} cannot be read ({named(error)}); give safetensors, "
+            f"the weights in {path} cannot be read ({error_text(error)}); give safetensors, "
             f"or a state dict saved with torch.save(model.state_dict(), ...)"
         ) from error
     for key in ("state_dict", "model"):
@@ -66,7 +67,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _resize_head(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Replace the model's last layer where the checkpoint's differs in the number of outputs alone."""
+    """Replace the model's last layer, in place, if the checkpoint's differs only in its number of outputs."""
     name, head = [(n, m) for n, m in model.named_modules() if list(m.parameters(recurse=False))][-1]
     weight = state.get(f"{name}.weight")
     if not isinstance(head, nn.Linear | nn.Conv2d) or weight is None or weight.shape[1:] != head.weight.shape[1:]:

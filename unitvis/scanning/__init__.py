@@ -1,1 +1,1 @@
-"""Whole passes over a data set: scan, merge, pack, verify, and what interrupts and resumes them."""
+"""Passes over a whole data set: scan, merge, pack and verify, with their checkpoints and signals."""

@@ -1,4 +1,4 @@
-"""How decoding threads and computing threads share the cores of a CPU."""
+"""Share the cores of a CPU between the threads that decode and those that compute."""
 
 from __future__ import annotations
 
@@ -14,54 +14,56 @@ from unitvis.ranking.recorder import Recorder
 from unitvis.sources import Source
 from unitvis.sources.encoded import EncodedSource
 
-# images/s of one computing thread; a core decodes three hundred photographs, or some thousand small pictures, a second
-FAST_ON_ONE_THREAD = 1000
+# Images/s that one thread must compute for the scan to compute on one thread; a core decodes about 300 photographs, or
+# 1,000 small images, a second.
+MIN_RATE_ON_ONE_THREAD = 1000
 
 
-class Threads:
-    """Around the loop of a scan: decoding waits while all threads compute, or a single thread computes beside it.
+class CoreSharing:
+    """Context of a scan's loop on a CPU: decoding pauses while a batch is computed, or one thread computes beside it.
 
-    At the end of every parallel operation all threads wait for the last one. Where decoding holds its core, that takes
-    a time slice of the scheduler, milliseconds. So a large network has all cores to itself for a batch, while files are
-    read ahead; a small one, whose operations take microseconds, computes on one thread where that is more than the
-    other cores decode. The bits of canonical responses do not depend on the number of threads; the caller's comes back
-    afterwards.
+    All threads of a parallel operation wait for the slowest; if decoding holds that one's core, they wait for a time
+    slice of the scheduler, milliseconds. So a large network gets all cores for each batch, while files are only read.
+    A small network computes on one thread if that is faster than the other cores decode. The bits of canonical
+    responses do not depend on the number of threads, and the caller's number is restored on exit. On a GPU, for sources
+    without files and with one thread nothing is changed.
     """
 
     def __init__(self, recorder: Recorder, source: Source) -> None:
-        self._recorder, self._before = recorder, torch.get_num_threads()
-        shared = recorder.network.device.type == "cpu" and self._before > 1
-        self._encoded = source if shared and isinstance(source, EncodedSource) else None
-        self._undecided = self._encoded is not None and recorder.precision == "fp32"
+        self._recorder, self._caller_threads = recorder, torch.get_num_threads()
+        shared = recorder.network.device.type == "cpu" and self._caller_threads > 1
+        # the source whose decoding pauses for each batch; None: it does not pause
+        self._pausable = source if shared and isinstance(source, EncodedSource) else None
+        self._undecided = self._pausable is not None and recorder.precision == "fp32"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if torch.get_num_threads() != self._before:
-            torch.set_num_threads(self._before)
+        if torch.get_num_threads() != self._caller_threads:
+            torch.set_num_threads(self._caller_threads)
 
     def computing(self) -> AbstractContextManager[None]:
-        """Around what computes a batch."""
-        return self._encoded.undecoded() if self._encoded is not None else nullcontext()
+        """Context for computing one batch: pauses decoding, unless one thread computes."""
+        return self._pausable.pause_decoding() if self._pausable is not None else nullcontext()
 
     def choose(self, images: Tensor) -> None:
-        """Decide, by some images that were recorded; once."""
+        """Measure, once, after the first batch was recorded, whether one thread is fast enough; images: that batch."""
         if not self._undecided or not self._recorder.images:
             return
         self._undecided = False
         torch.set_num_threads(1)
         rate = compute_rate(self._recorder, images)
-        if rate > FAST_ON_ONE_THREAD / 4:  # not far below: what else runs may have slowed it down
+        if rate > MIN_RATE_ON_ONE_THREAD / 4:  # near the limit: other processes may have slowed the first measurement
             rate = max(rate, *(compute_rate(self._recorder, images) for _ in range(2)))
-        if rate < FAST_ON_ONE_THREAD:
-            torch.set_num_threads(self._before)
+        if rate < MIN_RATE_ON_ONE_THREAD:
+            torch.set_num_threads(self._caller_threads)
         else:
-            self._encoded = None
+            self._pausable = None
 
 
 def compute_rate(recorder: Recorder, images: Tensor) -> float:
-    """Canonical images/s, by one compute batch of images like those that were recorded; it records nothing."""
+    """Measure images/s of the canonical pass on one compute batch; nothing is recorded."""
     with recorder.network.reading() as canonical:
         start = time.perf_counter()
         canonical.keys(images[:COMPUTE_BATCH], recorder.topk.threshold())

@@ -1,4 +1,4 @@
-"""Several runs over parts of the same images made into one, as if one scan had seen them all."""
+"""Merge runs over parts of the same images into one run, equal to that of one scan over all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unitvis.network.identity import describe_model
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import check_output
 from unitvis.run import Run, load
-from unitvis.scanning.scan import complete
+from unitvis.scanning.scan import finish_run
 from unitvis.sources import Source, open_source, reopen_source
 from unitvis.sources.transform import Transform
 from unitvis.state.intervals import IntervalSet
@@ -37,12 +37,21 @@ def merge(
     partial: bool = False,
     overwrite: bool = False,
 ) -> Run:
-    """One run of all images that the runs cover; they are those of shards (`scan(shard=)`) or came from a merge.
+    """Merge the runs of shards (`scan(shard=)`), or runs that were merged before, into one, and run the second pass.
 
-    The order of the runs does not matter, nor does it to give one twice or to merge merged ones. The second pass runs
-    once, here. model, images: what was scanned, where the manifest does not say where to find it again. partial: merge
-    what is there although images are missing, into a run to merge on. UnitvisError names what differs between the runs,
-    and which images are missing.
+    The order of the runs does not matter, and a run may be given twice.
+
+    Args:
+        runs: runs, or their folders.
+        model: the model that was scanned, or its spec; None: loaded as the manifest says.
+        out: folder to write the merged run into.
+        images: the images that were scanned, as for `scan`; None: opened as the manifest says.
+        device: device of the second pass; None: the model's own.
+        on_error: "raise": NaN and infinite responses raise UnitvisError; "skip": the manifest counts them.
+        partial: merge although images are missing, into a run without winners that can be merged again.
+        overwrite: replace a run in `out`.
+
+    Raises UnitvisError that names what differs between the runs, or which images are missing.
     """
     folder = None if out is None else check_output(out, overwrite=overwrite)
     loaded = {str(run): load(run) for run in runs if not isinstance(run, Run)}
@@ -58,19 +67,19 @@ def merge(
     manifest = next(iter(loaded.values())).manifest
     records = {id: record for run in loaded.values() for id, record in run.records.items()}
     if partial:
-        failures = {one["id"]: one for run in loaded.values() for one in run.manifest["failures"]}
-        run = _still_partial(merged, manifest, [failures[id] for id in merged.failures])
+        failures = {failure["id"]: failure for run in loaded.values() for failure in run.manifest["failures"]}
+        run = _partial_run(merged, manifest, [failures[id] for id in merged.failures])
         run.records = {id: records[id] for id in merged.candidates.tolist() if id in records}
     else:
-        run = _finished(merged, manifest, records, model, images, device, on_error)
+        run = _finished_run(merged, manifest, records, model, images, device, on_error)
     if folder is not None:
         run.write(folder)
     return run
 
 
 def merge_partials(parts: Mapping[str, Partial]) -> Partial:
-    """The union of parts that may overlap, by name; UnitvisError where they are not parts of one scan."""
-    # The largest first: a part that lies inside one that is in already adds nothing, not even to the number of NaN.
+    """Merge parts, given by name, that may overlap; UnitvisError if they are not parts of one scan."""
+    # The largest first: a part whose images are all covered already is skipped, and its NaN are not counted twice.
     order = sorted(parts, key=lambda name: -len(parts[name].coverage))
     first = order[0]
     merged, seconds = parts[first], parts[first].seconds
@@ -79,32 +88,34 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
         part = parts[name]
         refuse_differences(f"{first} and {name} cannot be merged", merged.identity, part.identity)
         failures |= part.failures
-        twice = coverage & part.coverage
-        if len(twice) == len(part.coverage):
+        shared = coverage & part.coverage
+        if len(shared) == len(part.coverage):
             continue
-        if len(twice) and (topk.counts_nan() & part.topk.counts_nan()).any():
+        if len(shared) and (topk.counts_nan() & part.topk.counts_nan()).any():
             raise UnitvisError(
-                f"{name} has images {twice} in common with the others, and both count NaN responses, which cannot be "
+                f"{name} has images {shared} in common with the others, and both count NaN responses, which cannot be "
                 "told apart; merge runs that overlap wholly or not at all"
             )
         topk.merge_all(part.topk)
         coverage, seconds = coverage | part.coverage, seconds + part.seconds
     failed = np.array(sorted(failures), np.int64)
-    failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}  # one run could read it after all
+    # An image that one run could not read and another one could is no failure.
+    failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}
     return Partial(merged.identity, topk, coverage, failures, seconds)
 
 
-def missing(part: Partial, images: int | None) -> IntervalSet:
-    """The ids that are neither ranked nor known as failures."""
+def missing_ids(part: Partial, images: int | None) -> IntervalSet:
+    """Ids of 0 <= id < images that the part neither ranked nor lists as failures."""
     return IntervalSet([(0, images or 0)]) - (part.coverage | IntervalSet.of(part.failures))
 
 
-def _still_partial(part: Partial, manifest: dict[str, Any], failures: list[dict[str, Any]]) -> Run:
+def _partial_run(part: Partial, manifest: dict[str, Any], failures: list[dict[str, Any]]) -> Run:
+    """Make a run without winners from a part, to be merged again."""
     found = {"failures": failures, "images": len(part.coverage), "coverage": part.coverage.ranges.tolist()}
     return Run({}, manifest | found | {"shard": None, "partial": True}, {}, partial=part)
 
 
-def _finished(
+def _finished_run(
     part: Partial,
     manifest: dict[str, Any],
     records: Mapping[int, dict[str, Any]],
@@ -113,14 +124,15 @@ def _finished(
     device: torch.device | str | None,
     on_error: str,
 ) -> Run:
+    """Make the run of all images from a part that covers them: re-rank if needed, then the second pass."""
     start = time.perf_counter()
-    source = _source(manifest, images)
-    if len(gap := missing(part, source.length)):
+    source = _reopened_source(manifest, images)
+    if len(gap := missing_ids(part, source.length)):
         raise UnitvisError(
             f"{len(gap):,} of {source.length:,} images are in none of the runs: {gap}; scan the shards that hold them, "
             "or merge what there is with partial=True (--partial)"
         )
-    module, place = _model(manifest, model)
+    module, origin = _checked_model(manifest, model)
     names = list(manifest["layers"])
     with Recorder(
         module, names, manifest["k"], unit=manifest["unit"], device=device, transform=source.transform
@@ -129,20 +141,21 @@ def _finished(
         recorder.prepare((channels, height, width))
         recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         recorder.restore(part)
-        source.take_failures(part.failures)
+        source.add_failures(part.failures)
         undecided = manifest["precision"] == "exact" and recorder.precision != "fp32"
         run = recorder.result(source if undecided else None)
     run.attach(source, records)
     run.partial = part
     run.manifest |= {"precision": manifest["precision"], "plan": manifest["plan"]}
-    run.manifest["model"] |= place
+    run.manifest["model"] |= origin
     run.manifest["failures"] = [asdict(failure) for failure in source.failures]
     run.manifest["seconds"] |= {"scan": part.seconds, "merge": time.perf_counter() - start}
-    complete(run, source, module, device, on_error)
+    finish_run(run, source, module, device, on_error)
     return run
 
 
-def _source(manifest: dict[str, Any], images: object) -> Source:
+def _reopened_source(manifest: dict[str, Any], images: object) -> Source:
+    """Open the images of the runs; UnitvisError if `images` are others than those that were scanned."""
     transform = manifest["transform"]
     if images is None:
         return reopen_source(manifest["source"], transform)
@@ -154,17 +167,20 @@ def _source(manifest: dict[str, Any], images: object) -> Source:
     return source
 
 
-def _model(manifest: dict[str, Any], model: nn.Module | str | models.Loaded | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of the runs, and what the manifest says of where it is."""
-    said = manifest["model"]
+def _checked_model(
+    manifest: dict[str, Any], model: nn.Module | str | models.Loaded | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load or check the model of the runs; returns it with its spec and file for the manifest."""
+    recorded = manifest["model"]
     if model is None:
-        if said.get("spec") is None:
+        if recorded.get("spec") is None:
             raise UnitvisError("the runs do not say where their model is; give model= (--model) for the second pass")
-        model = models.load(said["spec"], said["file"], pretrained=said["pretrained"])
+        model = models.load(recorded["spec"], recorded["file"], pretrained=recorded["pretrained"])
     elif isinstance(model, str):
         model = models.load(model)
-    place = model.place() if isinstance(model, models.Loaded) else {"spec": None}
+    origin = model.origin() if isinstance(model, models.Loaded) else {"spec": None}
     module = model.model if isinstance(model, models.Loaded) else model
     found = describe_model(module)
-    refuse_differences("the model is not that of the runs (there and here)", {key: said[key] for key in found}, found)
-    return module, place
+    wanted = {key: recorded[key] for key in found}
+    refuse_differences("the model is not that of the runs (in the runs and here)", wanted, found)
+    return module, origin

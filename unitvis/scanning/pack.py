@@ -1,4 +1,4 @@
-"""pack: decode and resize a data set once, into an array that any number of scans read from memory."""
+"""Pack: decode and resize a data set once, into an array that many scans can read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from unitvis.files import flush_to_disk, replacing, write_arrays
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.scanning.signals import Signals
 from unitvis.sources import Batch, PackSource, Source, open_source
-from unitvis.sources.base import Seen, SeenTable
+from unitvis.sources.base import ImageInfo, ImageInfoTable
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.names import Names
-from unitvis.sources.packed import BAKED, FORMAT, MARK, pack_source, pixels_hash, read_about, tables_hash
+from unitvis.sources.packed import BAKED_FIELDS, FORMAT, FORMAT_KEY, pack_source, pixels_hash, read_about, tables_hash
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, Arrays, Checkpoints, check_interval
 from unitvis.state.partial import refuse_differences
@@ -52,17 +52,24 @@ def pack(
     every: float = CHECKPOINT_SECONDS,
     progress: bool = True,
 ) -> PackSource:
-    """Decode, resize and crop images once, into FILE.npy, uint8 [images, H, W, 3]; FILE.json and FILE.npz know of what.
+    """Decode, resize and crop images once, into FILE.npy, uint8 [images, H, W, 3], described by FILE.json and FILE.npz.
 
-    images: a folder, a text list or tar archives. path: FILE.npy; a scan of it is one of the images: same ids, names,
-    failures and result bytes, and patches are cut from the original files. transform: resize, crop and interpolation
-    are done here for good; mean and std are not, each scan gives its own. An image that cannot be read keeps its id,
-    and zeros. every: seconds between checkpoints; SIGINT and SIGTERM write one and raise `Interrupted`; resume: go on
-    from there, also after a crash. The other options are those of `scan`. Returns the pack, as `scan` takes it. Raises
-    UnitvisError for whatever the caller can mend.
+    A scan of the pack gives the same ids, names, failures and result bytes as a scan of the images; patches are cut
+    from the original files. An image that cannot be read keeps its id; its pixels are zeros.
+
+    Args:
+        images: a folder, a text list or tar archives.
+        path: FILE.npy.
+        transform: its resize, crop and interpolation are applied; mean and std are not, each scan gives its own.
+        on_error, max_failures, decoder, scaled, allow_truncated, workers, progress: as for `scan`.
+        overwrite: replace a pack at `path`.
+        resume: continue from the last checkpoint, also after a crash.
+        every: seconds between checkpoints; SIGINT and SIGTERM write one and raise `Interrupted`.
+
+    Returns the pack, as `scan` takes it. Raises UnitvisError for errors that the user can fix.
     """
     check_interval(every)
-    target = _target(Path(path), overwrite, resume)
+    target = _checked_target(Path(path), overwrite, resume)
     source = open_source(
         images,
         transform,
@@ -77,7 +84,7 @@ def pack(
             f"images of the kind {source.kind!r} cannot be packed; give a folder, a .txt list of paths or .tar archives"
         )
     packing = _Packing(target, source, every)
-    with packing.explained(), Signals() as signals:
+    with packing.keeping_progress(), Signals() as signals:
         if not (resume and packing.resume()):
             ids = range(packing.done, packing.images) if packing.done else None
             begin, off = packing.done, None if progress else True
@@ -88,140 +95,145 @@ def pack(
                 for batch in batches:
                     packing.add(batch)
                     bar.update(packing.done - bar.n)
-                    if signals.came is not None:
+                    if signals.received is not None:
                         packing.checkpoint()
-                        raise Interrupted(f"interrupted after {packing.count}; {HOW_TO_RESUME}", signals.came)
+                        raise Interrupted(f"interrupted after {packing.count}; {HOW_TO_RESUME}", signals.received)
             packing.finish()
     packed = pack_source(str(target), source.transform, on_error=on_error)
-    assert packed is not None  # noqa: S101  it is whole now
+    assert packed is not None  # noqa: S101  it is finished
     return packed
 
 
 class _Packing:
-    """A pack while it is made. Until it is whole its pixels are in FILE.npy.part, what else is known of them, as of the
-    last checkpoint, in FILE.npy.progress. FILE.npy comes last: it is never there without all the rest.
+    """A pack that is being made: its pixels are in FILE.npy.part, its last checkpoint is in FILE.npy.progress.
+
+    FILE.npy is created last, after FILE.json and FILE.npz are complete.
     """
 
     def __init__(self, target: Path, source: Source, every: float) -> None:
         self._target, self._source = target, source
-        self._part, self._checkpoints = _part(target), Checkpoints(_checkpoint(target), every)
+        self._part, self._checkpoints = _part_path(target), Checkpoints(_checkpoint_path(target), every)
         self.images = source.length or 0
-        self.done = 0  # ids below it are in the array, or known as failures
-        self._seen = np.zeros(self.images, SeenTable.ROW)
-        self._table = SeenTable.of(self._seen)
-        self._row: tuple[int, ...] = ()  # height, width, 3; known from the first image on
-        self._start = 0  # bytes of the header
-        self._file: io.FileIO | None = None  # once it can be written
-        self._held: io.FileIO | None = None  # the same, from when it is open
+        self.done = 0  # ids below it are in the array or are failures
+        self._rows = np.zeros(self.images, ImageInfoTable.ROW)
+        self._infos = ImageInfoTable.of(self._rows)
+        self._row_shape: tuple[int, ...] = ()  # height, width, 3, from the first image on
+        self._header_bytes = 0  # of the .npy format, before the pixels
+        self._file: io.FileIO | None = None  # the array's file, once its header is written
+        self._open_file: io.FileIO | None = None  # the same file, to be closed
 
     @property
     def count(self) -> str:
-        """How far it is, in words."""
+        """Progress in words: "N of M images"."""
         return f"{self.done:,} of {self.images:,} images"
 
     def resume(self) -> bool:
-        """Go on with what is there, if anything; True where it is whole. UnitvisError where it is another pack."""
+        """Continue from a checkpoint, if any; True if the pack is finished, UnitvisError if it is another pack."""
         if not self._part.exists():
             if (about := read_about(self._target)) is None or not self._target.exists():
                 return False
-            self._refuse_another(f"{self._target} is another pack", about)
+            self._refuse_other_pack(f"{self._target} is another pack", about)
             self._checkpoints.remove()
             return True
         if not self._checkpoints.exist:
             return False
-        file = self._opened()
-        found = self._checkpoints.read(self._checkpointed)
-        assert found is not None  # noqa: S101  there is one
+        file = self._open_locked()
+        found = self._checkpoints.read(self._parse_checkpoint)
+        assert found is not None  # noqa: S101  it exists
         about, seen = found
-        self._refuse_another(f"the pack {self._target} cannot be gone on with", about)
+        self._refuse_other_pack(f"the pack {self._target} cannot be resumed", about)
         self.done, self._file = len(seen), file
-        self._seen[: self.done] = seen
-        self._source.take_failures({int(id): reason for id, reason in about["failures"].items()})
-        file.truncate(self._bytes(self.done))  # what came after the checkpoint is made again
+        self._rows[: self.done] = seen
+        self._source.add_failures({int(id): reason for id, reason in about["failures"].items()})
+        file.truncate(self._file_size(self.done))  # drop the images written after the checkpoint
         return False
 
-    def _checkpointed(self, arrays: Arrays) -> tuple[dict[str, Any], NDArray[np.void]]:
-        """What a checkpoint says of the pack and of its images so far."""
+    def _parse_checkpoint(self, arrays: Arrays) -> tuple[dict[str, Any], NDArray[np.void]]:
+        """Read a checkpoint: description of the pack, and the `ImageInfoTable` rows of its images so far."""
         about, seen = json.loads(arrays["about"].tobytes()), arrays["seen"]
-        self._has_rows_of(tuple(about["row"]))
-        if self._part.stat().st_size < self._bytes(len(seen)):
+        self._set_row_shape(tuple(about["row"]))
+        if self._part.stat().st_size < self._file_size(len(seen)):
             raise ValueError(f"{self._part} is shorter than it says")
         return about, seen
 
-    def _refuse_another(self, what: str, about: Mapping[str, Any]) -> None:
-        aside = {"path": None, "others": None}  # files that are no images may come and go: the pack may be one of them
+    def _refuse_other_pack(self, what: str, about: Mapping[str, Any]) -> None:
+        """Raise UnitvisError unless `about` has this pack's source and transform."""
+        ignored = {"path": None, "others": None}  # files beside the images, such as the pack itself, may come and go
         there, here = (
-            {"source": one["source"] | aside, "transform": one["transform"]} for one in (about, self._about())
+            {"source": one["source"] | ignored, "transform": one["transform"]} for one in (about, self._about())
         )
-        refuse_differences(f"{what} (there and now)", there, json.loads(json.dumps(here)))
+        refuse_differences(f"{what} (then and now)", there, json.loads(json.dumps(here)))
 
     def _about(self) -> dict[str, Any]:
+        """Source and transform, as the JSON file and the checkpoints keep them."""
         assert self._source.transform is not None  # noqa: S101  files have one
         values = self._source.transform.to_json()
-        return {"source": self._source.describe(), "transform": {name: values[name] for name in BAKED}}
+        return {"source": self._source.describe(), "transform": {name: values[name] for name in BAKED_FIELDS}}
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Whatever ends the packing, what is done is kept; an error of the disk says how to go on."""
+    def keeping_progress(self) -> Iterator[None]:
+        """Context of the packing: on an error write a checkpoint; an OSError becomes one that says how to resume."""
         try:
             yield
         except OSError as error:
-            self._keep()
+            self._try_checkpoint()
             raise UnitvisError(
                 f"after {self.count} {self._target} could not be written: {error.strerror}; "
-                f"mend that, then {HOW_TO_RESUME}"
+                f"fix that, then {HOW_TO_RESUME}"
             ) from error
         except UnitvisError:
-            self._keep()
+            self._try_checkpoint()
             raise
         finally:
-            if self._held is not None:
-                self._held.close()
+            if self._open_file is not None:
+                self._open_file.close()
 
-    def _keep(self) -> None:
+    def _try_checkpoint(self) -> None:
+        """Write a checkpoint unless the disk refuses."""
         with suppress(OSError):
             self.checkpoint()
 
     def add(self, batch: Batch) -> None:
-        """Write down the next images; ids between them have failed."""
+        """Write the next images; ids left out between them have failed."""
         pixels = batch.pixels.numpy()
         if self._file is None:
-            self._file = self._begun(pixels.shape[1:])
-        if pixels.shape[1:] != self._row:
+            self._file = self._create_array(pixels.shape[1:])
+        if pixels.shape[1:] != self._row_shape:
             height, width, _ = pixels.shape[1:]
             raise UnitvisError(
                 f"{self._source.name(int(batch.ids[0]))!r} gives {width} x {height} pixels, those before it give "
-                f"{self._row[1]} x {self._row[0]}; one size is needed, with resize=(height, width), or resize and crop"
+                f"{self._row_shape[1]} x {self._row_shape[0]}; one size is needed: give "
+                "resize=(height, width), or resize and crop"
             )
         for id, row in zip(batch.ids.tolist(), pixels, strict=True):
-            self._file.seek(self._bytes(id))
+            self._file.seek(self._file_size(id))
             _write_all(self._file, row.data)
             record = self._source.record(id)
-            self._table[id] = Seen(bytes.fromhex(record["hash"]), record["width"], record["height"])
+            self._infos[id] = ImageInfo(bytes.fromhex(record["hash"]), record["width"], record["height"])
             self.done = id + 1
         if self._checkpoints.due:
             self.checkpoint()
 
-    def _opened(self) -> io.FileIO:
-        """The array's file as it is, or empty; no other process may pack into it meanwhile."""
-        # unbuffered, so that no byte waits for a disk that is full later
-        self._held = io.FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+    def _open_locked(self) -> io.FileIO:
+        """Open the array's file, or create it empty, and lock it; UnitvisError if another process packs into it."""
+        # unbuffered, so that a full disk raises at the write that fails
+        self._open_file = io.FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         try:
             if fcntl is not None:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._open_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UnitvisError(f"another process is packing into {self._target}; wait for its end") from error
         except OSError:  # a file system without locks
             pass
-        return self._held
+        return self._open_file
 
-    def _begun(self, row: tuple[int, ...]) -> io.FileIO:
-        """The array's file, with its header; refused where the array will not fit."""
-        file = self._opened()
+    def _create_array(self, row: tuple[int, ...]) -> io.FileIO:
+        """Start the array's file with its header; UnitvisError if the disk has no room for the whole array."""
+        file = self._open_locked()
         self._checkpoints.remove()
         file.truncate(0)
-        header = self._has_rows_of(row)
-        total, free = self._bytes(self.images), shutil.disk_usage(self._target.parent).free
+        header = self._set_row_shape(row)
+        total, free = self._file_size(self.images), shutil.disk_usage(self._target.parent).free
         if total > free:
             self._part.unlink()
             raise UnitvisError(
@@ -231,45 +243,45 @@ class _Packing:
         _write_all(file, memoryview(header))
         return file
 
-    def _has_rows_of(self, row: tuple[int, ...]) -> bytes:
-        """The header of the array whose rows have this shape, which is noted."""
+    def _set_row_shape(self, row: tuple[int, ...]) -> bytes:
+        """Set the shape of an image; returns the .npy header of the array."""
         header, shape = io.BytesIO(), (self.images, *row)
         np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        self._row, self._start = row, len(header.getvalue())
+        self._row_shape, self._header_bytes = row, len(header.getvalue())
         return header.getvalue()
 
-    def _bytes(self, images: int) -> int:
-        """Of the file up to so many images."""
-        return self._start + images * math.prod(self._row)
+    def _file_size(self, images: int) -> int:
+        """Bytes of the array's file up to so many images."""
+        return self._header_bytes + images * math.prod(self._row_shape)
 
     def checkpoint(self) -> None:
-        """Write down what is done."""
+        """Flush the pixels to the disk and write a checkpoint."""
         if self._file is None:
             return
-        self._file.truncate(self._bytes(self.done))
+        self._file.truncate(self._file_size(self.done))
         flush_to_disk(self._file)
-        failures = {id: reason for id, reason in self._source.reasons.items() if id < self.done}
-        about = self._about() | {"row": self._row, "failures": failures}
+        failures = {id: reason for id, reason in self._source.failure_reasons.items() if id < self.done}
+        about = self._about() | {"row": self._row_shape, "failures": failures}
         self._checkpoints.write(
-            {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "seen": self._seen[: self.done]}
+            {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "seen": self._rows[: self.done]}
         )
 
     def finish(self) -> None:
-        """Make a whole pack of it."""
+        """Write FILE.npz and FILE.json, and rename the pixels to FILE.npy."""
         self.done = self.images
         self.checkpoint()
         names = Names(os.fsencode(self._source.name(id)) for id in range(self.images))
-        tables = {**names.arrays(), "seen": self._seen}
+        tables = {**names.arrays(), "seen": self._rows}
         pixels = np.load(self._part, mmap_mode="r", allow_pickle=False)
         about = {
-            MARK: FORMAT,
+            FORMAT_KEY: FORMAT,
             **self._about(),
             "shape": list(pixels.shape),
             "pixels": pixels_hash(pixels),
             "tables": tables_hash(tables),
             "failures": [asdict(failure) for failure in self._source.failures],
         }
-        self._target.unlink(missing_ok=True)  # the pack that was there: its array and the new JSON are no pack
+        self._target.unlink(missing_ok=True)  # the old array must never stand beside the new JSON file
         with replacing(self._target.with_suffix(".npz")) as part:
             write_arrays(part, tables)
         with replacing(self._target.with_suffix(".json")) as path, open(path, "w", encoding="utf-8") as file:
@@ -279,8 +291,8 @@ class _Packing:
         self._checkpoints.remove()
 
 
-def _target(path: Path, overwrite: bool, resume: bool) -> Path:
-    """The absolute path of a pack that can be written; asked before anything is read."""
+def _checked_target(path: Path, overwrite: bool, resume: bool) -> Path:
+    """Check that a pack may be written to the path, before anything is read; returns it absolute."""
     if overwrite and resume:
         raise UnitvisError("overwrite and resume exclude each other: start again, or go on")
     if path.suffix.lower() != ".npy":
@@ -289,28 +301,29 @@ def _target(path: Path, overwrite: bool, resume: bool) -> Path:
     if not path.parent.is_dir():
         raise UnitvisError(f"there is no folder {path.parent} to write {path.name} into")
     known = read_about(path) is not None
-    unfinished = _part(path).exists() or Checkpoints(_checkpoint(path)).exist
+    unfinished = _part_path(path).exists() or Checkpoints(_checkpoint_path(path)).exist
     for ending in (".npy", ".json") if unfinished else (".npy", ".json", ".npz"):
         if not known and (other := path.with_suffix(ending)).exists():
             raise UnitvisError(f"{other} is there and belongs to no pack, so it is not overwritten; give another path")
     if unfinished and not overwrite and not resume:
-        raise UnitvisError(f"{path} is not finished; go on with it (--resume) or start again (--overwrite)")
+        raise UnitvisError(f"{path} is not finished; resume it (--resume) or start again (--overwrite)")
     if path.exists() and not overwrite and not resume:
         raise UnitvisError(f"{path} holds a pack already; give another path, or overwrite it (--overwrite)")
     return path
 
 
-def _part(target: Path) -> Path:
-    """Where the pixels of a pack are until it is whole."""
+def _part_path(target: Path) -> Path:
+    """Path of the pixels of an unfinished pack."""
     return target.with_name(f"{target.name}.part")
 
 
-def _checkpoint(target: Path) -> Path:
-    """Where the newest checkpoint of a pack is until it is whole."""
+def _checkpoint_path(target: Path) -> Path:
+    """Path of the newest checkpoint of an unfinished pack."""
     return target.with_name(f"{target.name}.progress")
 
 
 def _write_all(file: io.FileIO, data: memoryview) -> None:
+    """Write all bytes; one call of `write` may write fewer."""
     data = data.cast("B")
     while data:
         data = data[file.write(data) :]

@@ -1,4 +1,4 @@
-"""A scan that may be stopped: checkpoints every so often, signals, and going on from a checkpoint."""
+"""Checkpoints of a scan: written at intervals and on signals, and read to resume it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from unitvis.state.shards import Shard
 
 
 class Progress:
-    """Around the loop of a scan::
+    """Context of the loop of a scan, which writes its checkpoints::
 
         with Progress(folder, recorder, source, shard) as progress:
-            for batch in source.batches(n, ids=progress.left()):
+            for batch in source.batches(n, ids=progress.unread_ids()):
                 recorder(batch.pixels, batch.ids)
                 progress.after_batch()
             progress.finish()
             ...  # the second pass, and writing the run
 
-    folder: where checkpoints go; None: nowhere, and signals are left alone. SIGINT and SIGTERM end the loop with a
-    checkpoint and `Interrupted`; a second one ends it at once, as does the first one after `finish`.
+    folder: of the checkpoints; None: no checkpoints and no signal handlers. every: seconds between checkpoints. SIGINT
+    and SIGTERM end the loop with a checkpoint and `Interrupted`; a second signal raises it at once, as does the first
+    one after `finish`.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class Progress:
         self._checkpoints = None if self._folder is None else Checkpoints(self._folder / SCAN_CHECKPOINT, every)
         self._recorder, self._source, self._shard = recorder, source, shard
         self.ids = None if shard is None else shard.ids(source.length, source.kind)
-        self.before = 0.0  # seconds of scanning in earlier attempts
-        self.writing = 0.0  # seconds that checkpoints took
+        self.earlier_seconds = 0.0  # seconds of scanning in earlier attempts
+        self.checkpoint_seconds = 0.0  # seconds that checkpoints took
         self._identity: Identity | None = None
         self._signals = Signals()
 
@@ -60,20 +61,20 @@ class Progress:
         self._signals.__exit__()
 
     def resume(self, batch_size: int | None = None) -> bool:
-        """Go on with what the folder holds, if anything; True where the scan is finished already.
+        """Continue from the folder's checkpoint, if there is one; True if the folder holds the finished run already.
 
-        batch_size: given where the precision is free: the scan goes on in the one that it began with. UnitvisError that
-        names the difference where it is another scan.
+        batch_size: given if the precision is free: the scan continues in the precision that it began with. Raises
+        UnitvisError that names the difference if the folder holds another scan.
         """
         if self._folder is None or self._checkpoints is None:
             raise UnitvisError(f"a {self._source.kind} is read once, so a scan of it cannot be resumed")
         if part := self._checkpoints.read(Partial.from_arrays):
             if batch_size is not None:
                 self._recorder.set_precision(part.identity["precision"], batch_size)
-            self._accept(f"the scan in {self._folder} cannot be gone on with (there and now)", part.identity)
+            self._prepare_same_scan(f"the scan in {self._folder} cannot be resumed (then and now)", part.identity)
             self._recorder.restore(part)
-            self._source.take_failures(part.failures)
-            self.before = part.seconds
+            self._source.add_failures(part.failures)
+            self.earlier_seconds = part.seconds
             return False
         if not (self._folder / "manifest.json").exists():
             return False
@@ -81,11 +82,11 @@ class Progress:
         found = identity(manifest) | {"shard": manifest.get("shard")}
         if batch_size is not None:
             self._recorder.set_precision(found["precision"], batch_size)
-        self._accept(f"{self._folder} holds the run of another scan (there and now)", found)
+        self._prepare_same_scan(f"{self._folder} holds the run of another scan (then and now)", found)
         return True
 
-    def _accept(self, what: str, found: Identity) -> None:
-        """Prepare the recorder for a scan like the one that was found; UnitvisError where this one is another."""
+    def _prepare_same_scan(self, what: str, found: Identity) -> None:
+        """Prepare the recorder for the scan that was found; UnitvisError, starting with `what`, if it is another."""
         unprepared = {"input": found["input"], "layers": found["layers"]}
         refuse_differences(what, found, self._identity_now() | unprepared)
         channels, height, width = found["input"]
@@ -94,7 +95,7 @@ class Progress:
 
     @property
     def identity(self) -> Identity:
-        """Of this scan; made once, since it takes a hash of the weights."""
+        """Identity of this scan, computed once: it hashes the weights."""
         if self._identity is None:
             self._identity = self._identity_now()
         return self._identity
@@ -103,57 +104,58 @@ class Progress:
         described = self._recorder.about() | {"source": self._source.describe()}
         return identity(described) | {"shard": None if self._shard is None else str(self._shard)}
 
-    def left(self) -> Iterable[int] | None:
-        """The ids still to be read; None for all."""
-        done = len(self._recorder.coverage) + len(self._source.reasons)
+    def unread_ids(self) -> Iterable[int] | None:
+        """Ids still to be read; None: all of them."""
+        done = len(self._recorder.coverage) + len(self._source.failure_reasons)
         if self.ids is None and not done:
             return None
         wanted = range(self._source.length or 0) if self.ids is None else self.ids
-        return (self._recorder.coverage | IntervalSet.of(self._source.reasons)).left(wanted)
+        return (self._recorder.coverage | IntervalSet.of(self._source.failure_reasons)).left(wanted)
 
     def after_batch(self) -> None:
-        """Write a checkpoint if it is time, or if a signal came."""
-        if self._signals.came is not None:
+        """Write a checkpoint if one is due; after a signal write one and raise `Interrupted`."""
+        if self._signals.received is not None:
             self.checkpoint()
-            raise Interrupted(f"interrupted after {self._count()}; {HOW_TO_RESUME}", self._signals.came)
+            raise Interrupted(f"interrupted after {self._progress_text()}; {HOW_TO_RESUME}", self._signals.received)
         if self._checkpoints is not None and self._checkpoints.due:
             self.checkpoint()
 
     def finish(self) -> None:
-        """The last checkpoint. What follows can be repeated from it, so a signal need not wait any more."""
+        """Write the last checkpoint; from here on a signal raises `Interrupted` at once."""
         self.checkpoint()
         self._signals.raise_at_once(f"interrupted after the scan, before its run was written; {HOW_TO_RESUME}")
 
     def checkpoint(self) -> None:
-        """Write down what is done, and keep what was written before."""
+        """Write a checkpoint; UnitvisError, with the way to resume, if the disk refuses."""
         start = time.perf_counter()
         self._recorder.flush()
         if self._checkpoints is None or not self._recorder.images:
             return
-        part = self.part()
+        part = self.snapshot()
         try:
             self._checkpoints.write(part.arrays())
         except OSError as error:
             raise UnitvisError(
-                f"after {self._count()} the checkpoint could not be written into {self._folder}: {error.strerror}; "
-                f"mend that, then {HOW_TO_RESUME}"
+                f"after {self._progress_text()} the checkpoint could not be written into {self._folder}: "
+                f"{error.strerror}; fix that, then {HOW_TO_RESUME}"
             ) from error
-        self.writing += time.perf_counter() - start
+        self.checkpoint_seconds += time.perf_counter() - start
 
-    def forget(self) -> None:
-        """Remove checkpoints: the scan is finished, or is not to be gone on with."""
+    def remove_checkpoints(self) -> None:
+        """Remove the checkpoints of a finished or abandoned scan."""
         if self._checkpoints is not None:
             self._checkpoints.remove()
 
-    def part(self) -> Partial:
-        """What is done."""
-        return self._recorder.snapshot(self.identity, self._source.reasons, self.seconds)
+    def snapshot(self) -> Partial:
+        """State of the scan so far, taken at once."""
+        return self._recorder.snapshot(self.identity, self._source.failure_reasons, self.seconds)
 
     @property
     def seconds(self) -> float:
-        """Of scanning, in this attempt and those before, without the preparation."""
-        return self.before + time.perf_counter() - self._start - self._recorder.network.preparation
+        """Seconds of scanning in this attempt and the earlier ones, without the preparation."""
+        return self.earlier_seconds + time.perf_counter() - self._start - self._recorder.network.preparation
 
-    def _count(self) -> str:
+    def _progress_text(self) -> str:
+        """Progress in words: "N of M images", or "N images" if the total is unknown."""
         total = "" if self._source.length is None else f" of {len(self.ids or range(self._source.length)):,}"
         return f"{self._recorder.images:,}{total} images"

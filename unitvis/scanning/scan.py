@@ -1,4 +1,4 @@
-"""scan: a source, a Recorder and the second pass."""
+"""Scan a data set: read a source, record its batches, re-rank candidates and check the winners."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import check_output
 from unitvis.results.nonfinite import refuse_odd_responses
 from unitvis.run import Run, load
-from unitvis.scanning.cores import Threads
+from unitvis.scanning.cores import CoreSharing
 from unitvis.scanning.precision import Plan, plan
 from unitvis.scanning.progress import Progress
 from unitvis.scanning.verify import verify
@@ -62,35 +62,48 @@ def scan(
     progress: bool = True,
     workers: int | None = None,
 ) -> Run:
-    """Find, for every unit of the layers, the k images and positions that excite it most.
+    """Find, for every unit of the layers, the k images and positions with the strongest responses.
 
-    model: a module, a spec such as "torchvision:alexnet" or "file.py:function", or what `models.load` makes of one.
-    transform: how pictures become the model's input; None is the spec's own.
-    images: a folder, a text list, tar archives, a uint8 .npy or array [N, H, W, 3], a float tensor [N, C, H, W] already
-    normalised, a Dataset, a DataLoader or an iterable of batches; see `open_source`. layers, k, unit, device: as for
-    `Recorder`. out: a folder for the run. precision: "exact" decides by canonical float32 responses, "fp32" computes
-    nothing else, "fp16" and "bf16" rank what half precision gives. batch_size: images read and scanned at once, which
-    does not change a float32 result. on_error: "skip" lists an
-    unreadable image in the manifest and counts NaN and infinite responses there, "raise" stops; max_failures: more
-    unreadable images stop the scan. decoder, scaled, allow_truncated: how files are decoded, see `Decoding`. workers:
-    threads that decode. shard: (i, n) or "i/n", from 1: scan that part of the images into a run that holds what
-    `merge` needs. every: seconds between checkpoints into `out`; SIGINT and SIGTERM write one and raise `Interrupted`;
-    resume: go on from there. Raises UnitvisError for whatever the caller can mend.
+    Args:
+        model: a module, a spec such as "torchvision:alexnet" or "file.py:function", or a model of `models.load`.
+        images: a folder, a text list, tar archives, a uint8 .npy file or array [N, H, W, 3], a float tensor
+            [N, C, H, W] already normalised, a Dataset, a DataLoader or an iterable of batches; see `open_source`.
+        layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it.
+        k: winners a unit.
+        out: folder to write the run and its checkpoints into; None: the run is only returned.
+        transform: turns images into the model's input; None: the preprocessing of the spec's weights.
+        batch_size: images read and scanned at once (64); it does not change a float32 result.
+        device: where the model runs; None: the model's own device.
+        precision: "exact" may find candidates in half precision and decides by canonical float32 responses, "fp32"
+            computes only those, "fp16" and "bf16" rank responses in half precision.
+        unit: "channel" ranks the largest response over positions, "neuron" every element of the map.
+        shard: (i, n) or "i/n", counted from 1: scan that part of the images; `merge` makes a run of all shards.
+        on_error: "skip" lists unreadable images in the manifest and counts NaN and infinite responses there, "raise"
+            raises UnitvisError.
+        max_failures: number of images that may be unreadable; one more raises UnitvisError. None: any number.
+        decoder, scaled, allow_truncated: how files are decoded, see `Decoding`.
+        overwrite: replace a run in `out`.
+        resume: continue from the checkpoint in `out`; a finished run is returned as it is.
+        every: seconds between checkpoints; SIGINT and SIGTERM write one and raise `Interrupted`.
+        progress: show a progress bar on a terminal.
+        workers: threads that read and decode; None: one a core.
+
+    Returns the run. Raises UnitvisError for errors that the user can fix.
     """
     if precision not in PRECISIONS:
         raise UnitvisError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     batch_size = 4 * COMPUTE_BATCH if batch_size is None else batch_size
     if batch_size < 1:
         raise UnitvisError(f"batch_size must be at least 1, not {batch_size}")
-    share = parse_shard(shard)
+    own_shard = parse_shard(shard)
     folder = None if out is None else check_output(out, overwrite=overwrite, resume=resume)
     if resume and folder is None:
-        raise UnitvisError("resume needs out, the folder of the scan to go on with")
-    place: dict[str, Any] = {"spec": None}
+        raise UnitvisError("resume needs out, the folder of the scan to resume")
+    origin: dict[str, Any] = {"spec": None}
     if isinstance(model, str):
         model = models.load(model)
     if isinstance(model, models.Loaded):
-        place = model.place()
+        origin = model.origin()
         transform, model = transform or model.transform, model.model
     source = open_source(
         images,
@@ -103,72 +116,73 @@ def scan(
     )
 
     recorder = Recorder(model, layers, k, unit=unit, device=device, transform=source.transform)
-    with Progress(folder, recorder, source, share, every) as watch:
+    with Progress(folder, recorder, source, own_shard, every) as tracker:
         with recorder:
             if folder is not None and not resume:
-                watch.forget()
+                tracker.remove_checkpoints()
             if precision != "exact":
                 recorder.set_precision(precision, batch_size)
-            if folder is not None and resume and watch.resume(batch_size if precision == "exact" else None):
+            if folder is not None and resume and tracker.resume(batch_size if precision == "exact" else None):
                 return load(folder, source)
-            batches = source.batches(batch_size, workers=workers, ids=watch.left())
+            batches = source.batches(batch_size, workers=workers, ids=tracker.unread_ids())
             first = [batch for batch in [next(batches, None)] if batch is not None]
-            chosen = Plan(recorder.precision, "as it began" if recorder.images else "as asked")
+            chosen_plan = Plan(recorder.precision, "as the scan began" if recorder.images else "as asked")
             if precision == "exact" and first and not recorder.images:
-                chosen = _plan(recorder, source, first[0].pixels, k)
-                recorder.set_precision(chosen.precision, batch_size)
-            silent = None if progress else True  # None: a bar on a terminal, nothing in a log
+                chosen_plan = _choose_plan(recorder, source, first[0].pixels, k)
+                recorder.set_precision(chosen_plan.precision, batch_size)
+            no_bar = None if progress else True  # None: tqdm shows a bar on a terminal only
             bar = tqdm(
-                total=source.length if watch.ids is None else len(watch.ids),
+                total=source.length if tracker.ids is None else len(tracker.ids),
                 initial=recorder.images,
                 desc="scan",
                 unit=" images",
-                disable=silent,
+                disable=no_bar,
                 leave=False,
             )
-            with bar, Threads(recorder, source) as threads:
+            with bar, CoreSharing(recorder, source) as core_sharing:
                 for batch in chain(first, batches):
-                    with threads.computing():
+                    with core_sharing.computing():
                         recorder(batch.pixels, batch.ids)
-                    threads.choose(batch.pixels)
-                    watch.after_batch()
+                    core_sharing.choose(batch.pixels)
+                    tracker.after_batch()
                     bar.update(len(batch.ids))
-            watch.finish()
-            seconds = {"scan": watch.seconds, "checkpoints": watch.writing}
+            tracker.finish()
+            seconds = {"scan": tracker.seconds, "checkpoints": tracker.checkpoint_seconds}
             failures = [asdict(failure) for failure in source.failures]
-            if share is not None:
-                about = {"source": source.describe(), "shard": str(share), "failures": failures}
-                run = recorder.partial(watch.seconds, **about)
+            if own_shard is not None:
+                about = {"source": source.describe(), "shard": str(own_shard), "failures": failures}
+                run = recorder.partial(tracker.seconds, **about)
                 run.attach(source)
             else:
                 run = recorder.result(source if precision == "exact" else None)
                 if precision != "exact":
                     run.attach(source)
                 run.manifest["failures"] = failures
-        run.manifest |= {"precision": precision, "plan": chosen.line}
-        run.manifest["model"] |= place
+        run.manifest |= {"precision": precision, "plan": chosen_plan.line}
+        run.manifest["model"] |= origin
         run.manifest["seconds"] |= seconds
-        if share is None:
-            complete(run, source, model, device, on_error)
+        if own_shard is None:
+            finish_run(run, source, model, device, on_error)
         if folder is not None:
             run.write(folder)
-            watch.forget()
+            tracker.remove_checkpoints()
     return run
 
 
-def _plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> Plan:
+def _choose_plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> Plan:
+    """Choose the precision of an exact scan, and log it; pixels: the first batch."""
     network = recorder.network
     recorder.prepare(network.input_shape_of(pixels))
     channels = network.unit == "channel"
-    chosen = plan(source.length, network.units, k, network.device, rereadable=source.rereadable, channels=channels)
-    logger.info("%s", chosen.line)
-    return chosen
+    chosen_plan = plan(source.length, network.units, k, network.device, rereadable=source.rereadable, channels=channels)
+    logger.info("%s", chosen_plan.line)
+    return chosen_plan
 
 
-def complete(
+def finish_run(
     run: Run, source: Source, model: nn.Module, device: torch.device | str | None, on_error: str = "skip"
 ) -> None:
-    """What follows once all images are in, whoever scanned them: the second pass, and what is to be said."""
+    """Finish a run whose images are all ranked, by one scan or by many: second pass, and its warnings."""
     start = time.perf_counter()
     if on_error == "raise":
         refuse_odd_responses(run)
@@ -180,13 +194,14 @@ def complete(
 
 
 def _second_pass(run: Run, model: nn.Module, device: torch.device | str | None) -> None:
-    """Effective boxes; and where the winners are few beside the images, every one of them computed again."""
+    """Find effective boxes; after a float32 scan with few winners also verify that they reproduce."""
     if run.manifest["scan"]["precision"] == "fp32" and 2 * len(run.winners) <= run.manifest["images"]:
         found = verify(run, model, device)
         if found["wrong"]:
             raise UnitvisError(
-                f"{found['wrong']} of {found['winners']} winners came out otherwise when their images were read again "
-                f"({found['first_wrong']}); the images or the model changed meanwhile, or are random (augmentation?)"
+                f"{found['wrong']} of {found['winners']} winners differ when their images are read again "
+                f"({found['first_wrong']}); the images or the model changed during the scan, or are augmented at "
+                "random"
             )
     for name, side in effective_boxes(model, run, device).items():
         run.set_effective_box(name, side)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to end at the next place from where work can be gone on with."""
+"""SIGINT and SIGTERM as a request to stop at the next point from which the work can be resumed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from unitvis.errors import Interrupted
 
 
 class Signals:
-    """While the block runs, a first signal is only noted, in `came`; a second one raises `Interrupted` at once, as does
-    the first one after `raise_at_once`.
+    """Context that handles SIGINT and SIGTERM: the first signal is noted in `received`, the second one raises.
 
-    Outside of the main thread, which alone may do so, signals are left alone.
+    After `raise_at_once` the first one raises `Interrupted`, too. Only the main thread may handle signals; in another
+    thread nothing is changed.
     """
 
     def __init__(self) -> None:
-        self.came: int | None = None
-        self._at_once: str | None = None
+        self.received: int | None = None  # number of the first signal
+        self._message: str | None = None  # given: the next signal raises Interrupted with it
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -33,14 +33,14 @@ class Signals:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def raise_at_once(self, message: str) -> None:
-        """From here on nothing is lost by ending anywhere: `Interrupted`, now if a signal came, else when one does."""
-        self._at_once = message
-        if self.came is not None:
-            raise Interrupted(message, self.came)
+        """Raise `Interrupted` for a signal that was received, or as soon as one is: nothing can be lost any more."""
+        self._message = message
+        if self.received is not None:
+            raise Interrupted(message, self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._at_once is not None:
-            raise Interrupted(self._at_once, number)
-        if self.came is not None:
+        if self._message is not None:
+            raise Interrupted(self._message, number)
+        if self.received is not None:
             raise Interrupted("interrupted twice; what was done since the last checkpoint is lost", number)
-        self.came = number
+        self.received = number

@@ -1,4 +1,4 @@
-"""One scan by several processes that torchrun started: each takes its shard and its GPU, the first one merges."""
+"""Scan with several processes that torchrun started: each scans a shard on its GPU, the first one merges."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from unitvis.scanning.merge import merge
 from unitvis.scanning.scan import scan
 
 _Value = TypeVar("_Value")
-_PATIENCE = datetime.timedelta(days=30)  # shards may be uneven; one that dies ends the wait through its connection
+_TIMEOUT = datetime.timedelta(days=30)  # shards take different times; a process that dies ends the wait anyway
 
 
 def processes() -> int:
-    """How many processes torchrun started for this scan; 1 outside of torchrun."""
+    """Number of processes that torchrun started for this scan; 1 outside of torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
@@ -41,25 +41,26 @@ def scan_together(
     resume: bool = False,
     **options: Any,
 ) -> Run | None:
-    """`scan`, with the same arguments, in each of the processes; the run in the first one, None in the others.
+    """Scan with the arguments of `scan`, the same in every process; returns the run in the first, None in the others.
 
-    Shards are kept beside `out`, which all processes must see, in OUT.shards until they are merged. A process that
-    torchrun started again goes on from its checkpoint, as it does with `resume`.
+    Runs of shards are kept in OUT.shards, beside `out`, until they are merged; all processes must see that folder. A
+    process that torchrun restarted resumes from its checkpoint, as with `resume`.
     """
     folder = Path(out)
-    with _group() as (rank, size):
+    with _process_group() as (rank, size):
         shards = folder.with_name(f"{folder.name}.shards")
         resume = resume or _attempt() > 0
         if resume and (folder / "manifest.json").exists():
-            run = _all(lambda: scan(model, images, layers, k, out=folder, device=device, resume=True, **options))
+            options |= {"out": folder, "device": device, "resume": True}
+            run = _in_every_process(lambda: scan(model, images, layers, k, **options))
             return run if rank == 0 else None
-        _all(lambda: _start(folder, shards, overwrite, resume) if rank == 0 else None)
+        _in_every_process(lambda: _check_folders(folder, shards, overwrite, resume) if rank == 0 else None)
         if device is not None and torch.device(device).type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         paths = [shards / f"{number + 1}-of-{size}" for number in range(size)]
         own: dict[str, Any] = {"out": paths[rank], "shard": (rank + 1, size), "resume": resume, "device": device}
         own["progress"] = options.pop("progress", True) and rank == 0
-        _all(lambda: scan(model, images, layers, k, **own, **options))
+        _in_every_process(lambda: scan(model, images, layers, k, **own, **options))
 
         def merged() -> Run:
             run = merge(paths, model, images=images, device=device, on_error=options.get("on_error", "skip"))
@@ -67,44 +68,45 @@ def scan_together(
             shutil.rmtree(shards)
             return run
 
-        return _all(lambda: merged() if rank == 0 else None)  # the others end afterwards, and do not take its cores
+        return _in_every_process(lambda: merged() if rank == 0 else None)  # the others wait, and do not take its cores
 
 
-def _start(folder: Path, shards: Path, overwrite: bool, resume: bool) -> None:
+def _check_folders(folder: Path, shards: Path, overwrite: bool, resume: bool) -> None:
+    """Check or empty the folders of the run and of its shards."""
     check_output(folder, overwrite=overwrite, resume=resume)
     if shards.exists() and overwrite:
         shutil.rmtree(shards)
     if shards.exists() and not resume:
         raise UnitvisError(
-            f"{shards} holds a scan that is not finished; go on with it (--resume) or start again (--overwrite)"
+            f"{shards} holds a scan that is not finished; resume it (--resume) or start again (--overwrite)"
         )
 
 
 def _attempt() -> int:
-    """How often torchrun started the processes again."""
+    """Number of times that torchrun restarted the processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextmanager
-def _group() -> Iterator[tuple[int, int]]:
-    """(rank, number of processes), connected over the CPU."""
-    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=_PATIENCE)))  # type: ignore[attr-defined]
-    # One store serves every attempt: processes that were started again must not meet the addresses of dead ones.
+def _process_group() -> Iterator[tuple[int, int]]:
+    """Connect the processes over the CPU (gloo); yields (rank, number of processes)."""
+    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=_TIMEOUT)))  # type: ignore[attr-defined]
+    # All attempts share one store; the prefix keeps restarted processes from the addresses of dead ones.
     store = distributed.PrefixStore(f"unitvis {_attempt()}", store)  # type: ignore[attr-defined]
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     try:
         yield rank, size
     finally:
         distributed.destroy_process_group()
 
 
-def _all(action: Callable[[], _Value]) -> _Value:
-    """Do something in every process, and wait for the others; where it fails in one, UnitvisError in all."""
+def _in_every_process(action: Callable[[], _Value]) -> _Value:
+    """Call `action` in every process and wait for the others; if it fails in one, UnitvisError in all."""
     error, failed = None, torch.zeros(1)
     try:
         value = action()
-    except UnitvisError as mistake:
-        error = mistake
+    except UnitvisError as own_error:
+        error = own_error
         failed += 1
     distributed.all_reduce(failed)
     if error is not None:

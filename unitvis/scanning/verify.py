@@ -1,4 +1,4 @@
-"""verify: read every winner's image again, and compute its responses again."""
+"""Verify a run: read every winner's image again, and compute its responses again."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from unitvis.results.data import RunData
 from unitvis.sources import Source
 
 
-class _Winners:
-    """Every place of a run as one row, sorted by image: which unit's column, and the response it must have."""
+class _WinnerRows:
+    """Winners of a run as arrays [winners], sorted by image: the column of the unit, the value and the position.
+
+    columns: units of all layers in one count; positions: in the flattened map, 0 for a neuron; layer: its number.
+    """
 
     def __init__(self, run: RunData) -> None:
         columns, images, values, flat, layers = [], [], [], [], []
@@ -43,54 +46,57 @@ class _Winners:
 
 
 class Comparison:
-    """A run's winners beside what their responses are now, `again`."""
+    """A run's winners beside their responses as they are now, `recomputed`."""
 
     def __init__(self, network: Network, run: RunData) -> None:
         self._network = network
-        self.winners = _Winners(run)
-        self.again = Places(self.winners.images, self.winners.columns)
+        self.winners = _WinnerRows(run)
+        self.recomputed = Places(self.winners.images, self.winners.columns)
 
     def read(self, source: Source, ids: Iterable[int]) -> None:
-        """Compute the responses of the images again; no threshold, since a winner counts whatever it is now."""
+        """Compute the responses of the images again, without a threshold: a winner may have any value now."""
         network = self._network
         with network.evaluating(), network.reading() as canonical:
             for batch in source.batches(COMPUTE_BATCH, ids=ids):
-                self.again.take(canonical.keys(batch.pixels), batch.ids)
+                self.recomputed.take(canonical.keys(batch.pixels), batch.ids)
 
     @property
     def equal(self) -> NDArray[np.bool_]:
-        """Bool [places]: value and position came out again, bit for bit."""
-        same = self.again.values.view(np.int32) == self.winners.values.view(np.int32)
-        return same & (self.again.positions == self.winners.positions)
+        """Bool [winners]: value and position are bit-equal to the run's."""
+        same = self.recomputed.values.view(np.int32) == self.winners.values.view(np.int32)
+        return same & (self.recomputed.positions == self.winners.positions)
 
-    def describe(self, place: int) -> str:
-        """One place in words: what the run says and what came out now."""
+    def describe(self, row: int) -> str:
+        """Describe one winner in words: its value in the run and now."""
         winners = self.winners
         return (
-            f"image {winners.images[place]} in layer {self._network.layers[winners.layer[place]].name!r}: "
-            f"{winners.values[place]:.9g} in the run, {self.again.values[place]:.9g} now"
+            f"image {winners.images[row]} in layer {self._network.layers[winners.layer[row]].name!r}: "
+            f"{winners.values[row]:.9g} in the run, {self.recomputed.values[row]:.9g} now"
         )
 
 
 def verify(run: RunData, model: nn.Module, device: torch.device | str | None = None) -> dict[str, Any]:
-    """Recompute every winner of a run: {"winners", "equal", "wrong", "worst", "same_fingerprint", "first_wrong"}.
+    """Compute every winner of a run again.
 
-    Under the run's own fingerprint a value and its position must come out bit for bit, under another the value within
-    1e-5 of the layer's largest. worst: the largest distance, as a share of that. first_wrong: a sentence, or None.
+    Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal, under another one
+    the value must lie within 1e-5 of the layer's largest. Raises UnitvisError for a run ranked in half precision.
+
+    Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
+    the layer's largest value; "same_fingerprint": bool; "first_wrong": a sentence about the first wrong one, or None.
     """
     run.need_winners()
     if (precision := run.manifest["precision"]) in HALF:
         raise UnitvisError(
             f"the run was ranked in {precision}, so its values are not canonical; scan with exact or fp32"
         )
-    for record in run.records.values() if run.source.apart else ():
+    for record in run.records.values() if run.source.separate_originals else ():
         run.source.check(record)
     network = Network(model, device=device, transform=run.source.transform)
     channels, height, width = run.manifest["input"]
     network.examine((channels, height, width), run.layers, run.manifest["unit"])
     comparison = Comparison(network, run)
     comparison.read(run.source, run.winners.tolist())
-    winners, now = comparison.winners, comparison.again.values.astype(np.float64)
+    winners, now = comparison.winners, comparison.recomputed.values.astype(np.float64)
     same = fingerprint(network.device) == run.manifest["fingerprint"]
     largest = np.zeros(len(run))
     np.maximum.at(largest, winners.layer, np.where(np.isfinite(winners.values), np.abs(winners.values), 0))

@@ -1,4 +1,4 @@
-"""Images that are already numbers: which shapes count as images, and the source over an array of them."""
+"""Images in arrays and tensors: the shapes that are accepted, and a source over one array."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from unitvis.errors import UnitvisError
-from unitvis.sources.base import Chunks, Picture, Source, grouped, in_order, needed
+from unitvis.sources.base import Chunks, Picture, Source, id_groups, map_in_order, require_transform
 from unitvis.sources.transform import Box, Transform
 
 
 class ArraySource(Source):
-    """uint8 [N, H, W, 3], which goes through the transform, or float [N, C, H, W], taken as already normalised.
+    """Images of one array: uint8 [N, H, W, 3], to be transformed, or float [N, C, H, W], already normalised.
 
-    A memory-mapped array is read row by row; a tensor stays on its device. It must not change while it is in use.
+    A memory-mapped array is read row by row; a tensor stays on its device. Do not change the array while it is in use.
     """
 
     kind = "array"
@@ -36,24 +36,24 @@ class ArraySource(Source):
         check_pixels(array, 4, repr(path) if path else "the array")
         super().__init__(transform, len(array), on_error)
         if array.dtype in (np.uint8, torch.uint8):
-            needed(transform)
+            require_transform(transform)
         self._array, self._path = array, path
 
     def read(self, id: int) -> Tensor:
-        """uint8 [H, W, 3] or float32 [C, H, W], on the array's device."""
-        return fitted(self._rows([id]), self.transform)[0]
+        """Read one image: uint8 [H, W, 3] or float32 [C, H, W], on the array's device."""
+        return resize_and_crop(self._rows([id]), self.transform)[0]
 
     def picture(self, id: int, value_range: tuple[float, float] = (0.0, 1.0)) -> Picture:
-        """The row before resize and crop; of floats the model's input."""
-        return shown(self._rows([id])[0], self.transform, value_range)
+        """uint8: the image before resize and crop; float: the model's input, see `Source.picture`."""
+        return picture_from_pixels(self._rows([id])[0], self.transform, value_range)
 
     def record(self, id: int) -> dict[str, Any]:
-        """id, name, width, height, hash of the row."""
+        """Identify the image: id, name, width, height, hash of its values."""
         width, height = size_of(self._rows([id])[0])
         return {"id": id, "name": self.name(id), "width": width, "height": height, "hash": self._hash(id)}
 
     def describe(self) -> dict[str, Any]:
-        """Kind, path (None for an array in memory), shape and type."""
+        """Describe the array: kind, path (None for an array in memory), number of images, shape and dtype."""
         shape, dtype = list(self._array.shape), str(self._array.dtype).removeprefix("torch.")
         return {"kind": self.kind, "path": self._path, "images": self.length, "shape": shape, "dtype": dtype}
 
@@ -62,19 +62,22 @@ class ArraySource(Source):
 
     def _chunks(self, ids: Iterable[int] | None, batch_size: int, workers: int) -> Chunks:
         def load(group: list[int]) -> Tensor:
-            return fitted(self._rows(group), self.transform)
+            return resize_and_crop(self._rows(group), self.transform)
 
-        for group, result in in_order(load, grouped(self._ids(ids), batch_size), workers, ahead=2):
+        for group, result in map_in_order(load, id_groups(self._checked_ids(ids), batch_size), workers, ahead=2):
             yield group, result()
 
     def _rows(self, ids: list[int]) -> Tensor:
-        ids = [self._valid(id) for id in ids]
-        consecutive = ids == list(range(ids[0], ids[0] + len(ids)))  # then a tensor gives a view
+        ids = [self._checked_id(id) for id in ids]
+        consecutive = ids == list(range(ids[0], ids[0] + len(ids)))  # a slice of a tensor is a view, not a copy
         return as_pixels(self._array[ids[0] : ids[-1] + 1] if consecutive else self._array[ids], 4, "the array")
 
 
 def check_pixels(value: object, ndim: int, what: str) -> None:
-    """UnitvisError unless `value` is uint8 [..., H, W, 3] or floating point [..., C, H, W] of so many dimensions."""
+    """Raise UnitvisError unless `value` has `ndim` dimensions and is uint8 [..., H, W, 3] or float [..., C, H, W].
+
+    what: names the value in the message.
+    """
     n = "N, " if ndim == 4 else ""
     wanted = f"uint8 [{n}H, W, 3] or normalised float [{n}C, H, W]"
     if not isinstance(value, Tensor | np.ndarray):
@@ -96,7 +99,10 @@ def check_pixels(value: object, ndim: int, what: str) -> None:
 
 
 def as_pixels(value: object, ndim: int, what: str) -> Tensor:
-    """A checked tensor, uint8 or float32, on its device; a numpy array is copied, in native order, writable."""
+    """Convert to a tensor, uint8 or float32, after `check_pixels`.
+
+    A tensor keeps its device; a numpy array is copied, to native byte order and writable memory.
+    """
     check_pixels(value, ndim, what)
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value, np.uint8 if value.dtype == np.uint8 else np.float32, order="C"))
@@ -104,22 +110,25 @@ def as_pixels(value: object, ndim: int, what: str) -> Tensor:
     return pixels if pixels.dtype == torch.uint8 else pixels.float()
 
 
-def fitted(pixels: Tensor, transform: Transform | None) -> Tensor:
-    """uint8 [N, H, W, 3] resized and cropped; floats as they are."""
+def resize_and_crop(pixels: Tensor, transform: Transform | None) -> Tensor:
+    """Resize and crop uint8 [N, H, W, 3] as the transform says; floats are returned unchanged."""
     if pixels.dtype != torch.uint8:
         return pixels
-    transform = needed(transform)
+    transform = require_transform(transform)
     if transform.resize is None and transform.crop is None:
         return pixels
     images = [torch.from_numpy(transform(Image.fromarray(row))) for row in pixels.cpu().numpy()]
     return torch.stack(images).to(pixels.device)
 
 
-def shown(pixels: Tensor, transform: Transform | None, value_range: tuple[float, float]) -> Picture:
-    """One image as `Source.picture` says; of more than three channels the first three are drawn, of fewer the first."""
+def picture_from_pixels(pixels: Tensor, transform: Transform | None, value_range: tuple[float, float]) -> Picture:
+    """Make the `Picture` of one image, uint8 [H, W, 3] or float [C, H, W], as `Source.picture` describes.
+
+    Of more than three float channels the first three are drawn, of one or two the first, in grey.
+    """
     if pixels.dtype == torch.uint8:
         picture = Image.fromarray(pixels.cpu().numpy())
-        return picture, partial(needed(transform).to_source, width=picture.width, height=picture.height)
+        return picture, partial(require_transform(transform).to_source, width=picture.width, height=picture.height)
     if len(pixels) != 3 or transform is None or (transform.mean is None and transform.std is None):
         low, high = value_range
         pixels = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
@@ -128,15 +137,16 @@ def shown(pixels: Tensor, transform: Transform | None, value_range: tuple[float,
 
 
 def size_of(pixels: Tensor) -> tuple[int, int]:
-    """(width, height) of one image."""
+    """(width, height) of one image, uint8 [H, W, 3] or float [C, H, W]."""
     height, width = pixels.shape[:2] if pixels.dtype == torch.uint8 else pixels.shape[1:]
     return width, height
 
 
 def pixel_hash(pixels: Tensor) -> str:
-    """Of one image's values."""
+    """BLAKE2b hash of one image's values, 32 hexadecimal digits."""
     return hashlib.blake2b(pixels.contiguous().cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _unmoved(box: Box) -> Box:
+    """Return the box: the picture is the model's input itself."""
     return box

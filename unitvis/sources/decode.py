@@ -1,4 +1,4 @@
-"""From the bytes of an image file to upright 8-bit RGB, or one line that says why not."""
+"""Decode the bytes of an image file to upright 8-bit RGB, or raise ImageError with a reason of one line."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from PIL import (
 from unitvis.errors import ImageError
 
 Size = tuple[int, int]  # width, height
-_Used = TypeVar("_Used")
+_Result = TypeVar("_Result")
 
-MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb; 268 MB of RGB, refused from the header alone
-MAX_SCANS = 500  # a progressive JPEG has about ten; thousands in a small file would keep a decoder busy for hours
+MAX_PIXELS = 89_478_485  # Pillow's limit for decompression bombs (268 MB of RGB); larger headers are refused
+MAX_SCANS = 500  # of a progressive JPEG, which has about ten; thousands would keep the decoder busy for hours
 
-# The formats in which photographs and data sets come, and no other: every further decoder (PostScript, PDF, camera and
-# game formats) is one more that a hostile file can reach. The first bytes choose the decoder, never the file's name.
+# Accepted formats: (name, first bytes, Pillow plugin). A hostile file must not reach other decoders (PostScript, PDF,
+# camera and game formats). The first bytes choose the decoder, never the file's name.
 _FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
     ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
     ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
@@ -43,7 +43,7 @@ _FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile]], ...] =
     ("PPM", re.compile(rb"P[1-6]\s"), PpmImagePlugin.PpmImageFile),
 )
 
-_UPRIGHT = {
+_TURN_UPRIGHT = {  # EXIF orientation -> how to turn the pixels
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -52,98 +52,102 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TURNED = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}  # width and height change places
+_SWAPS_SIDES = {_TURN_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}  # width and height are exchanged
 _ORIENTATION, _BITS, _PHOTOMETRIC, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 274, 258, 262, 284, 322, 323  # TIFF tags
 
 
 def decode(data: bytes, *, allow_truncated: bool = False) -> Image.Image:
-    """The image as a person sees it: mode RGB, turned upright as its EXIF orientation says, over white.
+    """Decode an image file to mode RGB, turned upright by its EXIF orientation, transparency over white.
 
-    16 bits a channel become their high byte; of an animation the first frame is taken; colour profiles are not applied
-    (as torchvision and timm do not). `allow_truncated` keeps what a file that ends early still holds; the rest is grey
-    (JPEG) or black (a WebP or compressed TIFF stays a failure). Raises ImageError, whatever the bytes.
+    Of 16-bit channels the high byte is kept, of an animation the first frame; colour profiles are not applied (as in
+    torchvision and timm). allow_truncated: decode a file that ends early; the missing part is grey (JPEG) or black (a
+    truncated WebP or compressed TIFF still fails). Raises ImageError for any bytes that cannot be decoded.
     """
     return decode_sized(data, lambda picture, _: picture, allow_truncated=allow_truncated)
 
 
 def decode_sized(
     data: bytes,
-    use: Callable[[Image.Image, Size], _Used],
+    use: Callable[[Image.Image, Size], _Result],
     *,
     allow_truncated: bool = False,
     simplejpeg: bool = False,
-    smallest: Callable[[int, int], Size] | None = None,
-) -> _Used:
-    """What `use` makes of the image that `decode` gives and the size of the whole picture, upright.
+    wanted_size: Callable[[int, int], Size] | None = None,
+) -> _Result:
+    """Decode as `decode` does, and return use(image, (width, height) of the whole image, upright).
 
-    simplejpeg: let it decode JPEG files of one or three colours. smallest: (width, height) of a picture -> (height,
-    width) that is enough of it; a JPEG is then decoded at 1/2, 1/4 or 1/8 where that is no smaller.
+    simplejpeg: decode JPEG files of one or three colours with simplejpeg. wanted_size: function of an image's (width,
+    height) that gives the (height, width) it is resized to; a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size if
+    that is no smaller. `use` runs inside the memory budget.
     """
-    with _opened(data, allow_truncated) as image:
-        turn = _UPRIGHT.get(_orientation(image)) if image.format == "JPEG" else None
-        whole = enough = image.size
-        if smallest is not None:
-            height, width = smallest(*_swapped(whole, turn in _TURNED))
-            enough = _swapped((width, height), turn in _TURNED)  # as the file lies
+    with _open_image(data, allow_truncated) as image:
+        turn = _TURN_UPRIGHT.get(_orientation(image)) if image.format == "JPEG" else None
+        whole = wanted = image.size
+        if wanted_size is not None:
+            height, width = wanted_size(*_swapped(whole, turn in _SWAPS_SIDES))
+            wanted = _swapped((width, height), turn in _SWAPS_SIDES)  # as stored, before the turn
         fast = image.format == "JPEG" and simplejpeg and image.mode in ("L", "RGB")
         if image.format == "JPEG" and not fast:
-            image.draft(None, enough)
-        with _room.take(_need(image)):
+            image.draft(None, wanted)
+        with _memory_budget.take(_decoding_bytes(image)):
             if fast:
-                picture = _by_simplejpeg(data, whole, enough, allow_truncated)
+                picture = _by_simplejpeg(data, whole, wanted, allow_truncated)
             else:
-                _load(image, allow_truncated)
+                _load_pixels(image, allow_truncated)
                 picture = to_rgb(image)
-                turn = _UPRIGHT.get(_orientation(image))  # in a PNG it may come after the pixels
+                turn = _TURN_UPRIGHT.get(_orientation(image))  # in a PNG it may come after the pixels
             picture = picture if turn is None else picture.transpose(turn)
-            return use(picture, _swapped(whole, turn in _TURNED))
+            return use(picture, _swapped(whole, turn in _SWAPS_SIDES))
 
 
-class _Room:
-    """So many bytes of pixels for all threads together; who needs more than there are waits until nobody holds any."""
+class _MemoryBudget:
+    """Limit on the bytes of pixels that all threads hold at once: a thread waits until its share is free."""
 
     def __init__(self, size: int) -> None:
-        self._size = self._free = size
-        self._changed = Condition()
+        self._total = self._free = size
+        self._freed = Condition()
 
     @contextmanager
     def take(self, need: int) -> Iterator[None]:
-        need = min(need, self._size)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= need)
+        """Hold `need` bytes while the block runs; a need above the whole limit takes all of it."""
+        need = min(need, self._total)
+        with self._freed:
+            self._freed.wait_for(lambda: self._free >= need)
             self._free -= need
         try:
             yield
         finally:
-            with self._changed:
+            with self._freed:
                 self._free += need
-                self._changed.notify_all()
+                self._freed.notify_all()
 
 
-_room = _Room(48_000_000 * max(4, os.cpu_count() or 1))  # a photograph of 12 megapixels for each core
+_memory_budget = _MemoryBudget(48_000_000 * max(4, os.cpu_count() or 1))  # 12 megapixels for each core
 
 
-def _need(image: Image.Image) -> int:
-    """Bytes while an image is decoded: four a pixel, and two copies where colours or transparency are converted."""
+def _decoding_bytes(image: Image.Image) -> int:
+    """Estimate the bytes needed to decode an image: 4 a pixel, and two copies more if its mode is converted."""
     return image.size[0] * image.size[1] * (4 if image.mode == "RGB" else 12)
 
 
 def _swapped(size: Size, turned: bool) -> Size:
+    """Exchange the two sides if the image is turned by a quarter."""
     return (size[1], size[0]) if turned else size
 
 
-def _by_simplejpeg(data: bytes, whole: Size, enough: Size, allow_truncated: bool) -> Image.Image:
-    from simplejpeg import decode_jpeg, decode_jpeg_header  # only where it was asked for
+def _by_simplejpeg(data: bytes, whole: Size, wanted: Size, allow_truncated: bool) -> Image.Image:
+    """Decode a JPEG with simplejpeg; whole: (width, height) that Pillow read; wanted: the least that is needed."""
+    from simplejpeg import decode_jpeg, decode_jpeg_header  # optional package
 
     height, width = decode_jpeg_header(data, strict=not allow_truncated)[:2]
-    if (width, height) != whole:  # what was checked against a bomb is Pillow's reading of the header
+    if (width, height) != whole:  # the limit on pixels was checked with Pillow's size
         raise ImageError(f"broken JPEG: two sizes, {whole[0]} x {whole[1]} and {width} x {height}")
-    pixels = decode_jpeg(data, "RGB", min_width=enough[0], min_height=enough[1], strict=not allow_truncated)
+    pixels = decode_jpeg(data, "RGB", min_width=wanted[0], min_height=wanted[1], strict=not allow_truncated)
     return Image.fromarray(pixels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any mode of Pillow's, transparency over white; ImageError where the range of values is unknown."""
+    """Convert any Pillow mode to 8-bit RGB, transparency over white; ImageError if the range of values is unknown."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _high_byte(image)
     elif image.mode == "F":
@@ -151,7 +155,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     clear = image.info.get("transparency")
-    if isinstance(clear, tuple) and max(clear) > 255:  # of a 16-bit PNG, whose pixels Pillow has cut to the high byte
+    if isinstance(clear, tuple) and max(clear) > 255:  # 16-bit PNG: Pillow kept the high byte of its pixels
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     layers = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -161,7 +165,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (12 in some TIFF files) as 8: Pillow's own conversion clips or ignores what the file says."""
+    """Convert 16-bit grey (12-bit in some TIFF files) to 8 bits; Pillow's own conversion clips the values."""
     if image.mode == "I" and image.format != "PPM":  # Pillow scales a deep PGM to 0..65535
         raise ImageError("32-bit or signed pixels have no known range; convert the image to 8 bits")
     tags = getattr(image, "tag_v2", {})
@@ -174,8 +178,8 @@ def _high_byte(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(data: bytes, allow_truncated: bool = False) -> Iterator[ImageFile.ImageFile]:
-    """The image with its header read; whatever Pillow raises until the block ends leaves it as ImageError."""
+def _open_image(data: bytes, allow_truncated: bool = False) -> Iterator[ImageFile.ImageFile]:
+    """Open an image and read its header; whatever Pillow raises while the block runs becomes ImageError."""
     if not data:
         raise ImageError("empty file")
     kinds = [(name, plugin) for name, magic, plugin in _FORMATS if magic.match(data)]
@@ -186,19 +190,20 @@ def _opened(data: bytes, allow_truncated: bool = False) -> Iterator[ImageFile.Im
         if name == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
             raise ImageError(f"{scans} JPEG scans; more than {MAX_SCANS} are refused")
         if name == "JPEG" and allow_truncated:
-            data += b"\xff\xd9"  # the end that a cut file lacks: libjpeg then fills the rest
+            data += b"\xff\xd9"  # end marker that a truncated file lacks: libjpeg then fills the rest
         image = plugin(io.BytesIO(data), "")
         _refuse_bomb(image)
         yield image
     except ImageError:
         raise
-    except Exception as error:  # a hostile file makes Pillow raise nearly anything
+    except Exception as error:  # Pillow may raise anything for a hostile file
         text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", " ".join(str(error).split())) or type(error).__name__
         too_large = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
         raise ImageError(text if too_large else f"broken {name}: {text[:200]}") from error
 
 
 def _refuse_bomb(image: ImageFile.ImageFile) -> None:
+    """Raise ImageError if the header promises more than MAX_PIXELS, or a TIFF that Pillow reads wrongly."""
     sizes = [image.size]
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
@@ -210,18 +215,20 @@ def _refuse_bomb(image: ImageFile.ImageFile) -> None:
             raise ImageError(f"{width} x {height} pixels; more than {MAX_PIXELS:,} are refused")
 
 
-def _load(image: ImageFile.ImageFile, allow_truncated: bool) -> None:
+def _load_pixels(image: ImageFile.ImageFile, allow_truncated: bool) -> None:
+    """Decode the pixels; allow_truncated: keep the rows decoded before the file ended."""
     try:
         image.load()
     except OSError as error:
         if not allow_truncated or "truncated" not in str(error).lower():
             raise
-        image.tile = []  # the rows decoded so far count as all (Pillow's own switch for this is global to all threads)
+        image.tile = []  # keep the decoded rows (Pillow's own switch for this is global to all threads)
         image.load()
 
 
 def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 (upright) if there is none."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # pixels that decode are not refused for a broken tag
+    except Exception:  # a broken EXIF tag is no reason to refuse the pixels
         return 1

@@ -1,4 +1,4 @@
-"""How image files become pixels: one way for a whole run, written into its manifest, because it changes pixels."""
+"""Options of decoding image files: fixed for a run and written into its manifest, because they change pixels."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from unitvis.errors import UnitvisError
 from unitvis.sources.decode import Size, decode_sized
 from unitvis.sources.transform import Transform
 
-_Used = TypeVar("_Used")
+_Result = TypeVar("_Result")
 
 DECODERS = ("pillow", "simplejpeg")
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """decoder: "pillow", or "simplejpeg" for JPEG files (which must be installed; other formats stay Pillow's).
+    """Options of decoding image files.
 
-    scaled: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the transform's resize asks for no more than that.
-    allow_truncated: take what is there of files that end early.
+    decoder: "pillow", or "simplejpeg" for JPEG files (must be installed; Pillow decodes the other formats).
+    scaled: decode a JPEG at 1/2, 1/4 or 1/8 of its size if the transform resizes it to no more than that.
+    allow_truncated: decode files that end early; the missing part is grey or black.
     """
 
     decoder: str = "pillow"
@@ -38,20 +39,20 @@ class Decoding:
             raise UnitvisError(f"{self.decoder} is not installed; pip install 'unitvis[{self.decoder}]'")
 
     def pixels(self, data: bytes, transform: Transform) -> tuple[np.ndarray, Size]:
-        """The model's pixels, uint8 [H, W, 3], and (width, height) of the whole picture, upright."""
-        smallest = transform.resized if self.scaled else None
-        return self._decoded(data, lambda image, size: (transform(image, size), size), smallest)
+        """Decode, resize and crop: uint8 [H, W, 3], and (width, height) of the whole image, upright."""
+        wanted_size = transform.resized if self.scaled else None
+        return self._decoded(data, lambda image, size: (transform(image, size), size), wanted_size)
 
     def picture(self, data: bytes) -> Image.Image:
-        """The whole picture, upright, never scaled: what patches are cut from."""
+        """Decode the whole image, upright and never scaled, to cut patches from."""
         return self._decoded(data, lambda image, _: image, None)
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest; the keys are what `open_source` takes."""
+        """Options for the manifest, as keyword arguments of `open_source`."""
         return asdict(self)
 
     def _decoded(
-        self, data: bytes, use: Callable[[Image.Image, Size], _Used], smallest: Callable[[int, int], Size] | None
-    ) -> _Used:
+        self, data: bytes, use: Callable[[Image.Image, Size], _Result], wanted_size: Callable[[int, int], Size] | None
+    ) -> _Result:
         fast = self.decoder == "simplejpeg"
-        return decode_sized(data, use, allow_truncated=self.allow_truncated, simplejpeg=fast, smallest=smallest)
+        return decode_sized(data, use, allow_truncated=self.allow_truncated, simplejpeg=fast, wanted_size=wanted_size)

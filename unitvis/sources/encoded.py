@@ -1,4 +1,4 @@
-"""Images that are encoded files, wherever their bytes lie: hashed, then decoded from memory."""
+"""Base class of sources of encoded image files: their bytes are hashed, then decoded from memory."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unitvis.sources.base import ItemSource, Picture, Seen, SeenTable, needed
+from unitvis.sources.base import ImageInfo, ImageInfoTable, ItemSource, Picture, require_transform
 from unitvis.sources.decoding import Decoding
 from unitvis.sources.names import Names
 from unitvis.sources.transform import Transform
 
-MAX_BYTES = 1 << 29  # a file is read whole; below the limit of pixels no sensible image needs more
+MAX_BYTES = 1 << 29  # of one file, which is read whole; no image within the limit of pixels needs more
 
 
 class EncodedSource(ItemSource):
-    """Named image files. A pass reads each once: its bytes are hashed, then decoded from memory.
+    """Named image files; a pass over them reads each file once, hashes its bytes and decodes them from memory.
 
-    `others` counts what lies beside them and is no image by its name; it is not read. seen: what the files must be.
+    other_files: number of files beside them whose names are not those of images; they are not read. infos: hashes and
+    sizes that the files must have; None: they are noted as the files are read.
     """
 
-    _changed = "is no longer the file that was scanned"
+    _changed_message = "is no longer the file that was scanned"
 
     def __init__(
         self,
@@ -38,19 +39,19 @@ class EncodedSource(ItemSource):
         *,
         on_error: str = "skip",
         decoding: Decoding | None = None,
-        others: int = 0,
-        seen: SeenTable | None = None,
+        other_files: int = 0,
+        infos: ImageInfoTable | None = None,
     ) -> None:
-        self.kind, self.others = kind, others
-        super().__init__(transform, len(names), on_error, seen)
-        self._transform, self._decoding = needed(transform), decoding or Decoding()
+        self.kind, self.other_files = kind, other_files
+        super().__init__(transform, len(names), on_error, infos)
+        self._transform, self._decoding = require_transform(transform), decoding or Decoding()
         self._names = names
         self._may_decode = threading.Event()
         self._may_decode.set()
 
     @contextmanager
-    def undecoded(self) -> Iterator[None]:
-        """While the block runs files are read, but none begins to be decoded: the cores are somebody else's."""
+    def pause_decoding(self) -> Iterator[None]:
+        """Start no decoding while the block runs, so that the cores are free to compute; files are still read."""
         self._may_decode.clear()
         try:
             yield
@@ -58,49 +59,50 @@ class EncodedSource(ItemSource):
             self._may_decode.set()
 
     def name(self, id: int) -> str:
-        """The path as the source has it."""
+        """Path of the file, relative to the source."""
         return os.fsdecode(self._names[id])
 
     def picture(self, id: int, value_range: tuple[float, float] = (0.0, 1.0)) -> Picture:
-        """The file as it is, upright, and where a box of the model's pixels lies in it."""
-        with self._named(id):
-            image = self._decoding.picture(self._bytes(self._valid(id))[0])
+        """Decode the original image, upright; see `Source.picture`."""
+        with self._failure_as_error(id):
+            image = self._decoding.picture(self._checked_contents(self._checked_id(id))[0])
         return image, partial(self._transform.to_source, width=image.width, height=image.height)
 
     def record(self, id: int) -> dict[str, Any]:
-        """id, name, width and height (upright), hash of the bytes that were ranked."""
-        seen = self._seen[self._valid(id)]
-        if seen is None:
-            with self._named(id):
-                seen = self._load(id)[1]
-        size = {"width": seen.width, "height": seen.height}
-        return {"id": id, "name": self.name(id), **size, "hash": seen.digest.hex()}
+        """Identify the image: id, name, width and height (upright), hash of the file's bytes."""
+        info = self._infos[self._checked_id(id)]
+        if info is None:
+            with self._failure_as_error(id):
+                info = self._load(id)[1]
+        size = {"width": info.width, "height": info.height}
+        return {"id": id, "name": self.name(id), **size, "hash": info.digest.hex()}
 
     def describe(self) -> dict[str, Any]:
-        """Kind, where it lies, what was found, hash of the names in order, how files are decoded."""
-        names = {"images": self.length, "names": self._names.hash(), "others": self.others}
-        return {"kind": self.kind, "path": self._place(), **names, "decoding": self._decoding.to_json()}
+        """Describe the files: kind, path, number of images and of others, hash of the names, `Decoding` options."""
+        names = {"images": self.length, "names": self._names.hash(), "others": self.other_files}
+        return {"kind": self.kind, "path": self._origin(), **names, "decoding": self._decoding.to_json()}
 
     @abstractmethod
-    def _place(self) -> str | list[str] | None:
-        """What opens the source again; None where nothing does."""
+    def _origin(self) -> str | list[str] | None:
+        """Path or paths that open the source again; None if there is none."""
 
     @abstractmethod
     def _contents(self, id: int) -> bytes:
-        """The file's bytes; ImageError if they cannot be had."""
+        """Read the file's bytes; ImageError if they cannot be read."""
 
     def _hash(self, id: int) -> str:
         return _digest(self._contents(id)).hex()
 
-    def _load(self, id: int) -> tuple[Tensor, Seen]:
-        data, digest = self._bytes(id)
+    def _load(self, id: int) -> tuple[Tensor, ImageInfo]:
+        data, digest = self._checked_contents(id)
         self._may_decode.wait()
         pixels, size = self._decoding.pixels(data, self._transform)
-        return torch.from_numpy(pixels), Seen(digest, *size)
+        return torch.from_numpy(pixels), ImageInfo(digest, *size)
 
-    def _bytes(self, id: int) -> tuple[bytes, bytes]:
+    def _checked_contents(self, id: int) -> tuple[bytes, bytes]:
+        """Read the file's bytes and their hash; UnitvisError if the file changed since it was read before."""
         data = self._contents(id)
-        return data, self._unchanged(id, _digest(data))
+        return data, self._check_unchanged(id, _digest(data))
 
 
 def _digest(data: bytes) -> bytes:

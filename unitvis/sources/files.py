@@ -1,4 +1,4 @@
-"""Image files: a folder, a text list, paths."""
+"""Sources of image files: a folder, a text list, a list of paths."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.encoded import MAX_BYTES, EncodedSource
-from unitvis.sources.names import LARGE, SETTLED, Names, keep_listing, load_listing
+from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, load_listing, save_listing
 from unitvis.sources.transform import Transform
 
-IMAGE = re.compile(rb"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[bgpn]m)$", re.IGNORECASE)
+IMAGE_NAME = re.compile(rb"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[bgpn]m)$", re.IGNORECASE)
 
 
 class FileSource(EncodedSource):
-    """Files named relative to a folder."""
+    """Image files named relative to a folder, root; path: what opens the source again, or None."""
 
     def __init__(
         self, kind: str, path: str | None, root: bytes, names: Names, transform: Transform | None, **options: Any
@@ -28,12 +28,12 @@ class FileSource(EncodedSource):
         super().__init__(kind, names, transform, **options)
         self.path, self._root = path, root
 
-    def _place(self) -> str | None:
+    def _origin(self) -> str | None:
         return self.path
 
     def _contents(self, id: int) -> bytes:
         try:
-            with open(os.path.join(self._root, self._names[id]), "rb", opener=_without_waiting) as file:
+            with open(os.path.join(self._root, self._names[id]), "rb", opener=_open_without_waiting) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise ImageError("not a regular file")
@@ -45,51 +45,52 @@ class FileSource(EncodedSource):
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a folder's file of this name would be taken for an image."""
-    return bool(IMAGE.search(os.fsencode(name)))
+    """True if a file of this name in a folder counts as an image."""
+    return bool(IMAGE_NAME.search(os.fsencode(name)))
 
 
 def folder_source(folder: str, transform: Transform | None, **options: Any) -> FileSource:
-    """All images below a folder, sorted by their relative path; the end of a name tells what is an image."""
+    """Open all images below a folder, sorted by relative path; images are known by the ending of their names."""
     root = os.fsencode(os.path.abspath(folder))
-    names, others = _kept(root) or _listed_anew(root)
+    names, others = _saved_listing(root) or _new_listing(root)
     if not names:
         found = f"{others} other files" if others else "nothing"
         raise UnitvisError(f"no image (.jpg .png .webp .bmp .gif .tif .ppm) below {folder!r}, which holds {found}")
-    return FileSource("folder", os.fsdecode(root), root, names, transform, others=others, **options)
+    return FileSource("folder", os.fsdecode(root), root, names, transform, other_files=others, **options)
 
 
-def _listed_anew(root: bytes) -> tuple[Names, int]:
-    """The names of all images below, and the number of other files; a long list is kept for the next run."""
+def _new_listing(root: bytes) -> tuple[Names, int]:
+    """List the names of all images below, and count the other files; a long listing is saved for the next run."""
     others, folders, start = 0, dict[bytes, _Stamp](), time.time_ns()
 
     def images() -> Iterator[bytes]:
         nonlocal others
         for name in _walk(root, folders):
-            if IMAGE.search(name):
+            if IMAGE_NAME.search(name):
                 yield name
             else:
                 others += 1
 
     names = Names(images())
-    if len(names) + others >= LARGE and start - max(changed for _, _, changed in folders.values()) > SETTLED:
+    newest = max(changed for _, _, changed in folders.values())
+    if len(names) + others >= MIN_SAVED_NAMES and start - newest > SETTLE_NS:
         inside = {f"folder_{key}": value for key, value in Names(folders).arrays().items()}
         stamps = np.array(list(folders.values()), np.int64)
-        keep_listing("folder", root, {**names.arrays(), **inside, "stamps": stamps, "others": np.array(others)})
+        save_listing("folder", root, {**names.arrays(), **inside, "stamps": stamps, "others": np.array(others)})
     return names, others
 
 
-def _kept(root: bytes) -> tuple[Names, int] | None:
-    """The list of an earlier run, if every folder is what it was: a folder changes when a name in it does."""
-    kept = load_listing("folder", root)
-    if kept is None:
+def _saved_listing(root: bytes) -> tuple[Names, int] | None:
+    """Load the listing of an earlier run; None if any folder has changed since (its time changes with its names)."""
+    saved = load_listing("folder", root)
+    if saved is None:
         return None
     try:
-        folders = Names.from_arrays({"names": kept["folder_names"], "starts": kept["folder_starts"]})
+        folders = Names.from_arrays({"names": saved["folder_names"], "starts": saved["folder_starts"]})
         same = all(
-            _stamp(os.path.join(root, folders[i])) == tuple(row) for i, row in enumerate(kept["stamps"].tolist())
+            _stamp(os.path.join(root, folders[i])) == tuple(row) for i, row in enumerate(saved["stamps"].tolist())
         )
-        return (Names.from_arrays(kept), int(kept["others"])) if same else None
+        return (Names.from_arrays(saved), int(saved["others"])) if same else None
     except (OSError, KeyError):
         return None
 
@@ -98,29 +99,31 @@ _Stamp = tuple[int, int, int]  # device, inode, time of the last change in ns
 
 
 def _stamp(folder: bytes) -> _Stamp:
+    """Identity and time of the last change of a folder."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def list_source(path: str, transform: Transform | None, **options: Any) -> FileSource:
-    """The files that a text list names, one a line, relative to the list's folder, in the list's order."""
+    """Open the files that a text list names, one a line, relative to the list's folder, in the list's order."""
     with open(path, "rb") as file:
         lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     names = [line.removesuffix(b"\r") for line in lines if line.strip()]
     if not names:
         raise UnitvisError(f"the list {path!r} names no file; one path a line is needed")
-    return _listed("list", os.path.abspath(path), names, transform, options)
+    return _listed_files("list", os.path.abspath(path), names, transform, options)
 
 
 def paths_source(paths: Iterable[str | os.PathLike[str]], transform: Transform | None, **options: Any) -> FileSource:
-    """These files, in this order."""
+    """Open these files, in this order."""
     names = [os.fsencode(path) for path in paths]
-    return _listed("paths", None, names, transform, options)
+    return _listed_files("paths", None, names, transform, options)
 
 
-def _listed(
+def _listed_files(
     kind: str, path: str | None, names: list[bytes], transform: Transform | None, options: dict[str, Any]
 ) -> FileSource:
+    """Check the names of a list (no name twice, no NUL byte) and make its source."""
     where = f"the list {path!r}" if path else "the paths"
     first: dict[bytes, int] = {}
     for number, name in enumerate(names, start=1):
@@ -133,30 +136,30 @@ def _listed(
 
 
 def _walk(root: bytes, folders: dict[bytes, _Stamp]) -> Iterator[bytes]:
-    """Relative paths of all files below, sorted as bytes; nothing hidden, and no folder twice, whatever links to it.
+    """Yield relative paths of all files below, sorted as bytes; hidden names are left out, no folder is visited twice.
 
-    folders: takes the stamp that each folder had before it was listed.
+    folders: filled with the stamp that each folder had before it was listed.
     """
-    been: set[tuple[int, int]] = set()
-    waiting = [(b"", [b""])]  # folders that are being listed, each with what is left of it, the last name first
+    visited: set[tuple[int, int]] = set()
+    waiting = [(b"", [b""])]  # open folders, each with its names not yet visited, last name first
     while waiting:
-        folder, left = waiting[-1]
-        if not left:
+        folder, unvisited = waiting[-1]
+        if not unvisited:
             waiting.pop()
             continue
-        name = folder + left.pop()
+        name = folder + unvisited.pop()
         if name and not name.endswith(b"/"):
             yield name
             continue
         path = os.path.join(root, name)
         try:
             stamp = _stamp(path)
-            if stamp[:2] in been:
+            if stamp[:2] in visited:
                 continue
-            been.add(stamp[:2])
+            visited.add(stamp[:2])
             folders[name] = stamp
             with os.scandir(path) as entries:
-                # the slash makes folders sort where their contents belong among the paths
+                # the slash makes a folder sort as the paths of its contents do
                 inside = [entry.name + b"/" * _is_folder(entry) for entry in entries if entry.name[:1] != b"."]
         except OSError as error:
             raise UnitvisError(f"cannot read the folder {os.fsdecode(path)!r}: {error.strerror}") from error
@@ -165,11 +168,13 @@ def _walk(root: bytes, folders: dict[bytes, _Stamp]) -> Iterator[bytes]:
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """True for a folder or a link to one."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: a file that will fail with this reason
+    except OSError:  # a link to itself; reading it will fail with this reason
         return False
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # or a pipe named like an image would hang the scan
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file for `open` without blocking: a pipe named like an image would hang the scan."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

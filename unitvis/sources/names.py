@@ -1,4 +1,4 @@
-"""Many names in little memory, and listings of large sources kept between runs."""
+"""Names of many images in little memory, and listings of large sources saved between runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-LARGE = 20_000  # names from which a listing is kept; a smaller one is made in a moment and leaves no trace
-SETTLED = 2_000_000_000  # ns; a folder or file changed less than that before it was listed may have changed unseen
-_FORMAT = b"1"
+MIN_SAVED_NAMES = 20_000  # a shorter listing is not saved: making it again takes a moment
+SETTLE_NS = 2_000_000_000  # ns; after a change as recent as that, another one may leave the time stamp as it is
+_LISTING_FORMAT = b"1"  # part of a saved listing's file name
 
 
 class Names:
-    """Names in order, in one block of bytes: a million of them as Python strings would cost 100 MB more."""
+    """List of names in one block of bytes: a million Python strings would take 100 MB more."""
 
     def __init__(self, names: Iterable[bytes]) -> None:
         block, starts = bytearray(), array("q", [0])
@@ -37,36 +37,36 @@ class Names:
         return bytes(self._block[self._starts[id] : self._starts[id + 1] - 1])
 
     def hash(self) -> str:
-        """Of all names and their order."""
+        """BLAKE2b hash of all names in order, 32 hexadecimal digits."""
         return hashlib.blake2b(self._block, digest_size=16).hexdigest()
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """What `from_arrays` makes the same names of."""
+        """Arrays that `from_arrays` takes: uint8 bytes, and int64 [names + 1], where each name starts."""
         return {"names": np.frombuffer(self._block, np.uint8), "starts": self._starts}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Names:
-        """The names that gave the arrays."""
+        """Make the list of names from the arrays of `arrays`."""
         names = cls(())
         names._block, names._starts = arrays["names"].tobytes(), arrays["starts"].astype(np.int64)
         return names
 
 
 def load_listing(kind: str, key: bytes) -> dict[str, NDArray[np.generic]] | None:
-    """The arrays that were kept under the key; whether they still hold is for the caller to see."""
+    """Load the arrays saved under a key, or None; the caller checks that they are still true."""
     try:
-        with open(_file(kind, key), "rb") as file, np.load(file, allow_pickle=False) as kept:
+        with open(_listing_file(kind, key), "rb") as file, np.load(file, allow_pickle=False) as kept:
             return dict(kept)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or a damaged one: list again
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # absent or damaged: list again
         return None
 
 
-def keep_listing(kind: str, key: bytes, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Keep arrays in the user's cache folder; where that cannot be written, the next run lists again."""
-    target = _file(kind, key)
+def save_listing(kind: str, key: bytes, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Save arrays in the user's cache folder; if it cannot be written, the next run lists again."""
+    target = _listing_file(kind, key)
     with contextlib.suppress(OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
-        # a name of its own: several processes of one scan may write the same listing at once
+        # a unique name, because several processes of one scan may save the same listing at once
         handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
         try:
             with open(handle, "wb") as file:
@@ -76,7 +76,8 @@ def keep_listing(kind: str, key: bytes, arrays: Mapping[str, NDArray[np.generic]
             Path(part).unlink(missing_ok=True)
 
 
-def _file(kind: str, key: bytes) -> Path:
+def _listing_file(kind: str, key: bytes) -> Path:
+    """Path of a saved listing in the cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    digest = hashlib.blake2b(_FORMAT + key, digest_size=16).hexdigest()
+    digest = hashlib.blake2b(_LISTING_FORMAT + key, digest_size=16).hexdigest()
     return Path(home, "unitvis", f"{kind}-{digest}.npz")

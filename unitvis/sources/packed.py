@@ -1,9 +1,8 @@
-"""Packs: images decoded, resized and cropped once, by `unitvis.pack`, and read from an array as often as one likes.
+"""Packs: images that `unitvis.pack` decoded, resized and cropped once, read from an array.
 
-FILE.npy holds the pixels, uint8 [images, H, W, 3], zeros where an image could not be read. FILE.json says what it is:
-where the images came from, what was done to them, which failed and why. FILE.npz holds what there is of every image:
-`names` and `starts` (see `Names`) and `seen` (see `SeenTable`: hash of the file, original width and height), 24 bytes
-and the name an image.
+FILE.npy holds the pixels, uint8 [images, H, W, 3], zeros for an image that could not be read. FILE.json describes the
+pack: the source of the images, their transform, the failures with their reasons. FILE.npz holds the arrays `names` and
+`starts` (see `Names`) and `seen` (see `ImageInfoTable`: hash of each file, original width and height, 24 bytes).
 """
 
 from __future__ import annotations
@@ -24,36 +23,37 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unitvis.errors import UnitvisError, first_line, some
+from unitvis.errors import UnitvisError, abridged, first_line
 from unitvis.sources.arrays import ArraySource
-from unitvis.sources.base import Chunks, Picture, SeenTable, Source
+from unitvis.sources.base import Chunks, ImageInfoTable, Picture, Source
 from unitvis.sources.decoding import Decoding
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.files import FileSource
 from unitvis.sources.names import Names
-from unitvis.sources.tar import expand, tar_source
+from unitvis.sources.tar import expand_braces, tar_source
 from unitvis.sources.transform import Transform
 
 Arrays = Mapping[str, NDArray[Any]]
 
 FORMAT = 1
-MARK = "unitvis pack"  # the key of the format's number, by which the JSON file of a pack is known
-BAKED = ("resize", "crop", "interpolation")  # of a transform: what the pixels of a pack have behind them
-_FEW = 16  # images that stand for all where all would be too many to look at
-_KEYS = {MARK, "source", "transform", "shape", "pixels", "tables", "failures"}
+FORMAT_KEY = "unitvis pack"  # the first key of a pack's JSON file; its value is the number of the format
+BAKED_FIELDS = ("resize", "crop", "interpolation")  # fields of a transform that were applied when the pack was made
+_SAMPLED_IMAGES = 16  # images that are checked in place of all
+# of the JSON file
+_REQUIRED_KEYS = {FORMAT_KEY, "source", "transform", "shape", "pixels", "tables", "failures"}
 
 
 class PackSource(Source):
-    """A pack: ids, names, hashes, sizes and failures of the source that was packed, pixels from the array.
+    """Images of a pack: pixels from its array; ids, names, hashes, sizes and failures of the source that was packed.
 
-    Patches are cut from the original files, which must still be what they were. Where they are gone altogether, a
-    warning says so, and patches are cut from the array.
+    Patches are cut from the original files, which must not have changed. If the files are gone, a warning says so, and
+    patches are cut from the array.
     """
 
     kind = "pack"
-    apart = True
-    _changed = "is no longer the file that was packed"
-    _again = "pack and scan again"
+    separate_originals = True
+    _changed_message = "is no longer the file that was packed"
+    _remedy = "pack and scan again"
 
     def __init__(
         self,
@@ -67,30 +67,30 @@ class PackSource(Source):
         super().__init__(transform, len(pixels), **options)
         self.path, self._about = path, about
         self._rows = ArraySource(pixels, Transform(), path=path)
-        self._names, self._seen = Names.from_arrays(tables), SeenTable.of(tables["seen"])
-        self.unusable = {one["id"]: sys.intern(one["reason"]) for one in about["failures"]}  # id: why
+        self._names, self._infos = Names.from_arrays(tables), ImageInfoTable.of(tables["seen"])
+        self.unusable = {one["id"]: sys.intern(one["reason"]) for one in about["failures"]}  # id -> reason
 
     def name(self, id: int) -> str:
-        """As the source that was packed has it."""
+        """Name of the image in the source that was packed."""
         return os.fsdecode(self._names[id])
 
     def read(self, id: int) -> Tensor:
-        """uint8 [H, W, 3]."""
-        return self._rows.read(self._usable(id))
+        """Read one image from the array: uint8 [H, W, 3]."""
+        return self._rows.read(self._usable_id(id))
 
     def picture(self, id: int, value_range: tuple[float, float] = (0.0, 1.0)) -> Picture:
-        """The original file, upright; what the model sees where the originals are gone."""
-        id = self._usable(id)
+        """Decode the original file, upright; if the originals are gone, return the packed pixels."""
+        id = self._usable_id(id)
         return (self._originals or self._rows).picture(id, value_range)
 
     def record(self, id: int) -> dict[str, Any]:
-        """id, name, width, height and hash of the original file when it was packed."""
-        seen = self._seen[self._usable(id)]
-        assert seen is not None  # noqa: S101  of an image that could be used
-        return {"id": id, "name": self.name(id), "width": seen.width, "height": seen.height, "hash": seen.digest.hex()}
+        """Identify the image: id, name, width, height and hash of the original file when it was packed."""
+        info = self._infos[self._usable_id(id)]
+        assert info is not None  # noqa: S101  a usable image has one
+        return {"id": id, "name": self.name(id), "width": info.width, "height": info.height, "hash": info.digest.hex()}
 
     def describe(self) -> dict[str, Any]:
-        """What the source that was packed says of itself, its kind in `of`; path and shape, hash of some pixels."""
+        """Describe the packed source (its kind in `of`), with the pack's path, shape and hash of some pixels."""
         source = self._about["source"]
         own = {"kind": self.kind, "path": self.path, "of": source["kind"]}
         return {**source, **own, "shape": self._about["shape"], "pixels": self._about["pixels"]}
@@ -98,8 +98,9 @@ class PackSource(Source):
     def _hash(self, id: int) -> str:
         return self.record(id)["hash"] if self._originals is None else self._originals._hash(id)
 
-    def _usable(self, id: int) -> int:
-        if reason := self.unusable.get(id := self._valid(id)):
+    def _usable_id(self, id: int) -> int:
+        """Return the id; UnitvisError if the image could not be read when it was packed."""
+        if reason := self.unusable.get(id := self._checked_id(id)):
             raise UnitvisError(f"{self.name(id)!r} could not be used when it was packed: {reason}")
         return id
 
@@ -107,39 +108,40 @@ class PackSource(Source):
         return self._rows._chunks(self._readable(ids), batch_size, workers)
 
     def _readable(self, ids: Iterable[int] | None) -> Iterator[int]:
-        for id in self._ids(ids):
+        """Yield the ids of usable images, and note the others as failures."""
+        for id in self._checked_ids(ids):
             if reason := self.unusable.get(id):
-                self._fail(id, reason)
+                self._note_failure(id, reason)
             else:
                 yield id
 
     @cached_property
     def _originals(self) -> EncodedSource | None:
-        """The files that were packed, each with what it must be; None, with a warning, where they are gone."""
+        """Open the files that were packed, with the hashes they must have; None, with a warning, if they are gone."""
         source = self._about["source"]
         path, tar = source["path"], source["kind"] == "tar"
         if tar:
-            places = [shard for one in ([path] if isinstance(path, str) else path) for shard in expand(one)]
-            missing = [place for place in places if not os.path.exists(place)]
+            archives = [shard for one in ([path] if isinstance(path, str) else path) for shard in expand_braces(one)]
+            missing = [archive for archive in archives if not os.path.exists(archive)]
         else:
             root = os.fsencode(path if source["kind"] == "folder" else os.path.dirname(path))
-            some_files = [os.path.join(root, self._names[id]) for id in _few(len(self._names))]
+            some_files = [os.path.join(root, self._names[id]) for id in _spread_ids(len(self._names))]
             missing = [] if any(map(os.path.lexists, some_files)) else [os.fsdecode(some_files[0])]
         if missing:
             _, height, width, _ = self._about["shape"]
-            instance = some([repr(place) for place in missing])
+            instance = abridged([repr(archive) for archive in missing])
             warnings.warn(
                 f"the originals of the pack {self.path!r} are gone, so patches are cut from its {width} x {height} "
                 f"pixels, and nothing tells whether a file has changed; there is no {instance}"
             )
             return None
-        options: dict[str, Any] = {"decoding": Decoding(**source["decoding"]), "seen": self._seen}
-        if not tar:  # nothing need be listed again: a file that is not there says so
+        options: dict[str, Any] = {"decoding": Decoding(**source["decoding"]), "infos": self._infos}
+        if not tar:  # no new listing is needed: a missing file fails when it is read
             return FileSource(source["kind"], path, root, self._names, self.transform, **options)
         found = tar_source(path, self.transform, **options)
         if found.describe()["names"] != source["names"]:
             raise UnitvisError(
-                f"the archives {some(places)} are no longer those that were packed; restore them, or pack again"
+                f"the archives {abridged(archives)} are no longer those that were packed; restore them, or pack again"
             )
         return found
 
@@ -147,10 +149,10 @@ class PackSource(Source):
 def pack_source(
     path: str, transform: Transform | None, *, on_error: str = "skip", decoding: Decoding | None = None
 ) -> PackSource | None:
-    """The pack whose array is at `path`; None where the array is none.
+    """Open the pack whose array is at `path`; None if the array does not belong to a pack.
 
-    transform: gives mean and std; its resize, crop and interpolation are the pack's or left out. Raises UnitvisError
-    where they, or the way of decoding, are others, or where the files of the pack do not belong together.
+    transform: gives mean and std; its resize, crop and interpolation must be the pack's, or left out. Raises
+    UnitvisError if they or the options of decoding differ, or if the files of the pack do not belong together.
     """
     about = read_about(path)
     if about is None:
@@ -163,35 +165,35 @@ def pack_source(
     asked = (decoding or Decoding()).to_json()
     if asked not in (Decoding().to_json(), about["source"]["decoding"]):
         raise UnitvisError(
-            f"{path!r} was packed with {_told(about['source']['decoding'])} and {_told(asked)} is asked for; leave "
-            "that out, or pack again"
+            f"{path!r} was packed with {_as_arguments(about['source']['decoding'])} and {_as_arguments(asked)} is "
+            "asked for; leave that out, or pack again"
         )
-    whole = _with_baked(transform, Transform.from_json(about["transform"]), path)
+    combined = _combined_transform(transform, Transform.from_json(about["transform"]), path)
     pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     try:
         with open(Path(path).with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as arrays:
             tables = dict(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UnitvisError(f"{path!r} is not a whole pack: its .npz file: {first_line(error)}; pack again") from error
+        raise UnitvisError(f"{path!r} is an incomplete pack: its .npz file: {first_line(error)}; pack again") from error
     for ending, hashed, known in (
         ("npz", tables_hash(tables), about["tables"]),
         ("npy", pixels_hash(pixels), about["pixels"]),
     ):
         if hashed != known:
             raise UnitvisError(
-                f"{path!r} is not a whole pack: its .{ending} and .json files do not belong together; pack again"
+                f"{path!r} is an incomplete pack: its .{ending} and .json files do not belong together; pack again"
             )
-    return PackSource(os.path.abspath(path), about, pixels, tables, whole, on_error=on_error)
+    return PackSource(os.path.abspath(path), about, pixels, tables, combined, on_error=on_error)
 
 
 def read_about(path: str | Path) -> dict[str, Any] | None:
-    """What the JSON file beside an array says of the pack that they are; None where they are none."""
+    """Read the JSON file beside an array; None if it is not that of a pack. UnitvisError if it is damaged."""
     path = Path(path).with_suffix(".json")
     if not path.is_file():
         return None
     try:
         with open(path, "rb") as file:
-            if f'"{MARK}"'.encode() not in file.read(64):  # it comes first; what is none may be long
+            if f'"{FORMAT_KEY}"'.encode() not in file.read(64):  # the first key of the file; another file may be long
                 return None
             file.seek(0)
             about = json.load(file)
@@ -199,38 +201,38 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
         raise UnitvisError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UnitvisError(f"{path} is damaged: {first_line(error)}; pack again") from error
-    if not isinstance(about, dict) or about.get(MARK) != FORMAT:
-        has = about.get(MARK) if isinstance(about, dict) else "none"
-        raise UnitvisError(f"{path} has format {has}; this version of unitvis reads format {FORMAT}")
-    if absent := _KEYS - set(about):
+    if not isinstance(about, dict) or about.get(FORMAT_KEY) != FORMAT:
+        found = about.get(FORMAT_KEY) if isinstance(about, dict) else "none"
+        raise UnitvisError(f"{path} has format {found}; this version of unitvis reads format {FORMAT}")
+    if absent := _REQUIRED_KEYS - set(about):
         raise UnitvisError(f"{path} is damaged: there is no {', '.join(sorted(absent))}; pack again")
     return about
 
 
-def _with_baked(given: Transform, baked: Transform, path: str) -> Transform:
-    """The pack's resize, crop and interpolation, mean and std as given; UnitvisError where others are asked for."""
-    nothing = given.resize is given.crop is None and given.interpolation in (
+def _combined_transform(given: Transform, baked: Transform, path: str) -> Transform:
+    """Combine the pack's resize, crop and interpolation with the given mean and std; UnitvisError if they conflict."""
+    left_out = given.resize is given.crop is None and given.interpolation in (
         Transform.interpolation,
         baked.interpolation,
     )
-    if not nothing and _geometry(given) != _geometry(baked):
+    if not left_out and _geometry(given) != _geometry(baked):
         raise UnitvisError(
-            f"{path!r} was packed with {_told(_geometry(baked))} and {_told(_geometry(given))} is asked for, by you or "
-            "by the model's weights; leave that out, or pack again"
+            f"{path!r} was packed with {_as_arguments(_geometry(baked))} and {_as_arguments(_geometry(given))} is "
+            "asked for, by you or by the model's weights; leave that out, or pack again"
         )
     return replace(baked, mean=given.mean, std=given.std)
 
 
 def pixels_hash(pixels: NDArray[np.uint8]) -> str:
-    """Of the shape and of some rows, the first and the last among them: enough to tell one array from another."""
+    """Hash of the shape and of 16 rows, the first and the last among them, to tell one array from another."""
     digest = hashlib.blake2b(str(pixels.shape).encode(), digest_size=16)
-    for row in _few(len(pixels)):
+    for row in _spread_ids(len(pixels)):
         digest.update(np.ascontiguousarray(pixels[row]).data)
     return digest.hexdigest()
 
 
 def tables_hash(tables: Arrays) -> str:
-    """Of all arrays, their names and types."""
+    """Hash of all arrays, with their names, dtypes and shapes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, array in sorted(tables.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -238,18 +240,19 @@ def tables_hash(tables: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _few(images: int) -> list[int]:
-    """Ids spread over so many, the first and the last among them."""
-    return np.unique(np.linspace(0, images - 1, _FEW).astype(np.int64)).tolist()
+def _spread_ids(images: int) -> list[int]:
+    """At most 16 ids spread evenly from 0 to images - 1, the first and the last among them."""
+    return np.unique(np.linspace(0, images - 1, _SAMPLED_IMAGES).astype(np.int64)).tolist()
 
 
 def _geometry(transform: Transform) -> dict[str, Any]:
-    """What a transform does to a picture, told in one way: a crop of 224 is one of 224 x 224."""
+    """Resize, crop and interpolation of a transform in one notation, to compare: a crop of 224 is (224, 224)."""
     crop = (transform.crop, transform.crop) if isinstance(transform.crop, int) else transform.crop
     return {"resize": transform.resize, "crop": crop} | (
         {} if transform.resize is None else {"interpolation": transform.interpolation}
     )
 
 
-def _told(values: Mapping[str, Any]) -> str:
+def _as_arguments(values: Mapping[str, Any]) -> str:
+    """Write values as keyword arguments, for messages."""
     return ", ".join(f"{name}={value!r}" for name, value in values.items())

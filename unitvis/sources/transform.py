@@ -1,4 +1,4 @@
-"""From a picture to what the model sees, and back: resize, crop the centre, normalise."""
+"""Transform: resize, central crop and normalisation of images, and the way back to original pixels."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ _FILTERS = {
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, crop the centre, divide by 255, subtract `mean`, divide by `std`: torchvision's way, rounding included.
+    """Resize, crop the centre, divide by 255, subtract `mean`, divide by `std`, as torchvision does, rounding included.
 
-    resize: an int is the length of the shorter side, a pair is (height, width); None keeps the size.
-    crop: an int is a square, a pair is (height, width), cut from the centre; None keeps everything.
-    mean, std: three numbers, for red, green and blue of 0..1; None is 0 and 1.
-    interpolation: nearest, bilinear, bicubic, lanczos, box or hamming, Pillow's filters (antialiased).
+    Args:
+        resize: an int is the length of the shorter side, a pair is (height, width); None: no resize.
+        crop: an int is the side of a square, a pair is (height, width), cut from the centre; None: no crop.
+        mean, std: three numbers, for red, green and blue in 0..1; None: 0 and 1.
+        interpolation: one of Pillow's antialiased filters: nearest, bilinear, bicubic, lanczos, box or hamming.
     """
 
     resize: int | tuple[int, int] | None = None
@@ -51,47 +52,47 @@ class Transform:
         if self.interpolation not in _FILTERS:
             raise UnitvisError(f"interpolation={self.interpolation!r}; it must be one of {', '.join(_FILTERS)}")
         for name in ("resize", "crop"):
-            object.__setattr__(self, name, _size(name, getattr(self, name)))
+            object.__setattr__(self, name, _checked_size(name, getattr(self, name)))
         for name in ("mean", "std"):
-            object.__setattr__(self, name, _colour(name, getattr(self, name)))
+            object.__setattr__(self, name, _checked_colour(name, getattr(self, name)))
 
     def __call__(self, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The model's pixels, uint8 [H, W, 3]; ImageError where the crop is larger than the (resized) image.
+        """Resize and crop an image: uint8 [H, W, 3]; ImageError if the crop is larger than the resized image.
 
-        size: (width, height) of the whole picture, where `image` is a smaller copy of it.
+        size: (width, height) of the original if `image` is a smaller copy of it.
         """
         height, width = self.resized(*(size or image.size))
-        left, top, right, bottom = self._window(height, width)
+        left, top, right, bottom = self._crop_window(height, width)
         image = to_rgb(image)
         if (width, height) != image.size:
             image = image.resize((width, height), _FILTERS[self.interpolation])
         return np.array(image)[top:bottom, left:right]
 
     def input_size(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) of what the model sees of an image of this width and height."""
-        left, top, right, bottom = self._window(*self.resized(width, height))
+        """(height, width) of the model's input from an image of this width and height."""
+        left, top, right, bottom = self._crop_window(*self.resized(width, height))
         return bottom - top, right - left
 
     def to_source(self, box: Box, width: int, height: int) -> Box:
-        """A box of the model's pixels in pixels of the original of this size: crop and resize undone, not clipped."""
+        """Convert a box in model-input pixels to pixels of an original of this size; it is not clipped to the image."""
         tall, wide = self.resized(width, height)
-        left, top, _, _ = self._window(tall, wide)
+        left, top, _, _ = self._crop_window(tall, wide)
         x, y = width / wide, height / tall
         return (box[0] + left) * x, (box[1] + top) * y, (box[2] + left) * x, (box[3] + top) * y
 
     def normalize(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The model's input, float [N, 3, H, W] in channels_last memory, from uint8 [N, H, W, 3] on any device."""
+        """Normalise uint8 [N, H, W, 3] to the model's input, [N, 3, H, W] of `dtype` in channels_last memory."""
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
             raise UnitvisError(f"pixels are uint8 [N, H, W, 3], not {batch.dtype} {list(batch.shape)}")
         return uk.normalize(batch, *self.mean_and_std, dtype)
 
     @property
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Three numbers each, also where they were left out."""
+        """Mean and std, three numbers each; 0 and 1 if they were left out."""
         return self.mean or (0.0, 0.0, 0.0), self.std or (1.0, 1.0, 1.0)
 
     def denormalize(self, image: Tensor) -> np.ndarray:
-        """A picture, uint8 [H, W, 3], of the model's input [3, H, W]: clipped to 0..255 and rounded; NaN is black."""
+        """Convert a model input [3, H, W] back to uint8 [H, W, 3]: rounded, clipped to 0..255; NaN becomes black."""
         pixels = image.detach().to("cpu", torch.float64)
         if self.std is not None:
             pixels = pixels * _per_channel(self.std, pixels.device).double()
@@ -100,20 +101,20 @@ class Transform:
         return pixels.mul(255).nan_to_num(0).clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists, for a manifest."""
+        """Arguments of the transform as numbers, strings and lists, for a manifest."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Transform:
-        """The transform that `to_json` wrote."""
+        """Make the transform that `to_json` wrote; UnitvisError for an unknown key."""
         if unknown := set(values) - {field.name for field in dataclasses.fields(cls)}:
             raise UnitvisError(f"a transform has no {', '.join(sorted(map(repr, unknown)))}; a newer unitvis wrote it")
         return cls(**values)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) after the resize, of an image of this width and height."""
+        """(height, width) after the resize of an image of this size; ImageError above MAX_PIXELS."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, tuple):
@@ -128,7 +129,7 @@ class Transform:
             )
         return tall, wide
 
-    def _window(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def _crop_window(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Left, top, right, bottom of the crop in the resized image."""
         if self.crop is None:
             return 0, 0, width, height
@@ -141,12 +142,13 @@ class Transform:
 
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[3, 1, 1] on the device; made once, so that a batch costs no copy to it and no synchronisation."""
+    """Constants as float32 [3, 1, 1] on the device, cached so that no batch needs a copy or synchronisation."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
-def _size(name: str, value: Any) -> int | tuple[int, int] | None:
+def _checked_size(name: str, value: Any) -> int | tuple[int, int] | None:
+    """Check resize or crop: None, a positive int or a pair of them."""
     sides = value if isinstance(value, tuple | list) else [value]
     if value is None:
         return None
@@ -159,7 +161,8 @@ def _size(name: str, value: Any) -> int | tuple[int, int] | None:
     return int(value)
 
 
-def _colour(name: str, value: Any) -> tuple[float, ...] | None:
+def _checked_colour(name: str, value: Any) -> tuple[float, ...] | None:
+    """Check mean or std: None or three finite numbers; std above 0."""
     if value is None:
         return None
     numbers = value.tolist() if isinstance(value, Tensor | np.ndarray) else value

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unitvis.errors import UnitvisError, some
+from unitvis.errors import UnitvisError, abridged
 from unitvis.files import read_arrays, write_arrays
 from unitvis.state.intervals import IntervalSet
 from unitvis.state.topk import TopK
@@ -93,7 +93,7 @@ def differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
 def refuse_differences(what: str, one: Identity, other: Identity) -> None:
     """UnitvisError that names what differs, if anything does."""
     if different := list(differences(one, other)):
-        raise UnitvisError(f"{what}: {some(different)}")
+        raise UnitvisError(f"{what}: {abridged(different)}")
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,17 @@ from torch import nn
 from support.commands import call, model_file
 from unitvis import UnitvisError, cli
 from unitvis.bench.baselines import DeviceHook, HostHook
-from unitvis.bench.bench import DEVICE, FLOAT, HOST, Bench, bench, interleaved, pictures, table, units_apart
+from unitvis.bench.bench import (
+    DEVICE_HOOK,
+    NAIVE_HOOK,
+    SCAN_FLOAT32,
+    Bench,
+    bench,
+    differing_units,
+    interleaved,
+    synthetic_images,
+    table,
+)
 from unitvis.network.network import Network
 from unitvis.sources.transform import Transform
 
@@ -30,17 +40,17 @@ def net() -> nn.Module:
 def judged(count: int = 40) -> tuple[Bench, np.ndarray]:
     network = Network(net(), transform=Transform(crop=16, mean=(0.4,) * 3))
     network.examine((3, 16, 16))
-    return Bench(network), pictures(count, (16, 16))
+    return Bench(network), synthetic_images(count, (16, 16))
 
 
 def test_the_judge_sees_one_wrong_winner() -> None:
     one, images = judged()
     run = one.scan(images)
     host = one.baseline(HostHook, images, canonical=True)
-    assert [len(units_apart(run, name, host.tops[i])) for i, name in enumerate(LAYERS)] == [0, 0]
+    assert [len(differing_units(run, name, host.tops[i])) for i, name in enumerate(LAYERS)] == [0, 0]
     run["0"].positions[2, 4, 1] += 1
     run["2"].images[3, :2] = run["2"].images[3, 1::-1]
-    assert [units_apart(run, name, host.tops[i]).tolist() for i, name in enumerate(LAYERS)] == [[2], [3]]
+    assert [differing_units(run, name, host.tops[i]).tolist() for i, name in enumerate(LAYERS)] == [[2], [3]]
 
 
 def test_nothing_is_timed_where_a_contender_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +68,7 @@ def test_nothing_is_timed_where_a_contender_is_wrong(monkeypatch: pytest.MonkeyP
 def test_exact_by_half_precision_is_checked_and_timed_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unitvis.bench.bench.speed", lambda device, precision: 2.0)
     said = bench(net(), Transform(resize=20, crop=16), "cpu", 70)  # of the images' size, so that nothing is cut
-    assert re.search(r"by way of fp16 10 units are decided and equal, \d+ images computed twice", said)
+    assert re.search(r"by way of fp16 10 units are decided and equal, \d+ images are computed again", said)
     assert "\nunitvis, exact by fp16 " in said
     one, images = judged(70)
     monkeypatch.setattr(
@@ -83,7 +93,7 @@ def test_contenders_take_turns_and_ratios_are_of_medians() -> None:
 
     interleaved({"a": contender("a"), "b": contender("b")}, 2, CPU)
     assert turns == ["prepare a", "a", "prepare b", "b"] * 2
-    lines = table({HOST: 8.0, DEVICE: 4.0, "bare forward": 1.0, FLOAT: 2.0}, 80)
+    lines = table({NAIVE_HOOK: 8.0, DEVICE_HOOK: 4.0, "bare forward": 1.0, SCAN_FLOAT32: 2.0}, 80)
     assert lines[-1].split()[-4:] == ["40", "4.00", "2.00", "0.50"]
 
 
@@ -99,7 +109,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_without_a_model_it_is_the_demos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(Bench, "affordable", lambda self, few: len(few))
+    monkeypatch.setattr(Bench, "affordable_images", lambda self, few: len(few))
     code, printed, _ = call(capsys, "bench")
     assert code == cli.DONE
     assert "the demo's network: 32 images of 96 x 96 in memory, 464 units of 5 layers" in printed
@@ -110,13 +120,13 @@ def test_few_images_where_the_model_is_slow(monkeypatch: pytest.MonkeyPatch) -> 
     one, images = judged(32)
     now = iter([0.0, 3.2])
     monkeypatch.setattr("unitvis.bench.bench.time", SimpleNamespace(perf_counter=lambda: next(now)))
-    assert one.affordable(images) == 32  # 0.1 s an image
+    assert one.affordable_images(images) == 32  # 0.1 s an image
     now = iter([0.0, 1e-9])
-    assert one.affordable(images) == 2048
+    assert one.affordable_images(images) == 2048
 
 
 def test_pictures_are_the_same_every_time() -> None:
-    first, again = pictures(70, (9, 12)), pictures(70, (9, 12))
+    first, again = synthetic_images(70, (9, 12)), synthetic_images(70, (9, 12))
     assert (first.shape, first.dtype) == ((70, 9, 12, 3), np.uint8)
     assert np.array_equal(first, again)
     assert len(np.unique(first.reshape(70, -1), axis=0)) == 70

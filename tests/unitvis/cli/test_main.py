@@ -68,7 +68,7 @@ def test_scan_render_sheet_and_verify(
         assert f"{target}: {page.width} x {page.height} pixels" in printed
 
     code, printed, _ = call(capsys, "verify", out, model)
-    assert (code, printed) == (cli.DONE, "50 of 50 winners came out again bit for bit\n")
+    assert (code, printed) == (cli.DONE, "50 of 50 winners were reproduced bit for bit\n")
 
 
 def test_verify_finds_a_forged_value_and_another_model(
@@ -82,7 +82,7 @@ def test_verify_finds_a_forged_value_and_another_model(
     code, printed, _ = call(capsys, "verify", out, model)
     assert code == cli.WRONG
     assert "89 of 90 winners" in printed
-    assert f"the first that did not: image {run['2'].images[1, 3]} in layer '2'" in printed
+    assert f"the first that was not: image {run['2'].images[1, 3]} in layer '2'" in printed
 
     weights = {name: tensor + 1 for name, tensor in models.load(model).model.state_dict().items()}
     save_file(weights, tmp_path / "other.safetensors")
@@ -100,7 +100,7 @@ def test_verify_allows_rounding_on_another_machine(
     run.save(out, overwrite=True)
     code, printed, _ = call(capsys, "verify", out, model)
     assert code == cli.DONE
-    assert "90 of 90 winners came out again within 1e-5" in printed
+    assert "90 of 90 winners were reproduced within 1e-5" in printed
     run["2"].values[1, 3] *= np.float32(1.001)
     run.save(out, overwrite=True)
     assert call(capsys, "verify", out, model)[0] == cli.WRONG

@@ -28,8 +28,8 @@ def test_a_small_network_computes_on_one_thread_beside_decoding(
         model = nn.Sequential(Seeing(3, 2, 3))
         unitvis.scan(model, images, transform=unitvis.Transform(), batch_size=16, progress=False)
 
-    undecoded, waits = EncodedSource.undecoded, []
-    monkeypatch.setattr(EncodedSource, "undecoded", lambda self: waits.append(self) or undecoded(self))
+    pause_decoding, waits = EncodedSource.pause_decoding, []
+    monkeypatch.setattr(EncodedSource, "pause_decoding", lambda self: waits.append(self) or pause_decoding(self))
     monkeypatch.setattr("unitvis.scanning.cores.compute_rate", lambda *_: rate)
     before = torch.get_num_threads()
     try:

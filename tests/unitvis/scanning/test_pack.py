@@ -85,9 +85,9 @@ def test_a_pack_that_crashed_goes_on_to_the_same_bytes(
     (folder / "notes.txt").touch()  # no image, so of no matter
     with open(f"{out}.part", "ab") as file:  # what came after the checkpoint may be anything
         file.write(b"\xff" * 2000)
-    with pytest.raises(UnitvisError, match=r"no file or folder .*whole.npy'; that pack is not finished: go on with"):
+    with pytest.raises(UnitvisError, match=r"no file or folder .*whole.npy'; that pack is not finished: resume it"):
         open_source(out, NORMAL)
-    with pytest.raises(UnitvisError, match=r"whole.npy is not finished; go on with it \(--resume\) or start again"):
+    with pytest.raises(UnitvisError, match=r"whole.npy is not finished; resume it \(--resume\) or start again"):
         pack(folder, out)
     asked: list[object] = []
     real = packing.EncodedSource.batches
@@ -103,7 +103,7 @@ def test_a_pack_that_crashed_goes_on_to_the_same_bytes(
     before = os.stat(out)
     pack(folder, out, resume=True)  # whole: nothing to do
     assert os.stat(out) == before
-    with pytest.raises(UnitvisError, match=r"is another pack \(there and now\): transform.resize is 20 and 22"):
+    with pytest.raises(UnitvisError, match=r"is another pack \(then and now\): transform.resize is 20 and 22"):
         pack(folder, out, resume=True, transform=unitvis.Transform(22, 16))
 
 
@@ -122,7 +122,7 @@ def test_a_signal_writes_a_checkpoint(
         ({"transform": unitvis.Transform(20, 18)}, "transform.crop is 16 and 18; *|interpolation"),
         ({"scaled": True}, "source.decoding.scaled is false and true"),
     ):
-        with pytest.raises(UnitvisError, match=rf"x.npy cannot be gone on with \(there and now\): .*{message}"):
+        with pytest.raises(UnitvisError, match=rf"x.npy cannot be resumed \(then and now\): .*{message}"):
             pack(folder, tmp_path / "x.npy", resume=True, **options)
     with open(tmp_path / "x.npy.part", "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -34,7 +34,7 @@ def test_the_plan_is_by_measurement_and_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: speeds[precision])
     assert plan(50_000, 1152, 9, cpu, rereadable=True).precision == "bf16"
     monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 1.05)
-    assert "too little" in plan(50_000, 1152, 9, cpu, rereadable=True).line
+    assert "float16 is only 1.1 times" in plan(50_000, 1152, 9, cpu, rereadable=True).line
 
 
 @pytest.mark.usefixtures("emulated_half")
@@ -43,7 +43,7 @@ def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     images, model = pictures(900), tiny_net(6)
     run = unitvis.scan(model, images, ["6", "8"], k=3, progress=False)
     assert run.manifest["scan"]["precision"] == "fp16"
-    assert run.manifest["plan"].startswith("float16, 6.0 times as fast here")
+    assert run.manifest["plan"].startswith("float16, 6.0 times as fast")
     assert {"scan", "rescoring", "second_pass", "preparation"} <= run.manifest["seconds"].keys()
     assert wrong(run, model, images) == 0
     want = unitvis.scan(model, images, ["6", "8"], k=3, precision="fp32", progress=False)

@@ -180,7 +180,7 @@ def test_another_scan_is_refused_with_the_difference(
         unfinished(folder, out, monkeypatch)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for options, message in OTHERS:
-        with pytest.raises(UnitvisError, match=rf"there and now\): .*{message}"):
+        with pytest.raises(UnitvisError, match=rf"then and now\): .*{message}"):
             scan(folder, out, resume=True, **options)
     (folder / "069.png").unlink()
     with pytest.raises(UnitvisError, match=r"source\.images is 70 and 69"):
@@ -288,8 +288,8 @@ def test_a_disk_that_fills_up_while_the_pictures_are_drawn(
         patch.setattr(Image.Image, "save", full)
         assert cli.main(["render", str(tmp_path / "run")]) == cli.USAGE
     said = capsys.readouterr().err
-    assert "the run is whole, but its pictures could not be written into" in said
-    assert "No space left on device; mend that, then draw them with `unitvis render`" in said
+    assert "the run is complete, but its pictures could not be written into" in said
+    assert "No space left on device; fix that, then draw them with `unitvis render`" in said
     assert not list((tmp_path / "run").rglob("*.part"))
     assert cli.main(["render", str(tmp_path / "run")]) == cli.DONE
 
@@ -304,7 +304,7 @@ def test_a_folder_that_was_removed_meanwhile_is_said(
 
 def test_what_a_folder_holds_is_respected(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = unfinished(folder, tmp_path / "run", monkeypatch)
-    with pytest.raises(UnitvisError, match=r"not finished; go on with it \(--resume\) or start again \(--overwrite\)"):
+    with pytest.raises(UnitvisError, match=r"not finished; resume it \(--resume\) or start again \(--overwrite\)"):
         scan(folder, out)
     with pytest.raises(UnitvisError, match="exclude each other"):
         scan(folder, out, resume=True, overwrite=True)
@@ -392,7 +392,7 @@ def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkey
     written: list[float] = []
     clock = [0.0]
     monkeypatch.setattr("unitvis.state.checkpoints.time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(Progress, "part", lambda self: written.append(clock[0]) or crash_free(self))
+    monkeypatch.setattr(Progress, "snapshot", lambda self: written.append(clock[0]) or crash_free(self))
     stopping(-1, crash, monkeypatch)
     real = Progress.after_batch
 
@@ -401,7 +401,7 @@ def test_checkpoints_come_as_often_as_asked(folder: Path, tmp_path: Path, monkey
         real(self)
 
     def crash_free(self: Progress) -> object:
-        return self._recorder.snapshot(self.identity, self._source.reasons, 0.0)
+        return self._recorder.snapshot(self.identity, self._source.failure_reasons, 0.0)
 
     monkeypatch.setattr(Progress, "after_batch", tick)
     scan(folder, tmp_path / "run", every=25)
@@ -421,7 +421,7 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("owner", "during"),
-    [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "complete"), (unitvis.Run, "write")],
+    [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "finish_run"), (unitvis.Run, "write")],
 )
 def test_after_the_last_image_the_first_signal_ends_it(
     owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

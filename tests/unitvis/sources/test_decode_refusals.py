@@ -135,7 +135,7 @@ def most_at_once(data, expected, monkeypatch):
     Those that use one wait until so many do and all threads have asked for room; one more would then get in.
     """
     changed, asked, used, too_many, most = threading.Condition(), [], set(), threading.Event(), []
-    take = decode_module._Room.take
+    take = decode_module._MemoryBudget.take
 
     def asking(room, need):
         with changed:
@@ -160,16 +160,16 @@ def most_at_once(data, expected, monkeypatch):
         for _ in range(5):
             decode_module.decode_sized(data, use)
 
-    monkeypatch.setattr(decode_module._Room, "take", asking)
+    monkeypatch.setattr(decode_module._MemoryBudget, "take", asking)
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
-    monkeypatch.setattr(decode_module._Room, "take", take)
+    monkeypatch.setattr(decode_module._MemoryBudget, "take", take)
     assert len(most) == len(asked) == 30
     return max(most)
 
 
 def test_large_images_wait_for_room(monkeypatch):
-    monkeypatch.setattr("unitvis.sources.decode._room", decode_module._Room(4 * 64 * 64 * 2))
+    monkeypatch.setattr("unitvis.sources.decode._memory_budget", decode_module._MemoryBudget(4 * 64 * 64 * 2))
     assert most_at_once(stored(Image.new("RGB", (64, 64)), "PNG"), 2, monkeypatch) == 2
     huge = stored(Image.new("RGB", (300, 300)), "PNG")  # needs more than there is, so it is alone
     assert most_at_once(huge, 1, monkeypatch) == 1

@@ -124,13 +124,13 @@ def test_files_are_read_but_not_decoded_while_somebody_else_has_the_cores(folder
     monkeypatch.setattr(type(source._decoding), "pixels", lambda self, data, transform: decoding(data, transform))
     batches = source.batches(4, workers=6)
     with ThreadPoolExecutor(1) as pool:
-        with source.undecoded():
+        with source.pause_decoding():
             first = pool.submit(next, batches)
             assert all_read.wait(DEADLINE)
             assert decoded == []
         assert four_decoded.wait(DEADLINE)
         assert first.result(DEADLINE).ids.tolist() == [0, 1, 2, 3]
     batches.close()
-    with pytest.raises(ZeroDivisionError), source.undecoded():  # what goes wrong gives the cores back too
+    with pytest.raises(ZeroDivisionError), source.pause_decoding():  # what goes wrong gives the cores back too
         raise ZeroDivisionError
     assert source._may_decode.is_set()

@@ -23,7 +23,7 @@ def test_a_folder_in_the_order_of_its_paths(tmp_path):
         (tmp_path / other).write_bytes(b"")
     source = open_source(tmp_path, PLAIN)
     assert [source.name(id) for id in range(source.length)] == sorted(names, key=os.fsencode)
-    assert source.others == 2
+    assert source.other_files == 2
     assert source.describe()["images"] == len(names)
     assert source.describe()["others"] == 2
 

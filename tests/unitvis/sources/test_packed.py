@@ -273,7 +273,7 @@ def test_files_that_do_not_belong_together(packed: Path, unchanged: Path, tmp_pa
         (".npy", whole[:-1], "cannot read .*x.npy"),
         (".npy", whole[:-20000] + bytes(20000), "its .npy and .json files do not belong together"),
         (".npz", (tmp_path / "list.npz").read_bytes(), r"its .npz and .json files do not belong together"),
-        (".npz", packed.with_suffix(".npz").read_bytes()[:-9], r"not a whole pack: its .npz file: .*; pack again"),
+        (".npz", packed.with_suffix(".npz").read_bytes()[:-9], r"an incomplete pack: its .npz file: .*; pack again"),
         (".json", packed.with_suffix(".json").read_bytes()[:-9], r"x.json is damaged: .*; pack again"),
         (".json", b'{"unitvis pack": 2}', r"x.json has format 2; this version of unitvis reads format 1"),
         (".json", b'["unitvis pack", 1]', r"x.json has format none; this version"),

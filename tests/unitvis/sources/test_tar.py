@@ -115,7 +115,7 @@ def test_a_list_keeps_its_order_and_opens_again(shards):
     ],
 )
 def test_braces(pattern, paths):
-    assert tar.expand(pattern) == paths
+    assert tar.expand_braces(pattern) == paths
 
 
 def test_braces_in_the_name_of_a_file_are_that_file(tmp_path):
@@ -152,7 +152,7 @@ def test_what_the_program_tar_writes(form, tmp_path):
     )
     source = open_source(tmp_path / "x.tar", PLAIN)
     assert [source.name(id) for id in range(source.length)] == ["x.tar/a.png", "x.tar/b/c.png"]
-    assert source.others == 3
+    assert source.other_files == 3
     assert read_all(source)[0] == [0, 1]
 
 
@@ -251,7 +251,7 @@ def test_a_member_that_claims_to_be_huge_costs_nothing(tmp_path):
 
 
 def test_few_files_stay_open(shards, monkeypatch):
-    monkeypatch.setattr(tar, "_OPEN", 1)
+    monkeypatch.setattr(tar, "_MAX_OPEN_SHARDS", 1)
     source = open_source(shards / "train-{000..002}.tar", PLAIN)
     open_files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     threads = [threading.Thread(target=lambda: [source.read(i) for i in (0, 8) * 20]) for _ in range(4)]
@@ -269,8 +269,8 @@ def kept(tmp_path, monkeypatch):
     """Listings of any length are kept, in a folder of the test's own, and are taken for settled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for module in ("files", "tar"):
-        monkeypatch.setattr(f"unitvis.sources.{module}.LARGE", 1)
-        monkeypatch.setattr(f"unitvis.sources.{module}.SETTLED", -1)
+        monkeypatch.setattr(f"unitvis.sources.{module}.MIN_SAVED_NAMES", 1)
+        monkeypatch.setattr(f"unitvis.sources.{module}.SETTLE_NS", -1)
     return tmp_path / "cache" / "unitvis"
 
 
@@ -304,7 +304,7 @@ def test_a_folder_s_names_are_kept_until_it_changes(tmp_path, kept, monkeypatch)
     for folder in (root, root / "a", root / "b", root / "b" / "c"):
         age(folder)
     first = open_source(root, PLAIN)
-    assert (first.length, first.others, len(list(kept.iterdir()))) == (3, 1, 1)
+    assert (first.length, first.other_files, len(list(kept.iterdir()))) == (3, 1, 1)
     with monkeypatch.context() as blind:
         blind.setattr(os, "scandir", None)
         second = open_source(root, PLAIN)
@@ -318,9 +318,9 @@ def test_a_folder_s_names_are_kept_until_it_changes(tmp_path, kept, monkeypatch)
 
 
 def test_small_or_fresh_listings_leave_no_trace(shards, kept, tmp_path, monkeypatch):
-    monkeypatch.setattr("unitvis.sources.tar.SETTLED", 10**12)
+    monkeypatch.setattr("unitvis.sources.tar.SETTLE_NS", 10**12)
     open_source(shards / "train-000.tar", PLAIN)
-    monkeypatch.setattr("unitvis.sources.tar.SETTLED", -1)
-    monkeypatch.setattr("unitvis.sources.tar.LARGE", 100)
+    monkeypatch.setattr("unitvis.sources.tar.SETTLE_NS", -1)
+    monkeypatch.setattr("unitvis.sources.tar.MIN_SAVED_NAMES", 100)
     open_source(shards / "train-000.tar", PLAIN)
     assert not kept.exists()

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from unitvis.errors import UnitvisError, named
+from unitvis.errors import UnitvisError, error_text
 from unitvis.network.forward import as_map
 from unitvis.network.receptive_fields.reach import NOTHING, Reach, collapse
 from unitvis.network.receptive_fields.rules import Unsupported
@@ -104,7 +104,7 @@ def receptive_fields(model: nn.Module, layers: Sequence[str], input_size: InputS
     except Unsupported as error:
         return _probe(model, layers, shape, str(error))
     except Exception as error:  # whatever stops the tracer; what stops the model itself stops the probe as well
-        return _probe(model, layers, shape, f"cannot be traced: {named(error)}")
+        return _probe(model, layers, shape, f"cannot be traced: {error_text(error)}")
     fields = {}
     for layer in layers:
         map_shape, axes = outputs[layer]
@@ -160,7 +160,7 @@ def _twin(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     try:
         return copy.deepcopy(model, memo).eval()
     except Exception as error:
-        raise UnitvisError(f"the model cannot be copied to be traced ({named(error)})") from error
+        raise UnitvisError(f"the model cannot be copied to be traced ({error_text(error)})") from error
 
 
 def _maps(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
@@ -306,7 +306,7 @@ def _probe(
     except Exception as error:
         size = "x".join(map(str, shape))
         hint = "give (channels, height, width) if it takes other images"
-        raise UnitvisError(f"the model cannot run on an input of {size} ({named(error)}); {hint}") from error
+        raise UnitvisError(f"the model cannot run on an input of {size} ({error_text(error)}); {hint}") from error
     return {layer: _probed(layer, hulls[layer], shape, note) for layer in layers}
 
 

@@ -1,0 +1,92 @@
+"""Print what a run holds, what was skipped and what was drawn, after a command of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unitvis.gallery import MOST_UNITS
+from unitvis.network.network import Network
+from unitvis.results.nonfinite import odd_responses
+from unitvis.run import Run
+from unitvis.sources import PackSource
+
+
+def print_run(run: Run) -> None:
+    """Print a run's counts, speed and precision, or that it is a shard's, and the images that were skipped."""
+    if run.tops:
+        _print_result(run)
+    else:
+        print(f"{run.manifest['images']:,} images; `unitvis merge` makes a run of all shards")
+    _print_failures(run.manifest["failures"], "the manifest")
+
+
+def _print_failures(failures: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Print the number of skipped images, and the first ten with their reasons; where: the file that lists them all."""
+    if failures:
+        print(f"{len(failures)} images could not be read and were skipped (all are listed in {where}):")
+        for failure in failures[:10]:
+            print(f"  {failure['name']!r}: {failure['reason']}")  # !r: a name may hold anything
+
+
+def _print_result(run: Run) -> None:
+    """Print a finished run: images, units, seconds, number of units of each status, precision."""
+    counts = run.count()
+    seconds = run.manifest["seconds"]
+    images = run.manifest["images"]
+    statuses = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
+    rate = images / max(seconds["scan"], 1e-9)  # merged runs of Recorders have no scan time
+    print(
+        f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
+        f"({rate:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
+        f"{seconds['second_pass']:.1f} s: {statuses}"
+    )
+    if run.manifest["precision"] == "exact":
+        print(f"precision: {run.manifest['plan']}")
+    if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
+        layers = ", ".join(f"{count} of {name}" for name, count in unseparated.items())
+        print(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
+    for sentence in odd_responses(run):
+        print(sentence)
+
+
+def print_pack(packed: PackSource) -> None:
+    """Print a pack's path and size, and the images that could not be packed."""
+    images, height, width, _ = packed.describe()["shape"]
+    print(f"{packed.path}: {images:,} images, {width} x {height} pixels")
+    failures = [{"name": packed.name(id), "reason": reason} for id, reason in packed.unusable.items()]
+    _print_failures(failures, Path(packed.path).with_suffix(".json").name)
+
+
+def print_layers(network: Network) -> None:
+    """Print a table of the layers: channels, size of the map, size and stride of the receptive field in pixels."""
+    print(f"{'layer':<28} {'channels':>8} {'map':>11} {'receptive field':>17} {'stride':>9}")
+    for layer in network.layers:
+        field = network.fields[layer.name]
+        size = "whole image" if field.whole_image else f"{field.size[0]} x {field.size[1]}"
+        stride = f"{field.stride[0]:g} x {field.stride[1]:g}" if field.stride else "-"
+        print(f"{layer.name:<28} {layer.channels:>8} {f'{layer.height} x {layer.width}':>11} {size:>17} {stride:>9}")
+        if field.note:
+            print(f"  receptive field found by probing, cut at the image's border: {field.note}")
+
+
+def print_drawn(sheets: Sequence[Path], page: Path | None, units: int) -> None:
+    """Print where the sheets and the gallery are; page: the gallery's first page, None if it was not drawn."""
+    print(f"{len(sheets)} sheets in {sheets[0].parent}")
+    if page is None:
+        print(f"no gallery: {units:,} units are too many ({MOST_UNITS:,} at most)")
+    else:
+        print(f"gallery: open {page} in a browser")
+
+
+def print_verified(found: Mapping[str, Any]) -> None:
+    """Print how many winners were reproduced; found: what `verify` returned."""
+    how = (
+        "bit for bit"
+        if found["same_fingerprint"]
+        else "within 1e-5 of the layer's largest (another machine or version)"
+    )
+    print(f"{found['winners'] - found['wrong']:,} of {found['winners']:,} winners were reproduced {how}")
+    if found["wrong"]:
+        print(f"the first that was not: {found['first_wrong']}")
