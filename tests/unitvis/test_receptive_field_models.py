@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from judges import all_boxes, inside, places
 from unitvis.errors import UnitvisError
-from unitvis.network.receptive_fields.fields import probe_receptive_fields, receptive_field, receptive_fields
+from unitvis.network.receptive_fields.fields import receptive_field, receptive_fields
+from unitvis.network.receptive_fields.probe import probe_receptive_fields
 from zoo import LOCAL, AtrousPyramid, SqueezeExcite, alexnet, mobilenet_v1
 
 

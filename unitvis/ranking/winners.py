@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from unitvis.network.layers import Layer
 from unitvis.network.network import Network
-from unitvis.network.receptive_fields.fields import ReceptiveField
+from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED, LayerArrays
 from unitvis.results.nonfinite import infinite_info, nan_info
 from unitvis.state.topk import Ranked, TopK
