@@ -21,7 +21,7 @@ import unitvis_kernels as uk
 import zoos
 from test_exact import by_half, net, pictures
 from unitvis.half_precision import rewrite, step
-from unitvis.half_precision.capture import _NobodyLooks
+from unitvis.half_precision.capture import ForbidHostSync
 from unitvis.half_precision.step import Step
 from unitvis.network.canonical import canonical_settings
 from unitvis.state.topk import TopK
@@ -115,8 +115,8 @@ def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         one._device = torch.device("cuda")
         pixels = torch.empty(64, 20, 20, 3, dtype=torch.uint8, device="cuda")
         ids = torch.empty(64, dtype=torch.int64, device="cuda")
-        with Leaving() as leaving, _NobodyLooks():
-            one._fold(pixels, ids)
+        with Leaving() as leaving, ForbidHostSync():
+            one._merge(pixels, ids)
         assert leaving.calls > 10
         assert leaving.found == []
         with Leaving() as leaving:  # the judge sees what it is there for
@@ -166,7 +166,7 @@ def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch
     capturing: list[bool] = []
     images = torch.arange(10.0)[:, None].expand(10, 4)
     replay = capture.Replay(one_step, 4, images, torch.device("cpu"))
-    assert replay.eager_because == "UnitvisError: not permitted while capturing"
+    assert replay.capture_error == "UnitvisError: not permitted while capturing"
     assert all((ids == -1).all() for _, ids in seen)  # warming up changes no state
     seen.clear()
     for start in (0, 4, 8):
@@ -198,10 +198,10 @@ def test_a_step_that_looks_at_values_is_not_captured(
     x, ids = torch.randn(4, 5), torch.arange(4)
     with torch.inference_mode(inference):
         if not named:
-            with _NobodyLooks():
+            with ForbidHostSync():
                 looking(x, ids)
             return
-        with pytest.raises(RuntimeError, match=f"{named} makes the host wait for the device"), _NobodyLooks():
+        with pytest.raises(RuntimeError, match=f"{named} makes the host wait for the device"), ForbidHostSync():
             looking(x, ids)
 
 
