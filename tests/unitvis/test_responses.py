@@ -14,7 +14,7 @@ import brute
 import unitvis
 from unitvis import UnitvisError
 from unitvis.attribution.filters import first_filters
-from unitvis.attribution.responses import covered
+from unitvis.attribution.responses import map_area
 from unitvis.drawing import colours
 
 
@@ -74,8 +74,8 @@ def test_the_overlay_colours_the_pixels_about_the_strongest_neuron() -> None:
 
 
 def test_a_map_without_a_stride_covers_the_image() -> None:
-    assert covered(None, False, (0, 0, 9, 9), (0, 0), (1, 1), (30, 40)) == (0, 0, 40, 30)
-    assert covered((4, 4), True, (0, 0, 40, 30), (0, 0), (3, 3), (30, 40)) == (0, 0, 40, 30)
+    assert map_area(None, False, (0, 0, 9, 9), (0, 0), (1, 1), (30, 40)) == (0, 0, 40, 30)
+    assert map_area((4, 4), True, (0, 0, 40, 30), (0, 0), (3, 3), (30, 40)) == (0, 0, 40, 30)
 
 
 def test_heat_has_levels_from_zero_to_the_largest() -> None:
