@@ -18,7 +18,7 @@ from unitvis.cli.options import Command, parser
 from unitvis.drawing import sheets
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import replacing
-from unitvis.gallery import MOST_UNITS, gallery
+from unitvis.gallery import MAX_UNITS, gallery
 from unitvis.gallery.figures import DPI, figure
 from unitvis.network.network import Network
 from unitvis.results.nonfinite import odd_responses
@@ -215,7 +215,7 @@ def _render_into(
     units, drawn = sum(len(top) for top in run.tops.values()), None
     try:
         written = sheets.render(run, folder, crop=crop)
-        if units <= MOST_UNITS:
+        if units <= MAX_UNITS:
             drawn = gallery(run, folder, model, project=project, crop=crop, device=device)
     except OSError as error:
         raise UnitvisError(
@@ -224,7 +224,7 @@ def _render_into(
         ) from error
     print(f"{len(written)} sheets in {written[0].parent}")
     if drawn is None:
-        print(f"no gallery: {units:,} units are too many ({MOST_UNITS:,} at most)")
+        print(f"no gallery: {units:,} units are too many ({MAX_UNITS:,} at most)")
     else:
         print(f"gallery: open {drawn} in a browser")
 
