@@ -186,7 +186,7 @@ def _project_images(
 
 
 def neuron_of(top: LayerArrays, unit: int, rank: int) -> Neuron:
-    """(channel, row, column) of a winner's neuron."""
+    """Find the neuron (channel, row, column) of a winner."""
     row, column = top.positions[unit, rank].tolist()
     per_channel = top.info["height"] * top.info["width"] if top.info["unit"] == "neuron" else 1
     return unit // per_channel, row, column

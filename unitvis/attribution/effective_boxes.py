@@ -48,7 +48,7 @@ def effective_boxes(model: nn.Module, run: RunData, device: torch.device | str |
 
 
 def _sampled_winners(top: LayerArrays) -> list[tuple[int, tuple[int, int, int], tuple[float, float]]]:
-    """(image, neuron, centre of its box as (x, y)) of the winners with the smallest hashes of image and unit."""
+    """Choose the winners with the smallest hashes of image and unit: (image, neuron, centre (x, y) of its box)."""
     units, ranks = np.nonzero(top.fired)
     with np.errstate(over="ignore"):
         mixed = top.images[units, ranks].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + units.astype(np.uint64)

@@ -39,7 +39,7 @@ def demo(
     model = network.load()
     drawn, labels = pictures(count, SEED, workers)
     file = folder / "pictures.npy"  # kept, because drawing and verifying a run read its images again
-    with replacing(file) as part, open(part, "wb") as stream:
+    with replacing(file) as target, open(target, "wb") as stream:
         np.save(stream, drawn)
     run = scan(model, file, list(network.LAYERS), transform=TRANSFORM, progress=False)
     run.manifest["model"]["spec"] = f"{network.__name__}:{network.load.__name__}"

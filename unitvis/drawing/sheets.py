@@ -58,8 +58,8 @@ def render(run: RunData, folder: Path, *, crop: str | None = None) -> list[Path]
         cut = patches_by_winner(run, wanted)
         for layer, (units, kind, size) in wanted.items():
             path = folder / "sheets" / f"{file_name(layer)}.png"
-            with replacing(path) as part:
-                _sheet(run, layer, units, kind, size, cut.pop(layer)).save(part, "PNG")
+            with replacing(path) as target:
+                _sheet(run, layer, units, kind, size, cut.pop(layer)).save(target, "PNG")
             written.append(path)
     return written
 

@@ -34,7 +34,7 @@ def gallery(
     crop: str | None = None,
     device: torch.device | str | None = None,
 ) -> Path:
-    """Write index.html and its files into a folder: a new one, the run's own, or one with a gallery; returns its path.
+    """Write a gallery into a folder (a new one, the run's own, or one with a gallery); returns the path of index.html.
 
     model: needed to draw the winners' response maps, the first layer's filters and, with `project`, projections;
     without it, those in the run's own folder are kept. crop: see `Run.patch`. Raises UnitvisError for a folder that
@@ -142,6 +142,6 @@ def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]]) -
     page = (_HERE / "template.html").read_text(encoding="utf-8")
     texts[folder / "index.html"] = page.replace("TITLE", html.escape(facts.title(run)))  # last, when all else exists
     for path, text in texts.items():
-        with replacing(path) as part:
-            part.write_text(text, encoding="utf-8")
+        with replacing(path) as target:
+            target.write_text(text, encoding="utf-8")
     return folder / "index.html"

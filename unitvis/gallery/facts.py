@@ -75,7 +75,7 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         "across": tile_columns(run.manifest["k"]),
         "input": [width, height],
         "shows": {"rf": "receptive field", "effective": "effective box", "image": "whole image"}[drawn["crop"]],
-        "effective": _effective_side(top),
+        "effective": _frame_side(top),
         "answers": answers(run, name, drawn),
         "projections": drawn.get("projections"),
         "responses": _response_area(run, name, drawn["responses"]) if drawn.get("responses") else None,
@@ -88,7 +88,7 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _effective_side(top: LayerArrays) -> int | None:
+def _frame_side(top: LayerArrays) -> int | None:
     """The side of the effective box in pixels, to be drawn as a frame; None if it is no smaller than a known field."""
     side, field = top.info["effective_box"], top.info["receptive_field"]
     return side if side and not field["whole_image"] and side < max(field["size"]) else None

@@ -22,7 +22,7 @@ class _Slot:
     def __init__(self, images: Tensor) -> None:
         self.images = images
         self.ids = torch.full(images.shape[:1], -1, dtype=torch.int64, device=images.device)
-        self.pinned_images: Tensor | None = None  # allocated for the first batch that needs it
+        self.pinned_images: Tensor | None = None  # for batches in pageable memory, made for the first
         self.pinned_ids = torch.empty(images.shape[:1], dtype=torch.int64, pin_memory=True)
         self.copied, self.computed = torch.cuda.Event(), torch.cuda.Event()
         self.graph: torch.cuda.CUDAGraph | None = None

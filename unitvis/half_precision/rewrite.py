@@ -50,10 +50,11 @@ class Threshold:
 class Chain(nn.Module):
     """A convolution, an optional activation and an optional max-pool, with the keys of one of their outputs.
 
-    conv: with a BatchNorm that followed it folded in. threshold: gives the layer's own values, or None; None in its
-    place: no keys are needed. key_after: the keys are those of the activated map, else of the convolution's output.
-    one_pass: `uk.conv_argmax` computes the whole chain, or `uk.epilogue` all that follows the convolution, whichever is
-    preferred (on a GPU); otherwise PyTorch's operators do (on a CPU, where convolutions add their bias themselves).
+    conv: with a BatchNorm that followed it folded in. threshold: a function that returns the layer's thresholds, or
+    None where all responses may enter; without the function there are no keys. key_after: the keys are those of the
+    activated map, else of the convolution's output. one_pass: `uk.conv_argmax` computes the whole chain, or
+    `uk.epilogue` all that follows the convolution, whichever is preferred (on a GPU); otherwise PyTorch's operators do
+    (on a CPU, where convolutions add their bias themselves).
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Chain(nn.Module):
         return fuses
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(keys int64 [N, C], output map [N, C, H, W]); None for what is not needed."""
+        """Return (keys int64 [N, C], output map [N, C, H, W]), with None in place of one that is not needed."""
         conv = self.conv
         if self.one_pass and self._fuses(x):
             fused_keys, fused_map = uk.conv_argmax(

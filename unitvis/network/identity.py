@@ -10,7 +10,7 @@ from torch import nn
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """{"class": name, "parameters": their number, "weights": hexadecimal BLAKE2b hash of the state dict}."""
+    """Describe a model as {"class": name, "parameters": number, "weights": hexadecimal hash of the state dict}."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

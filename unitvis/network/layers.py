@@ -55,7 +55,7 @@ class _OutputUses(TorchFunctionMode):
         known = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.outputs]
         versions = [t._version for t in known]
         result = func(*args, **kwargs)
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # asking for a shape is no use
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # reading a shape does not count
             for tensor, version in zip(known, versions, strict=True):
                 for name in self.producers(tensor):
                     self.used_by_relu.setdefault(name, []).append(_is_relu(func, args, kwargs))

@@ -69,7 +69,7 @@ class RunData:
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) of the model's input."""
+        """Height and width of the model's input in pixels."""
         _, height, width = self.manifest["input"]
         return height, width
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError, named
 from unitvis.network.receptive_fields.layer_maps import (
-    batch_statistics_hint,
+    acts_as_in_training,
     checked_layers,
     inference_copy,
     input_shape,
     layer_maps,
-    uses_batch_statistics,
+    training_mode_hint,
 )
 from unitvis.network.receptive_fields.probe import probe_receptive_fields
 from unitvis.network.receptive_fields.reach import EMPTY, Reach, collapse
@@ -50,13 +50,13 @@ def receptive_fields(model: nn.Module, layers: Sequence[str], input_size: InputS
     # A batch of two shows operators that mix images.
     images = torch.zeros((2, *shape), dtype=like.dtype, device=like.device)
     for module in copied.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not uses_batch_statistics(module):
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not acts_as_in_training(module):
             module.forward = torch.clone  # also elementwise; tracing BatchNorm's own code takes most of the time
     try:
         graph = trace(lambda x: layer_maps(copied, layers, x), images)
         outputs = reaches(graph)
     except MixedError as error:
-        raise UnitvisError(f"{error}{batch_statistics_hint(copied)}") from None
+        raise UnitvisError(f"{error}{training_mode_hint(copied)}") from None
     except UnitvisError:
         raise
     except Unsupported as error:

@@ -14,7 +14,7 @@ from unitvis.network.receptive_fields.receptive_field import InputSize
 
 
 def input_shape(input_size: InputSize) -> tuple[int, int, int]:
-    """(channels, height, width) of an input size; without channels it has 3. Raises UnitvisError for other sizes."""
+    """Convert an input size to (channels, height, width), 3 channels if none are given; UnitvisError for any other."""
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     channels, height, width = size if len(size) == 3 else (3, *size[:1], *size[-1:])
     if len(size) not in (2, 3) or min(channels, height, width) < 1:
@@ -91,12 +91,12 @@ def layer_maps(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[
     return maps
 
 
-def uses_batch_statistics(module: nn.Module) -> bool:
-    """True for a module that eval mode leaves in training mode, or a BatchNorm without running statistics."""
+def acts_as_in_training(module: nn.Module) -> bool:
+    """True for a module that `eval()` leaves in training mode, and for a BatchNorm without running statistics."""
     return module.training or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None)
 
 
-def batch_statistics_hint(model: nn.Module) -> str:
-    """The end of an error message: up to five modules for which `uses_batch_statistics` holds; empty without any."""
-    names = [name for name, module in model.named_modules() if uses_batch_statistics(module)]
+def training_mode_hint(model: nn.Module) -> str:
+    """Name, for an error message, up to five modules for which `acts_as_in_training` holds; empty without any."""
+    names = [name for name, module in model.named_modules() if acts_as_in_training(module)]
     return f" (in training mode or without running statistics: {', '.join(names[:5])})" if names else ""

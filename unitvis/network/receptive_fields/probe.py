@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError, named
 from unitvis.network.receptive_fields.layer_maps import (
-    batch_statistics_hint,
     checked_layers,
     inference_copy,
     input_shape,
     layer_maps,
+    training_mode_hint,
 )
 from unitvis.network.receptive_fields.reach import collapse
 from unitvis.network.receptive_fields.receptive_field import InputSize, ReceptiveField
@@ -42,8 +42,7 @@ def probe_receptive_fields(
             for layer, maps in layer_maps(model, layers, torch.stack([image, -image])).items():
                 if not torch.allclose(maps[:1], alone[layer], rtol=1e-6, atol=1e-9, equal_nan=True):
                     raise UnitvisError(
-                        f"layer {layer!r} depends on chance or on other images of its batch"
-                        f"{batch_statistics_hint(model)}"
+                        f"layer {layer!r} depends on chance or on other images of its batch{training_mode_hint(model)}"
                     )
             for axis in (1, 2):
                 for start in range(0, shape[axis], LINES_PER_PASS):

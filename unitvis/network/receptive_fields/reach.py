@@ -30,7 +30,7 @@ class Reach:
     bounds: Tensor
     axis: int  # the input axis: 0 images, -2 rows, -1 columns
     extent: int  # input positions along that axis
-    step: float  # input positions from one element to the next along that axis, as strides have made it so far
+    step: float  # input positions from one element to the next along that axis: the product of the strides
 
     @property
     def ndim(self) -> int:

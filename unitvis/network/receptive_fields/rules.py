@@ -316,7 +316,7 @@ def _convolution(call: Call) -> Reach:
         positions = window(call.shape[dim], weight.shape[dim], stride, padding, dilation)
         reach = windowed(reach, dim, image.shape[dim], positions, 1 / stride if call.args["transposed"] else stride)
     reaches = [reach]
-    for operand in (weight, bias):  # filters computed from the image: each output channel depends on all of its own
+    for operand in (weight, bias):  # filters computed from the image: each output channel depends on all its weights
         if operand is not None and operand.reach is not None:
             per_channel = reduced(operand.reach, range(1, len(operand.shape)), keepdim=False)
             reaches.append(replace(per_channel, bounds=per_channel.bounds.reshape(4, 1, -1, *[1] * ndim)))
