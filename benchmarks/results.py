@@ -101,8 +101,8 @@ def render(files: Iterable[Path]) -> str:
     """What was timed on each machine, as Markdown tables, from results files."""
     loaded = [json.loads(path.read_text()) for path in files]
     text = [
-        f"Images per second; in brackets, unitvis's rate divided by that one. Where {BARE_FORWARD} and {DEVICE_HOOK} were also "
-        f"compiled or captured, the fastest form counts.",
+        f"Images per second; in brackets, unitvis's rate divided by that one. Where {BARE_FORWARD} and {DEVICE_HOOK} "
+        f"were also compiled or captured, the fastest form counts.",
         "",
     ]
     for one in loaded:

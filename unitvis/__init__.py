@@ -4,7 +4,8 @@ from unitvis.attribution.deconvnet import Projection, project
 from unitvis.attribution.responses import ResponseMap, response_map
 from unitvis.errors import ImageError, Interrupted, UnitvisError
 from unitvis.gallery import gallery
-from unitvis.network.receptive_fields.fields import ReceptiveField, receptive_field
+from unitvis.network.receptive_fields.fields import receptive_field
+from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.ranking.recorder import Recorder
 from unitvis.run import LayerTop, Run, load
 from unitvis.scanning.merge import merge

@@ -1,4 +1,4 @@
-"""Results that draw themselves: a run, its layers, their units."""
+"""Runs, their layers and their units, with methods that draw them and representations for notebooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from unitvis.drawing import sheets
-from unitvis.drawing.notebook import PATCH, layer_html, png, run_html
+from unitvis.drawing.notebook import PATCH_SIZE, layer_html, png, run_html
 from unitvis.errors import UnitvisError, check_unit
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
@@ -25,10 +25,10 @@ from unitvis.state.partial import Partial
 class LayerTop(LayerArrays):
     """The top-k of one layer's units; `top[12]` is one unit."""
 
-    run: Run | None = field(default=None, repr=False, compare=False)  # that it belongs to
+    run: Run | None = field(default=None, repr=False, compare=False)  # the run it is part of; gives the images to draw
 
     def __getitem__(self, unit: int) -> Unit:
-        """One unit, which shows itself in a notebook."""
+        """Return one unit; a notebook shows it as its tile."""
         check_unit(self.name, unit, len(self))
         return Unit(self, int(unit))
 
@@ -48,31 +48,31 @@ class Unit:
 
     @property
     def values(self) -> NDArray[np.float32]:
-        """[k], descending; NaN where blank."""
+        """float32 [k], descending; NaN where blank."""
         return self.layer.values[self.number]
 
     @property
     def images(self) -> NDArray[np.int64]:
-        """[k]; -1 where blank."""
+        """int64 [k], image ids; -1 where blank."""
         return self.layer.images[self.number]
 
     @property
     def positions(self) -> NDArray[np.int32]:
-        """[k, 2]: row, column; -1 where blank."""
+        """int32 [k, 2]: row, column; -1 where blank."""
         return self.layer.positions[self.number]
 
     @property
     def boxes(self) -> NDArray[np.int32]:
-        """[k, 4]: left, top, right, bottom in model-input pixels; 0 where blank."""
+        """int32 [k, 4]: left, top, right, bottom in model-input pixels; 0 where blank."""
         return self.layer.boxes[self.number]
 
     @property
     def status(self) -> str:
-        """separated, tied or unseparated."""
+        """The unit's status: "separated", "tied" or "unseparated"."""
         return str(self.layer.status[self.number])
 
     def tile(self, *, crop: str | None = None, size: int = 96) -> Image.Image:
-        """The unit's patches, strongest first; `size` is one patch's."""
+        """Draw the unit's patches as a 3x3 tile, strongest first. crop, size: see `Run.patch`."""
         if self.layer.run is None:
             raise UnitvisError(f"layer {self.layer.name!r} belongs to no run, so there are no images to cut from")
         return self.layer.run.tile(self.layer.name, self.number, crop=crop, size=size)
@@ -83,8 +83,8 @@ class Unit:
 
     def _repr_png_(self) -> bytes | None:
         try:
-            return png(self.tile(size=PATCH))
-        except UnitvisError:  # its images cannot be read: the words have to do
+            return png(self.tile(size=PATCH_SIZE))
+        except UnitvisError:  # the images cannot be read; the notebook shows the text
             return None
 
 
@@ -106,7 +106,7 @@ class Run(RunData):
 
     @classmethod
     def of(cls, data: RunData) -> Self:
-        """What was read, as a run that draws itself."""
+        """Make a run of data that was read from a folder."""
         run = cls(data.tops, data.manifest, data.records, data._source, data.partial)
         run.folder = data.folder
         return run
@@ -120,25 +120,29 @@ class Run(RunData):
         return self.tops[layer]
 
     def patch(self, layer: str, unit: int, rank: int, *, crop: str | None = None, size: int = 96) -> Image.Image:
-        """One winner's patch, `size` pixels high and wide. crop: rf, effective or image; None: as the sheet does."""
+        """Cut the patch of one winner. size: its width and height in pixels.
+
+        crop: "rf" (receptive field), "effective" (effective box) or "image"; None: the layer's default, "rf" while the
+        receptive field is at most half as wide and high as the image, else "effective".
+        """
         return sheets.patch(self, layer, unit, rank, crop=crop, size=size)
 
     def tile(self, layer: str, unit: int, *, crop: str | None = None, size: int = 96) -> Image.Image:
-        """A unit's patches as a 3x3 tile, strongest first; `size` is one patch's."""
+        """Draw a unit's patches as a 3x3 tile, strongest first. crop, size: see `patch`."""
         return sheets.tile(self, layer, unit, crop=crop, size=size)
 
     def sheet(
         self, layer: str, units: Sequence[int] | None = None, *, crop: str | None = None, size: int | None = None
     ) -> Image.Image:
-        """A page of tiles with unit numbers and values; all units by default."""
+        """Draw a page of tiles with unit numbers and largest values. units: None: all. crop, size: see `patch`."""
         return sheets.sheet(self, layer, units, crop=crop, size=size)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the run into a folder: a new one, or (with `overwrite`) one that holds a run already."""
+        """Write the run into a folder: a new or empty one, or with `overwrite` one that holds a run; returns it."""
         return self.write(check_output(path, overwrite=overwrite))
 
     def write(self, folder: Path) -> Path:
-        """Write the run into a folder that `check_output` gave; see `results.folder`."""
+        """Write the run into a folder that `check_output` returned; see `results.folder`."""
         return write_run(self, folder)
 
     def _repr_html_(self) -> str:
@@ -154,5 +158,5 @@ class Run(RunData):
 
 
 def load(path: str | Path, images: object = None) -> Run:
-    """Read a run folder. `images`: the images that were scanned, where the manifest's own path no longer holds."""
+    """Read a run folder. images: the images that were scanned, if they are no longer at the manifest's path."""
     return Run.of(read_run(path, images))

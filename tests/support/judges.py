@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from unitvis.errors import UnitvisError
 from unitvis.network.forward import as_map
-from unitvis.network.receptive_fields.fields import ReceptiveField, receptive_fields
+from unitvis.network.receptive_fields.fields import receptive_fields
+from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 
 
 def responses(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

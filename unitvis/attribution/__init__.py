@@ -1,1 +1,1 @@
-"""Which pixels a response comes from: effective boxes, deconvnet projections, response maps, first-layer filters."""
+"""Attribution of responses to pixels: deconvnet projections, response maps, effective boxes, first-layer filters."""

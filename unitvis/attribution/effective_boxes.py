@@ -1,4 +1,4 @@
-"""Effective boxes: how much of its receptive field a layer really uses."""
+"""Effective boxes: the part of their receptive field that a layer's neurons depend on most."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from unitvis.network.network import Network
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 
-MAX_WINNERS = 8  # of a layer, whose gradients give its effective box; their activations are all held at once
-GRADIENT_SHARE = 0.9  # of the squared gradient, that the effective box holds
+MAX_WINNERS = 8  # winners of a layer whose gradients are averaged; all their activations are in memory at once
+GRADIENT_SHARE = 0.9  # share of the squared gradient inside the effective box
 
 
 def effective_boxes(model: nn.Module, run: RunData, device: torch.device | str | None = None) -> dict[str, int | None]:
-    """Each layer's effective box: the side, in model-input pixels, of the smallest square centred on the neuron that
-    holds 90% of the squared input gradient, averaged over a sample of the layer's winners that a hash chooses.
+    """Compute each layer's effective box (after the effective receptive field of Luo et al. 2016, section 2).
 
-    None for a layer none of whose winners has a gradient. (Luo et al. 2016, section 2: the effective receptive field.)
+    Returns the side, in model-input pixels, of the smallest square centred on the neuron that holds 90% of the squared
+    input gradient, averaged over a sample of the layer's winners chosen by hash; None for a layer without gradients.
     """
-    chosen = {name: _sample(top) for name, top in run.tops.items()}
+    chosen = {name: _sampled_winners(top) for name, top in run.tops.items()}
     ids = sorted({image for winners in chosen.values() for image, _, _ in winners})
     network = Network(model, device=device, transform=run.source.transform)
     images: dict[int, Tensor] = {}
@@ -40,23 +40,23 @@ def effective_boxes(model: nn.Module, run: RunData, device: torch.device | str |
                 pixels = network.normalise(torch.stack([images[image] for image, _, _ in winners]))
                 try:
                     squares = _squared_gradients(network, name, pixels, [neuron for _, neuron, _ in winners])
-                except (RuntimeError, UnitvisError) as error:  # it is only for drawing
+                except (RuntimeError, UnitvisError) as error:  # no reason to stop: only drawings use the box
                     warnings.warn(f"layer {name!r} has no effective box, for want of gradients ({first_line(error)})")
                     continue
-                sides[name] = _side(squares, np.array([centre for *_, centre in winners]))
+                sides[name] = _effective_side(squares, np.array([centre for *_, centre in winners]))
     return sides
 
 
-def _sample(top: LayerArrays) -> list[tuple[int, tuple[int, int, int], tuple[float, float]]]:
-    """(image, neuron, centre of its box) of the winners with the smallest hash of image and unit."""
+def _sampled_winners(top: LayerArrays) -> list[tuple[int, tuple[int, int, int], tuple[float, float]]]:
+    """Choose the winners with the smallest hashes of image and unit: (image, neuron, centre (x, y) of its box)."""
     units, ranks = np.nonzero(top.fired)
     with np.errstate(over="ignore"):
         mixed = top.images[units, ranks].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + units.astype(np.uint64)
         mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
     per_channel = top.info["height"] * top.info["width"] if top.info["unit"] == "neuron" else 1
     sample = []
-    for place in np.argsort(mixed ^ (mixed >> np.uint64(29)), kind="stable")[:MAX_WINNERS]:
-        unit, rank = units[place], ranks[place]
+    for index in np.argsort(mixed ^ (mixed >> np.uint64(29)), kind="stable")[:MAX_WINNERS]:
+        unit, rank = units[index], ranks[index]
         row, column = top.positions[unit, rank].tolist()
         left, upper, right, lower = top.boxes[unit, rank].tolist()
         centre = ((left + right) / 2, (upper + lower) / 2)
@@ -67,7 +67,7 @@ def _sample(top: LayerArrays) -> list[tuple[int, tuple[int, int, int], tuple[flo
 def _squared_gradients(
     network: Network, layer: str, images: Tensor, neurons: list[tuple[int, int, int]]
 ) -> NDArray[np.float64]:
-    """[n, H, W]: the squared gradient of one neuron's response to each image, summed over the colours."""
+    """Squared gradients of one neuron's response to each image [n, C, H, W], summed over the colours: [n, H, W]."""
     pixels = images.contiguous(memory_format=torch.channels_last).requires_grad_()
     responses: list[Tensor] = []
 
@@ -84,17 +84,20 @@ def _squared_gradients(
     return gradient.double().square().sum(dim=1).cpu().numpy()
 
 
-def _side(squares: NDArray[np.float64], centres: NDArray[np.float64]) -> int | None:
-    """The side of the square about centres [n, 2] (x, y) that holds the share of squares [n, H, W], on average."""
+def _effective_side(squares: NDArray[np.float64], centres: NDArray[np.float64]) -> int | None:
+    """The side of the square that holds `GRADIENT_SHARE` of squared gradients [n, H, W] on average; None without any.
+
+    centres: (x, y) of each square, [n, 2].
+    """
     total = squares.sum(axis=(1, 2))
-    alive = (total > 0) & np.isfinite(total)
-    if not alive.any():
+    usable = (total > 0) & np.isfinite(total)
+    if not usable.any():
         return None
     height, width = squares.shape[1:]
     sides = []  # [n, H, W]: the side of the smallest centred square that contains each pixel
-    for x, y in centres[alive]:
-        across, down = abs(np.arange(width) + 0.5 - x), abs(np.arange(height) + 0.5 - y)
-        sides.append(np.rint(2 * np.maximum(across[None, :], down[:, None]) + 1).astype(int))
-    shares = (squares / np.where(alive, total, 1)[:, None, None])[alive] / alive.sum()
-    held = np.bincount(np.ravel(sides), weights=shares.ravel()).cumsum()
-    return int(np.searchsorted(held, GRADIENT_SHARE))
+    for x, y in centres[usable]:
+        dx, dy = abs(np.arange(width) + 0.5 - x), abs(np.arange(height) + 0.5 - y)
+        sides.append(np.rint(2 * np.maximum(dx[None, :], dy[:, None]) + 1).astype(int))
+    shares = (squares / np.where(usable, total, 1)[:, None, None])[usable] / usable.sum()
+    share_inside = np.bincount(np.ravel(sides), weights=shares.ravel()).cumsum()  # by the side of the square
+    return int(np.searchsorted(share_inside, GRADIENT_SHARE))

@@ -1,4 +1,4 @@
-"""The weights of the first convolution, which can be looked at because they lie over pixels."""
+"""First-layer filters: the weights of the first convolution, which can be drawn because its inputs are pixels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from unitvis.results.data import RunData
 
 
 def first_filters(model: nn.Module, run: RunData) -> dict[str, NDArray[np.float32]]:
-    """{layer: [channels, C, h, w]} of the run's layer that is the first convolution to run, or the BatchNorm after it.
+    """Get the filters {layer: [channels, C, h, w]} of the first convolution that runs.
 
-    Empty where that convolution is no layer of the run, takes more than an image's channels, or is 1x1. A BatchNorm
-    whose weight is negative turns its filter's sign, as it turns the response's.
+    layer: that convolution or the BatchNorm that follows it, whichever the run has. A channel with a negative BatchNorm
+    weight has the sign of its filter changed, as that of its response. Empty where the run has neither, and for a
+    convolution that is grouped, is 1x1, or has other input channels than the image.
     """
     channels = run.manifest["input"][0]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -29,9 +30,9 @@ def first_filters(model: nn.Module, run: RunData) -> dict[str, NDArray[np.float3
     if convolution.in_channels != channels or convolution.groups != 1 or max(convolution.kernel_size) == 1:
         return {}
     weights = convolution.weight.detach().float()
-    norm = examination.normalised().get(first)
+    norm = examination.following_batch_norms().get(first)
     scale = examination.modules[norm].weight if norm else None
-    turned = weights * scale.detach().sign().view(-1, 1, 1, 1) if isinstance(scale, Tensor) else weights
+    scaled = weights * scale.detach().sign().view(-1, 1, 1, 1) if isinstance(scale, Tensor) else weights
     return {
-        name: filters.cpu().numpy() for name, filters in ((first, weights), (norm, turned)) if name in run.tops and name
+        name: filters.cpu().numpy() for name, filters in ((first, weights), (norm, scaled)) if name in run.tops and name
     }

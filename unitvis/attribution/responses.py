@@ -1,4 +1,4 @@
-"""Response maps: what a unit answers at every place of an image."""
+"""Response maps: the responses of a unit at every position of an image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import unitvis_kernels as uk
 from unitvis import models
 from unitvis.drawing.colours import heat, heat_levels
 from unitvis.drawing.notebook import png
-from unitvis.drawing.patches import Box, whole
+from unitvis.drawing.patches import Box, whole_input
 from unitvis.errors import check_unit
 from unitvis.network.network import Network
 from unitvis.network.receptive_fields.fields import receptive_field
@@ -33,15 +33,16 @@ class ResponseMap:
     layer: str
     unit: int
     map: NDArray[np.float32]  # [H, W]
-    value: float  # the largest
-    position: tuple[int, int]  # where: row, column; of equal values the first
-    box: Box  # what the neuron there sees, in model-input pixels
-    area: Area  # what the map covers when each of its cells lies about the centre of what its neuron sees
-    image: Image.Image  # what the model sees, cut from the original
+    value: float  # the largest response
+    position: tuple[int, int]  # row and column of the largest response; of equal ones the first
+    box: Box  # the receptive field of the neuron there, in model-input pixels
+    area: Area  # the part of the input that the map lies over when it is drawn, see `map_area`
+    image: Image.Image  # the model's input, cut from the original picture
 
     def overlay(self, size: int = 448) -> Image.Image:
-        """The image, `size` pixels on its longer side, with the map over it: clear where the response is at most 0,
-        yellow where it is largest; a cell is one neuron.
+        """Draw the map over the image, `size` pixels on its longer side; each cell is one neuron.
+
+        Clear where the response is at most 0, yellow where it is largest.
         """
         scale = size / max(self.image.size)
         page = self.image.resize((round(self.image.width * scale), round(self.image.height * scale)))
@@ -49,7 +50,7 @@ class ResponseMap:
         left, upper, right, lower = (side * page.width / self.image.width for side in self.area)
         x = np.clip(np.floor((np.arange(page.width) + 0.5 - left) / (right - left) * width), -1, width).astype(int)
         y = np.clip(np.floor((np.arange(page.height) + 0.5 - upper) / (lower - upper) * height), -1, height).astype(int)
-        levels = np.pad(heat_levels(self.map), 1)[np.ix_(y + 1, x + 1)]  # 0 all round
+        levels = np.pad(heat_levels(self.map), 1)[np.ix_(y + 1, x + 1)]  # a border of 0 for pixels outside the map
         return Image.alpha_composite(page.convert("RGBA"), heat(levels).convert("RGBA")).convert("RGB")
 
     def _repr_png_(self) -> bytes:
@@ -65,11 +66,11 @@ def response_map(
     transform: Transform | None = None,
     device: torch.device | str | None = None,
 ) -> ResponseMap:
-    """The responses of one channel of a layer to one image, the same bits that `scan` ranks.
+    """Compute the responses of one channel of a layer to one image, bit for bit those that `scan` ranks.
 
-    image: the path of a file, a PIL image, uint8 [H, W, 3] or a normalised float tensor [C, H, W]. transform: how a
-    picture becomes the model's input; None is that of a model given by name. Raises UnitvisError for a layer or unit
-    that is not there.
+    image: the path of a file, a PIL image, uint8 [H, W, 3] or a normalised float tensor [C, H, W]. transform: turns a
+    picture into the model's input; None: that of a model given by name. Raises UnitvisError for a layer or unit that
+    does not exist.
     """
     if isinstance(model, str):
         model = models.load(model)
@@ -86,19 +87,19 @@ def response_map(
         canonical.maps(pixels, lambda _, found: maps.append(found.clone()))
     channels, _, width = maps[0].shape[1:]
     check_unit(layer, unit, channels)
-    value, place = (part[0, unit].item() for part in uk.unpack(uk.spatial_argmax(maps[0])))
-    row, column = divmod(int(place), width)
+    value, flat = (tensor[0, unit].item() for tensor in uk.unpack(uk.spatial_argmax(maps[0])))
+    row, column = divmod(int(flat), width)
     left, upper, right, lower = field.boxes(unit, row, column)[0].tolist()
     size = field.input_size
-    shown = whole(*source.picture(0, source.value_range([0])), size, max(size))
+    shown = whole_input(*source.picture(0, source.value_range([0])), size, max(size))
     first = field.boxes(unit, 0, 0)[0].tolist()
-    area = covered(field.stride, field.whole_image, first, (0, 0), field.map_size, size)
+    area = map_area(field.stride, field.whole_image, first, (0, 0), field.map_size, size)
     return ResponseMap(
         layer, unit, maps[0][0, unit].cpu().numpy(), value, (row, column), (left, upper, right, lower), area, shown
     )
 
 
-def covered(
+def map_area(
     stride: Sequence[float] | None,
     whole_image: bool,
     box: Sequence[int],
@@ -106,8 +107,10 @@ def covered(
     map_size: tuple[int, int],
     input_size: tuple[int, int],
 ) -> Area:
-    """What a map covers if each of its cells lies about the centre of its neuron's box, as wide as the stride; the
-    whole image where that is not known. box: of the neuron at `position`. Pairs are (height, width) or (row, column).
+    """The part of the input that a map lies over, with cells as large as the stride, centred on their neurons' boxes.
+
+    The whole image where there is no stride, or every neuron depends on all of it. box: that of the neuron at
+    `position`. Pairs are (height, width) or (row, column).
     """
     if stride is None or whole_image:
         return 0.0, 0.0, float(input_size[1]), float(input_size[0])

@@ -18,7 +18,7 @@ from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run,
 from unitvis.drawing import sheets
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import replacing
-from unitvis.gallery import MOST_UNITS, gallery
+from unitvis.gallery import MAX_UNITS, gallery
 from unitvis.gallery.figures import DPI, figure
 from unitvis.network.network import Network
 from unitvis.run import Run, load
@@ -158,7 +158,7 @@ def _render_into(
     units, drawn = sum(len(top) for top in run.tops.values()), None
     try:
         written = sheets.render(run, folder, crop=crop)
-        if units <= MOST_UNITS:
+        if units <= MAX_UNITS:
             drawn = gallery(run, folder, model, project=project, crop=crop, device=device)
     except OSError as error:
         raise UnitvisError(

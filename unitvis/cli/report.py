@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unitvis.gallery import MOST_UNITS
+from unitvis.gallery import MAX_UNITS
 from unitvis.network.network import Network
 from unitvis.results.nonfinite import odd_responses
 from unitvis.run import Run
@@ -75,7 +75,7 @@ def print_drawn(sheets: Sequence[Path], page: Path | None, units: int) -> None:
     """Print where the sheets and the gallery are; page: the gallery's first page, None if it was not drawn."""
     print(f"{len(sheets)} sheets in {sheets[0].parent}")
     if page is None:
-        print(f"no gallery: {units:,} units are too many ({MOST_UNITS:,} at most)")
+        print(f"no gallery: {units:,} units are too many ({MAX_UNITS:,} at most)")
     else:
         print(f"gallery: open {page} in a browser")
 

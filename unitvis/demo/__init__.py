@@ -1,1 +1,1 @@
-"""What `unitvis demo` scans, offline: generated pictures and a small trained network."""
+"""The demo, which needs no network connection: generated pictures and a small trained network to scan them."""

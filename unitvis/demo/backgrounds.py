@@ -1,4 +1,4 @@
-"""Backgrounds that look like places and materials. None of them knows the class of what is drawn on it."""
+"""Backgrounds that look like scenes and materials, independent of the class of the objects drawn on them."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from unitvis.demo.fields import PIXEL, Field, Light, R, Rng, X, Y, noise, pick, step, stretch
+from unitvis.demo.fields import PIXEL, Field, Light, R, Rng, X, Y, noise, pick, smoothstep, stretch
 
 Rgb = NDArray[np.floating[Any]]  # [3, R, R] within 0..1
 Colour = tuple[float, float, float]
 
-# Dark, middle and light colours of places; every channel is jittered, and a fifth of the pictures take any colours.
-_PLACES: tuple[tuple[Colour, Colour, Colour], ...] = (
+# Dark, middle and light colours of scenes; every channel is jittered, and a fifth of the pictures have random colours.
+_SCENES: tuple[tuple[Colour, Colour, Colour], ...] = (
     ((0.10, 0.22, 0.42), (0.35, 0.58, 0.83), (0.92, 0.94, 0.97)),  # clear sky
     ((0.22, 0.12, 0.26), (0.83, 0.42, 0.28), (0.98, 0.82, 0.52)),  # sunset
     ((0.05, 0.12, 0.05), (0.25, 0.42, 0.14), (0.65, 0.73, 0.33)),  # leaves
@@ -28,58 +28,60 @@ _PLACES: tuple[tuple[Colour, Colour, Colour], ...] = (
 )
 
 
-_RAMP = np.linspace(0, 1, 256)
+_TABLE_POSITIONS = np.linspace(0, 1, 256)  # of the entries of a colour table
 
 
 def ramp(colours: Rgb, t: Field) -> Rgb:
-    """Colours [n, 3] interpolated at t, 0 being the first and n - 1 the last: [3, R, R]."""
+    """Interpolate colours [n, 3] at t, where 0 is the first and n - 1 the last: [3, R, R]."""
     last = len(colours) - 1
-    table = np.stack([np.interp(_RAMP * last, range(last + 1), c) for c in colours.T]).astype(np.float32)
+    table = np.stack([np.interp(_TABLE_POSITIONS * last, range(last + 1), c) for c in colours.T]).astype(np.float32)
     return np.take(table, np.clip(t * (255 / last), 0, 255).astype(np.uint8), 1)
 
 
-def place_colours(rng: Rng) -> Rgb:
-    """Dark, middle and light: [3, 3]."""
+def scene_colours(rng: Rng) -> Rgb:
+    """Draw the dark, middle and light colour of a scene: [3, 3]."""
     if rng.random() < 0.2:
         colours = np.sort(rng.random((3, 3)), axis=0) * 0.8 + 0.1
     else:
-        colours = np.array(_PLACES[rng.integers(len(_PLACES))]) + rng.normal(0, 0.05, (3, 3))
+        colours = np.array(_SCENES[rng.integers(len(_SCENES))]) + rng.normal(0, 0.05, (3, 3))
     return np.clip(colours, 0.02, 0.98).astype(np.float32)
 
 
 def _direction(rng: Rng) -> tuple[float, float]:
+    """Draw a random unit vector."""
     turn = rng.uniform(0, 2 * math.pi)
     return math.cos(turn), math.sin(turn)
 
 
 def _lit(rgb: Rgb, height: Field, light: Light, gloss: float = 0.3) -> Rgb:
+    """Shade a colour by the light on a height field."""
     diffuse, shine = light.shade(height)
     return rgb * diffuse + gloss * shine
 
 
 def _clouds(rng: Rng, light: Light) -> Rgb:
-    c = place_colours(rng)
+    c = scene_colours(rng)
     t = Y * 0.5 + 0.5 + 0.12 * noise(rng, "smooth", 128, 64)
-    cloud = step(noise(rng, "natural", 128, 72) + rng.uniform(-0.5, 0.4), -0.2, 1.4)
+    cloud = smoothstep(noise(rng, "natural", 128, 72) + rng.uniform(-0.5, 0.4), -0.2, 1.4)
     return ramp(c[:2][:: int(pick(rng, -1, 1))], t) * (1 - cloud) + ramp(c[1:], t + 0.6) * cloud
 
 
 def _hills(rng: Rng, light: Light) -> Rgb:
-    c, ground = place_colours(rng), place_colours(rng)
+    c, ground = scene_colours(rng), scene_colours(rng)
     rgb = ramp(c[[1, 2]], Y * 0.8 + 0.8 + 0.15 * noise(rng, "natural", 128, 50))
     line = rng.uniform(-0.6, -0.1)
     for k in range(rng.integers(2, 5)):
         skyline = line + rng.uniform(0.05, 0.22) * noise(rng, "smooth", int(rng.integers(40, 120)), 1)
         near = min(0.35 + 0.2 * k + rng.uniform(-0.1, 0.1), 1)
         land = ramp(ground, 0.9 + 0.35 * noise(rng, "rough") + 0.25 * noise(rng, "natural") - 0.25 * Y)
-        a = step(Y - skyline, -PIXEL, PIXEL)
+        a = smoothstep(Y - skyline, -PIXEL, PIXEL)
         rgb = rgb * (1 - a) + a * (land * near + (1 - near) * c[2][:, None, None])
         line += rng.uniform(0.25, 0.5)
     return rgb
 
 
 def _sand(rng: Rng, light: Light) -> Rgb:
-    c = place_colours(rng)
+    c = scene_colours(rng)
     n = noise(rng, "smooth")
     dx, dy = _direction(rng)
     ripple = np.sin((X * dx + Y * dy) * rng.uniform(9, 16) + 2.6 * n)
@@ -88,8 +90,8 @@ def _sand(rng: Rng, light: Light) -> Rgb:
 
 
 def _grain(rng: Rng, light: Light) -> Rgb:
-    """Wood, bark, brushed metal, grass: noise drawn out in one direction."""
-    c = place_colours(rng)
+    """Wood, bark, brushed metal, grass: noise stretched in one direction."""
+    c = scene_colours(rng)
     thin = int(rng.integers(6, 22))
     n = 0.6 * noise(rng, "natural", R, thin) + 0.5 * noise(rng, "rough", R, thin * 2) + 0.4 * noise(rng, "smooth")
     if rng.random() < 0.5:
@@ -98,27 +100,27 @@ def _grain(rng: Rng, light: Light) -> Rgb:
 
 
 def _rock(rng: Rng, light: Light) -> Rgb:
-    c = place_colours(rng)
+    c = scene_colours(rng)
     n, m = noise(rng), noise(rng)
     height = rng.uniform(0.05, 0.09) * n - 0.08 * np.exp(-10 * np.abs(m)) + rng.uniform(0, 0.006) * noise(rng, "rough")
     return _lit(ramp(c, 1 + 0.3 * n - 0.5 * np.exp(-14 * np.abs(m))), height, light, 0.1)
 
 
 def _water(rng: Rng, light: Light) -> Rgb:
-    c = place_colours(rng)
+    c = scene_colours(rng)
     n = 0.7 * noise(rng, "natural", 90, 128) + 0.5 * noise(rng, "smooth", 50, 128)
     return _lit(ramp(c, 0.8 + 0.25 * n + 0.4 * Y), 0.045 * n, light, 0.9)
 
 
 def _plaster(rng: Rng, light: Light) -> Rgb:
-    c = place_colours(rng)
+    c = scene_colours(rng)
     dx, dy = _direction(rng)
     t = 1 + 0.6 * (X * dx + Y * dy) + 0.18 * noise(rng)
     return _lit(ramp(c, t), rng.uniform(0, 0.006) * noise(rng, "rough"), light, 0.05)
 
 
 def _marble(rng: Rng, light: Light) -> Rgb:
-    c = place_colours(rng)
+    c = scene_colours(rng)
     n = noise(rng, "smooth")
     vein = np.abs(noise(rng) + 0.7 * n)
     return ramp(c, 1.9 - 1.3 * np.exp(-5 * vein) - 0.3 * np.abs(n))
@@ -126,14 +128,14 @@ def _marble(rng: Rng, light: Light) -> Rgb:
 
 def _velvet(rng: Rng, light: Light) -> Rgb:
     """Folded cloth."""
-    c = place_colours(rng)
+    c = scene_colours(rng)
     n = noise(rng, "smooth", int(rng.integers(40, 128)), int(rng.integers(40, 128)))
     return _lit(ramp(c, 1 + 0.35 * n + 0.1 * noise(rng, "rough")), 0.22 * n, light, 0.15)
 
 
 def _strokes(rng: Rng, light: Light) -> Rgb:
     """Foliage, grass, straw, pebbles: many small shaded pieces, some out of focus."""
-    c = place_colours(rng)
+    c = scene_colours(rng)
     side = R + 16
     image = Image.new("RGB", (side, side), tuple(int(255 * v * 0.6) for v in c[0]))
     pen = ImageDraw.Draw(image)
@@ -154,20 +156,20 @@ def _strokes(rng: Rng, light: Light) -> Rgb:
 
 
 def _bokeh(rng: Rng, light: Light) -> Rgb:
-    """Far lights out of focus."""
-    c = place_colours(rng)
+    """Distant lights out of focus."""
+    c = scene_colours(rng)
     rgb = ramp(c, 0.5 + 0.3 * Y + 0.35 * noise(rng, "smooth"))
     for _ in range(rng.integers(4, 10)):
         x, y, radius = rng.uniform(-1.1, 1.1), rng.uniform(-1.1, 1.1), rng.uniform(0.08, 0.35)
         soft = rng.uniform(0.03, 0.12)
-        disc = step(radius - np.hypot(X - x, Y - y), -soft, soft)
+        disc = smoothstep(radius - np.hypot(X - x, Y - y), -soft, soft)
         rgb = rgb + disc * rng.uniform(0.1, 0.4) * (c[rng.integers(1, 3)][:, None, None] - 0.3 * rgb)
     return rgb
 
 
 def _blurred(rng: Rng, light: Light) -> Rgb:
-    """Something far away: coarse colour noise in three channels."""
-    c = place_colours(rng)
+    """Distant scenery out of focus: coarse noise in three colour channels."""
+    c = scene_colours(rng)
     size = int(rng.integers(4, 9))
     far = np.stack([stretch(coarse) for coarse in rng.random((3, size, size), np.float32)])
     return ramp(c, 0.6 + 0.9 * far.mean(0)) + 0.35 * (far - 0.5)
@@ -179,5 +181,5 @@ _KINDS: tuple[Callable[[Rng, Light], Rgb], ...] = (
 
 
 def background(rng: Rng, light: Light) -> Rgb:
-    """One of the kinds, with its own colours: [3, R, R]."""
+    """Draw a background of a random kind and colours: [3, R, R], 0 to 1."""
     return np.clip(_KINDS[rng.integers(len(_KINDS))](rng, light), 0, 1)

@@ -1,4 +1,4 @@
-"""unitvis demo: draw pictures, scan them, check every unit against brute force, and show the result. Offline."""
+"""The command `unitvis demo`: generate pictures, scan them, compare every unit with brute force, draw the result."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from unitvis.run import Run
 from unitvis.scanning.scan import scan
 from unitvis.sources.transform import Transform
 
-COUNT, SEED = 4096, 2024
+PICTURES, SEED = 4096, 2024  # number of pictures, and the seed of their series
 TRANSFORM = Transform(mean=network.MEAN, std=network.STD)
 
 
 def demo(
-    out: Path, *, count: int = COUNT, overwrite: bool = False, project: bool = False, workers: int | None = None
+    out: Path, *, count: int = PICTURES, overwrite: bool = False, project: bool = False, workers: int | None = None
 ) -> str:
-    """Write a run of the embedded network on `count` drawn pictures into `out`, and say in one line how it went.
+    """Scan `count` generated pictures with the embedded network and draw the run in the folder `out`.
 
-    The naive hook is compared with the scan's pass over the pictures; the preparation, once a model, has no like in it.
+    Returns one line with the time, the comparison with brute force, and the naive hook's time divided by the scan's;
+    the latter without the preparation that each model needs once.
     """
     folder = check_output(out, overwrite=overwrite)
     model = network.load()
     drawn, labels = pictures(count, SEED, workers)
-    file = folder / "pictures.npy"  # a run's pictures must be found again, to draw them and to verify it
-    with replacing(file) as part, open(part, "wb") as stream:
+    file = folder / "pictures.npy"  # kept, because drawing and verifying a run read its images again
+    with replacing(file) as target, open(target, "wb") as stream:
         np.save(stream, drawn)
     run = scan(model, file, list(network.LAYERS), transform=TRANSFORM, progress=False)
     run.manifest["model"]["spec"] = f"{network.__name__}:{network.load.__name__}"
@@ -65,10 +66,10 @@ def demo(
 def naive_hook(
     model: nn.Module, transform: Transform, drawn: np.ndarray, layers: list[str]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What one writes first: a hook that copies every map to the host, where numpy finds the largest value.
+    """Compute all responses by the plainest hook: it copies every map to the host, where NumPy finds the maxima.
 
-    {layer: (values, positions)}, each [images, units]: every response, kept. Its compute batches are the canonical
-    ones, so that it can be compared bit for bit.
+    Returns {layer: (values, positions)}, each [images, units]. The compute batches are the canonical ones, so that the
+    values can be compared bit for bit.
     """
     kept: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
 
@@ -90,18 +91,22 @@ def naive_hook(
         for handle in handles:
             handle.remove()
     joined = {
-        layer: tuple(np.concatenate(part)[: len(drawn)] for part in zip(*kept[layer], strict=True)) for layer in layers
+        layer: tuple(np.concatenate(arrays)[: len(drawn)] for arrays in zip(*kept[layer], strict=True))
+        for layer in layers
     }
     return joined  # type: ignore[return-value]
 
 
 def units_equal(run: Run, responses: dict[str, tuple[np.ndarray, np.ndarray]]) -> int:
-    """How many units' winners are brute force's: same images, values and positions, in the same order."""
+    """Count the units with exactly the winners of brute force: the same images, values and positions in this order.
+
+    responses: {layer: (values, positions)} of all images, see `naive_hook`.
+    """
     equal = 0
     for layer, (values, positions) in responses.items():
         top = run[layer]
         k = top.values.shape[1]
-        rows = np.argsort(-values, axis=0, kind="stable")[:k].T  # of equal values the lower image first
+        rows = np.argsort(-values, axis=0, kind="stable")[:k].T  # equal values in the order of their images
         units = np.arange(len(top))[:, None]
         flat = top.positions[..., 0] * top.info["width"] + top.positions[..., 1]
         same = (rows == top.images) & (values[rows, units] == top.values) & (positions[rows, units] == flat)

@@ -1,6 +1,6 @@
-"""Scalar fields that every drawing is made of: noise, planes, anti-aliased edges, light.
+"""Scalar fields, from which the pictures are computed: noise, coordinates, anti-aliased edges, light.
 
-A field is a float32 array [R, R]. Coordinates run from -1 to 1 over the picture, so that no drawing depends on R.
+A field is a float32 array [R, R] over the pixels of a picture. Coordinates run from -1 to 1, whatever R is.
 """
 
 import math
@@ -15,53 +15,54 @@ from PIL import Image, ImageFilter
 Field = NDArray[np.floating[Any]]
 Rng = np.random.Generator
 
-R = 96  # pixels
-PIXEL = 2 / R
+R = 96  # a picture's width and height in pixels
+PIXEL = 2 / R  # size of a pixel in coordinates
 _AXIS = np.linspace(-1 + 1 / R, 1 - 1 / R, R, dtype=np.float32)
 X: Field = np.ascontiguousarray(np.broadcast_to(_AXIS[None], (R, R)))
 Y: Field = np.ascontiguousarray(np.broadcast_to(_AXIS[:, None], (R, R)))
-_BANK, _WIDEST = 256, 128
+_NOISE_PERIOD = 256  # pixels after which the noise repeats
+_MAX_CROP = 128  # pixels of a crop's width and height, at most
 
 
 @cache
 def _noise_bank() -> dict[str, list[Field]]:
-    """Periodic Gaussian noise of three roughnesses, drawn once: a picture takes crops of it."""
+    """Periodic Gaussian noise of three roughnesses, computed once; pictures take crops of it."""
     rng = np.random.default_rng(1311_2901)
-    f = np.hypot(np.fft.fftfreq(_BANK)[:, None], np.fft.rfftfreq(_BANK)[None])
+    f = np.hypot(np.fft.fftfreq(_NOISE_PERIOD)[:, None], np.fft.rfftfreq(_NOISE_PERIOD)[None])
     f[0, 0] = 1
     bank: dict[str, list[Field]] = {}
     for name, power in (("smooth", 2.2), ("natural", 1.5), ("rough", 0.8)):
-        spectrum = np.where(f < 1.5 / _BANK, 0, f**-power)
+        spectrum = np.where(f < 1.5 / _NOISE_PERIOD, 0, f**-power)
         bank[name] = []
         for _ in range(12):
-            field = np.fft.irfft2(spectrum * np.exp(2j * np.pi * rng.random(f.shape)), (_BANK, _BANK))
-            sheet = np.pad((field / field.std()).astype(np.float32), (0, _WIDEST), mode="wrap")
-            bank[name] += [sheet, np.ascontiguousarray(sheet[::-1].T)]
+            field = np.fft.irfft2(spectrum * np.exp(2j * np.pi * rng.random(f.shape)), (_NOISE_PERIOD, _NOISE_PERIOD))
+            padded = np.pad((field / field.std()).astype(np.float32), (0, _MAX_CROP), mode="wrap")
+            bank[name] += [padded, np.ascontiguousarray(padded[::-1].T)]
     return bank
 
 
-def noise(rng: Rng, kind: str = "natural", across: int = R, down: int = R) -> Field:
-    """Zero mean, unit deviation: a random crop of `down` x `across` noise pixels stretched over the picture."""
-    sheets = _noise_bank()[kind]
-    sheet, y, x = rng.random(3).tolist()
-    top, left = int(y * _BANK), int(x * _BANK)
-    crop = sheets[int(sheet * len(sheets))][top : top + down, left : left + across]
+def noise(rng: Rng, kind: str = "natural", width: int = R, height: int = R) -> Field:
+    """A field of noise with zero mean and unit deviation: a random crop of `height` x `width` pixels, stretched."""
+    fields = _noise_bank()[kind]
+    choice, y, x = rng.random(3).tolist()
+    top, left = int(y * _NOISE_PERIOD), int(x * _NOISE_PERIOD)
+    crop = fields[int(choice * len(fields))][top : top + height, left : left + width]
     return crop if crop.shape == (R, R) else stretch(crop)
 
 
 def stretch(field: Field) -> Field:
-    """A small (or large) field resampled to [R, R]."""
+    """Resample an array [h, w] to a field [R, R]."""
     image = Image.fromarray(np.ascontiguousarray(field, np.float32))
     return np.asarray(image.resize((R, R), Image.Resampling.BICUBIC))
 
 
 def pick(rng: Rng, *options: float) -> float:
-    """One of a few numbers, each as likely."""
+    """Draw one of a few numbers with equal probability."""
     return options[int(rng.integers(len(options)))]
 
 
 def shadow(alpha: Field, softness: float, right: float, down: float) -> Field:
-    """The coverage `alpha`, blurred and moved by up to 16; all lengths are in drawn pixels."""
+    """The shadow of a surface with coverage `alpha`: blurred, and moved by up to 16 pixels; lengths are in pixels."""
     small = Image.new("L", (R // 4 + 8, R // 4 + 8))
     small.paste(Image.fromarray((alpha * 255).astype(np.uint8)).reduce(4), (4, 4))
     left, top = 4 - right / 4, 4 - down / 4
@@ -72,48 +73,52 @@ def shadow(alpha: Field, softness: float, right: float, down: float) -> Field:
 
 
 def edge(distance: Field, width: float = PIXEL) -> Field:
-    """IntervalSet of the side where `distance` is positive, anti-aliased over `width`."""
+    """Coverage, 0 to 1, of the side where `distance` is positive, anti-aliased over `width`."""
     return np.clip(distance / width + 0.5, 0, 1)
 
 
-def step(x: Field, low: float, high: float) -> Field:
+def smoothstep(x: Field, low: float, high: float) -> Field:
     """Smoothstep from 0 at `low` to 1 at `high`."""
     t = np.clip((x - low) / (high - low), 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def dome(distance: Field, radius: float) -> Field:
-    """Height of a ball of `radius` at `distance` from its centre, 0 outside."""
+    """Height of a ball of a radius at a distance from its centre; 0 outside."""
     return np.sqrt(np.maximum(radius * radius - distance * distance, 0))
 
 
 def wave(phase: Field) -> Field:
-    """Triangle wave of period 1 in -1..1, 1 at whole phases."""
+    """Triangle wave of period 1 between -1 and 1, which is 1 at integer phases."""
     return 4 * np.abs(phase - np.floor(phase) - 0.5) - 1
 
 
 def scatter(i: Field, j: Field, salt: float) -> Field:
-    """A number in 0..1 for each cell (i, j) of a pattern, the same over the whole cell."""
+    """A pseudo-random number between 0 and 1 for each cell (i, j) of a pattern, constant over the cell."""
     h = np.sin(np.rint(i) * 12.9898 + np.rint(j) * 78.233 + salt) * 437.5
     return h - np.floor(h)
 
 
 @dataclass(frozen=True)
 class Plane:
-    """Local coordinates of something placed in the picture: it fills the disc u^2 + v^2 < 1."""
+    """Local coordinates of an object in the picture, which fills the disc u^2 + v^2 < 1."""
 
     u: Field
     v: Field
-    pixel: float  # size of a drawn pixel in local units
+    pixel: float  # size of a picture's pixel in local units
 
 
 def _rotation(angle: float) -> NDArray[np.float64]:
+    """The matrix [2, 2] of a rotation by an angle in radians."""
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, s], [-s, c]])
 
 
-def place(rng: Rng, x: float, y: float, radius: float) -> Plane:
-    """Centre and radius are given; rotation, squash, perspective and warp are drawn, alike for every class."""
+def random_plane(rng: Rng, x: float, y: float, radius: float) -> Plane:
+    """Make the plane of an object with this centre and radius, with random rotation, squash, perspective and warp.
+
+    The distribution is the same for every class.
+    """
     angle, squash, tilt = rng.uniform(-0.6, 0.6), rng.uniform(0.78, 1), rng.uniform(0, math.pi)
     turn, lean = _rotation(angle), _rotation(tilt)
     matrix = lean.T @ np.diag([1, 1 / squash]) @ lean @ turn / radius
@@ -127,7 +132,7 @@ def place(rng: Rng, x: float, y: float, radius: float) -> Plane:
 
 @dataclass(frozen=True)
 class Light:
-    """One lamp for the whole picture: direction, and how much comes from everywhere."""
+    """The light of a picture: the direction (x, y, z) of one lamp, the share of ambient light, and the gloss."""
 
     x: float
     y: float
@@ -137,13 +142,14 @@ class Light:
 
     @classmethod
     def draw(cls, rng: Rng) -> "Light":
+        """Draw a random light."""
         azimuth, height = rng.uniform(0, 2 * math.pi), rng.uniform(0.45, 1.0)
         flat = math.cos(height)
         x, y = flat * math.cos(azimuth), flat * math.sin(azimuth)
         return cls(x, y, math.sin(height), rng.uniform(0.3, 0.5), rng.uniform(0.1, 0.6))
 
     def shade(self, height: Field) -> tuple[Field, Field]:
-        """Lambert and Phong terms of a height field in picture units, both [R, R]."""
+        """Compute the diffuse (Lambert) and specular (Phong) terms of a height field in coordinates, both [R, R]."""
         nx, ny = np.empty_like(height), np.empty_like(height)
         nx[:, 1:-1] = (height[:, :-2] - height[:, 2:]) / np.float32(2 * PIXEL)
         ny[1:-1] = (height[:-2] - height[2:]) / np.float32(2 * PIXEL)

@@ -1,7 +1,7 @@
-"""What the classes look like: seven patterns that dress a body, and nine things.
+"""The classes of the demo's pictures: seven patterns on the surface of a body, and eight objects.
 
-A pattern gets coordinates on a body; a thing gets the plane it stands on. Both return a `Surface`, in local units.
-Size, place, rotation, colours and light come from outside and are drawn alike for every class.
+A pattern gets coordinates on a body, an object the plane it lies in; lengths are in local units. Size, position,
+rotation, colours and light are drawn elsewhere, with the same distribution for every class.
 """
 
 import math
@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.demo.fields import Field, Plane, Rng, dome, edge, noise, pick, scatter, step, wave
+from unitvis.demo.fields import Field, Plane, Rng, dome, edge, noise, pick, scatter, smoothstep, wave
 
 _WORDS = (
     "UNIT", "filter", "image", "layer", "patch", "Deep", "net", "vision", "Hello", "Open", "Cafe", "Taxi", "Hotel",
@@ -22,15 +22,16 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Surface:
-    tone: Field  # 0..2: where between the three colours of the palette
+    """The surface of an object, to be coloured and lit."""
+
+    tone: Field  # 0 to 2: position between the three colours of the palette
     height: Field  # relief, in local units
-    alpha: Field  # coverage 0..1
+    alpha: Field  # coverage, 0 to 1
 
 
-Pattern = Callable[
-    [Rng, Field, Field, float], tuple[Field, Field, Field | None]
-]  # tone, height, coverage (None: whole)
-Thing = Callable[[Rng, Plane], Surface]
+# (rng, s, t, size of a picture's pixel) -> tone, height, coverage (None: 1 everywhere)
+Pattern = Callable[[Rng, Field, Field, float], tuple[Field, Field, Field | None]]
+Motif = Callable[[Rng, Plane], Surface]
 
 
 @cache
@@ -39,16 +40,17 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _turned(s: Field, t: Field, angle: float) -> tuple[Field, Field]:
+    """Rotate coordinates by an angle in radians."""
     c, d = math.cos(angle), math.sin(angle)
     return c * s + d * t, c * t - d * s
 
 
 def _band(phase: Field, period: float, duty: float, pixel: float) -> Field:
-    """Stripes of period 1 in `phase`, of which `duty` is 1."""
+    """Anti-aliased stripes: 1 over the share `duty` of each period, which is 1 in `phase` and `period` in length."""
     return edge((wave(phase) + 2 * duty - 1) * period / 4, pixel)
 
 
-# Patterns: s and t are in local units, `pixel` is a drawn pixel there.
+# Patterns: s, t and `pixel` (the size of a picture's pixel) are in local units.
 
 
 def stripes(rng: Rng, s: Field, t: Field, pixel: float) -> tuple[Field, Field, Field | None]:
@@ -131,7 +133,7 @@ def scales(rng: Rng, s: Field, t: Field, pixel: float) -> tuple[Field, Field, Fi
     tone, height = np.zeros_like(s), np.zeros_like(s)
     top = np.floor(t / tall)
     rings, colours = pick(rng, 1, 2), pick(rng, 0, 0.5, 1)
-    for k in (1, 0, -1):  # from the row beneath to the row on top
+    for k in (1, 0, -1):  # from the lowest row to the one on top
         row = top + k
         shift = 0.5 * (row - 2 * np.floor(row / 2))
         column = np.rint(s / wide - shift)
@@ -145,7 +147,7 @@ def scales(rng: Rng, s: Field, t: Field, pixel: float) -> tuple[Field, Field, Fi
     return tone, height, None
 
 
-# Bodies that patterns dress: coordinates on the body, its relief and its outline.
+# Bodies for patterns: coordinates on the body, its relief and its outline.
 
 
 def _body(rng: Rng, plane: Plane) -> tuple[Field, Field, Field, Field]:
@@ -173,16 +175,18 @@ def _body(rng: Rng, plane: Plane) -> tuple[Field, Field, Field, Field]:
     return u + 0.09 * n, v + 0.09 * m, 0.11 * (n + m), edge(1.1 - np.maximum(np.abs(u), np.abs(v)) + 0.1 * n, pixel)
 
 
-def _dressed(pattern: Pattern) -> Thing:
-    def thing(rng: Rng, plane: Plane) -> Surface:
+def _patterned(pattern: Pattern) -> Motif:
+    """A motif that shows the pattern on a random body."""
+
+    def motif(rng: Rng, plane: Plane) -> Surface:
         s, t, height, alpha = _body(rng, plane)
         tone, relief, cover = pattern(rng, s, t, plane.pixel)
         return Surface(tone, height + relief, alpha if cover is None else alpha * cover)
 
-    return thing
+    return motif
 
 
-# Things.
+# Objects.
 
 
 def rings(rng: Rng, plane: Plane) -> Surface:
@@ -199,22 +203,22 @@ def wheels(rng: Rng, plane: Plane) -> Surface:
     r, turn = np.hypot(u, v), np.arctan2(v, u) / (2 * math.pi) + rng.random()
     tyre, rim, hub = rng.uniform(0.76, 0.88), rng.uniform(0.06, 0.1), rng.uniform(0.12, 0.22)
     n, wide = int(rng.integers(5, 13)), rng.uniform(0.035, 0.07)
-    across = np.abs(wave(turn * n) - 1) / 4 * 2 * math.pi / n * np.maximum(r, 0.05)
+    from_spoke = np.abs(wave(turn * n) - 1) / 4 * 2 * math.pi / n * np.maximum(r, 0.05)
     taper = 1 + rng.uniform(-0.3, 0.8) * (0.8 - r)
-    spokes = edge((wide * taper - across), p) * (r < tyre)
+    spokes = edge((wide * taper - from_spoke), p) * (r < tyre)
     ring, outer = edge(rim / 2 - np.abs(r - tyre + rim / 2), p), edge(np.minimum(1 - r, r - tyre), p)
     core = edge(hub - r, p)
     tread = 0.25 * _band(turn * 40, 0.15, 0.5, p) * pick(rng, 0, 1)
     metal = np.maximum(np.maximum(spokes, ring), core)
     tone = np.where(outer > 0.5, 0.1 + tread, 1.2 + 0.8 * core)
-    height = np.maximum(dome(r - (1 + tyre) / 2, (1 - tyre) / 2), dome(across, wide * 1.2) * (r < tyre))
+    height = np.maximum(dome(r - (1 + tyre) / 2, (1 - tyre) / 2), dome(from_spoke, wide * 1.2) * (r < tyre))
     height = np.maximum(height, np.maximum(dome(r - tyre + rim / 2, rim), 0.9 * dome(r, hub)))
     alpha = np.maximum(metal, outer)
     return Surface(tone, height, np.maximum(alpha, pick(rng, 0, 0, 0.6) * edge(1 - r, p)))
 
 
 def text(rng: Rng, plane: Plane) -> Surface:
-    side = 160  # pixels of the written page, which spans the plane
+    side = 160  # pixels of the page of text, which spans the plane
     size = int(rng.integers(25, 50))
     page = Image.new("L", (side, side))
     pen, font = ImageDraw.Draw(page), _font(size)
@@ -262,18 +266,18 @@ def faces(rng: Rng, plane: Plane) -> Surface:
     fade = np.sqrt(np.clip(1 - (w / mouth_w) ** 2, 0, 1))
     mouth = edge(lips * fade - np.abs(bow), p) * (np.abs(w) < mouth_w)
     slit = edge(0.022 - np.abs(bow), p) * mouth
-    bridge = np.exp(-((w / 0.09) ** 2)) * step(v, -0.3, 0.1) * step(-v, -0.2, 0)
+    bridge = np.exp(-((w / 0.09) ** 2)) * smoothstep(v, -0.3, 0.1) * smoothstep(-v, -0.2, 0)
     nose = np.exp(-((w / 0.13) ** 2) - ((v - 0.16) / 0.2) ** 2) + 0.5 * bridge
     nostril = np.exp(-(((np.abs(w) - 0.08) / 0.04) ** 2) - ((v - 0.27) / 0.03) ** 2)
     hairline = -0.52 + rng.uniform(-0.12, 0.12) + rng.uniform(-0.3, 0.5) * w * w + 0.05 * noise(rng, "rough")
     hair_reach = np.hypot(u / rng.uniform(1.05, 1.2), (v + 0.06) / 1.08)
-    beard = pick(rng, 0.0, 0.0, 1.0) * step(v - 0.28 - 0.45 * (1 - np.abs(w)) + 0.25, 0, 0.2) * head
+    beard = pick(rng, 0.0, 0.0, 1.0) * smoothstep(v - 0.28 - 0.45 * (1 - np.abs(w)) + 0.25, 0, 0.2) * head
     hair = edge(hairline - v, 4 * p) * edge(1 - hair_reach, p) * pick(rng, 0, 1, 1, 1)
     tone = np.full_like(u, 1) - 0.25 * nostril
     tone = tone * (1 - beard) + beard * 0.35
     tone = np.where(mouth > 0.4, 0.45 - 0.45 * slit, tone)
     tone = tone * (1 - eye) + eye * 2
-    tone = tone * (1 - iris) + iris * (0.6 * step(iris_at, open_ * 0.4, open_ * 0.6))
+    tone = tone * (1 - iris) + iris * (0.6 * smoothstep(iris_at, open_ * 0.4, open_ * 0.6))
     tone = tone * (1 - glint) + glint * 2
     tone = tone * (1 - brow) + brow * 0.1
     strands = 0.18 * np.sin(40 * np.arctan2(v + 0.2, u) + 3 * noise(rng)) * hair
@@ -293,15 +297,15 @@ def flowers(rng: Rng, plane: Plane) -> Surface:
     for k in range(rng.integers(1, 4)):
         reach = 1 - 0.2 * k
         phase = turn * n + 0.5 * k + rng.uniform(-0.08, 0.08)
-        across = (phase - np.rint(phase)) * 2  # -1..1 over a petal
+        from_middle = (phase - np.rint(phase)) * 2  # -1..1 over a petal
         q = np.clip(r / reach, 0, 1)
         half = slim * np.sin(math.pi * q**pointed * 0.93) ** 0.6 * 0.95
-        inside = (half - np.abs(across)) * r * math.pi / n
+        inside = (half - np.abs(from_middle)) * r * math.pi / n
         cover = edge(np.minimum(inside, reach - r), p)
-        vein = 0.14 * np.cos(across * 14) * q
-        petal = 0.25 + 1.0 * q + vein - 0.35 * np.abs(across)
+        vein = 0.14 * np.cos(from_middle * 14) * q
+        petal = 0.25 + 1.0 * q + vein - 0.35 * np.abs(from_middle)
         tone = tone * (1 - cover) + cover * petal
-        curl = np.sqrt(np.clip(1 - (across / np.maximum(half, 0.05)) ** 2, 0, 1))
+        curl = np.sqrt(np.clip(1 - (from_middle / np.maximum(half, 0.05)) ** 2, 0, 1))
         lift = curl * q / n + 0.1 * k - 0.25 * q
         height = np.where(cover > 0.5, lift, height)
         alpha = np.maximum(alpha, cover)
@@ -367,9 +371,10 @@ def butterflies(rng: Rng, plane: Plane) -> Surface:
     return Surface(np.clip(tone, 0, 2), height, np.maximum(np.maximum(alpha, body), feeler))
 
 
-MOTIFS: dict[str, Thing] = {
-    "stripes": _dressed(stripes), "zigzags": _dressed(zigzags), "checkers": _dressed(checkers), "dots": _dressed(dots),
-    "honeycomb": _dressed(honeycomb), "nets": _dressed(nets), "scales": _dressed(scales),
+MOTIFS: dict[str, Motif] = {
+    "stripes": _patterned(stripes), "zigzags": _patterned(zigzags), "checkers": _patterned(checkers),
+    "dots": _patterned(dots), "honeycomb": _patterned(honeycomb), "nets": _patterned(nets),
+    "scales": _patterned(scales),
     "rings": rings, "wheels": wheels, "text": text, "faces": faces, "flowers": flowers, "stars": stars,
     "spirals": spirals, "butterflies": butterflies,
 }  # fmt: skip

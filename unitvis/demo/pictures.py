@@ -1,7 +1,7 @@
-"""The demo's pictures: drawn from a seed with numpy and Pillow, the same whatever the order or the process.
+"""The demo's pictures, generated from a seed with NumPy and Pillow; each depends on the seed and its index alone.
 
-A picture is a background, a few stray bodies, one large and up to two smaller things of its class, and something in
-front; then a camera. Only the things know the class.
+A picture is a background, up to two plain bodies, one large and up to two smaller objects of its class, sometimes a
+blurred foreground or a beam of light, and the effects of a camera. Only the objects depend on the class.
 """
 
 import math
@@ -14,53 +14,56 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from unitvis.demo.backgrounds import Rgb, background, place_colours, ramp
-from unitvis.demo.fields import Field, Light, R, Rng, X, Y, edge, noise, pick, place, shadow, step
+from unitvis.demo.backgrounds import Rgb, background, ramp, scene_colours
+from unitvis.demo.fields import Field, Light, R, Rng, X, Y, edge, noise, pick, random_plane, shadow, smoothstep
 from unitvis.demo.motifs import MOTIFS, Surface
 
-SIZE = R
+SIZE = R  # a picture's width and height in pixels
 CLASSES: tuple[str, ...] = tuple(MOTIFS)
 
 
 def label(seed: int, index: int) -> int:
-    """The class of a picture: each run of `len(CLASSES)` pictures holds every class once, in an order of its own."""
+    """The class number of a picture: each block of `len(CLASSES)` pictures holds every class once, in random order."""
     block, slot = divmod(index, len(CLASSES))
     return int(np.random.default_rng([seed, block, 1]).permutation(len(CLASSES))[slot])
 
 
 def draw(seed: int, index: int) -> NDArray[np.uint8]:
-    """Picture `index` of the endless series `seed`: uint8 [SIZE, SIZE, 3]."""
+    """Draw picture `index` of the endless series of a seed: uint8 [SIZE, SIZE, 3]."""
     rng = np.random.default_rng([seed, index, 2])
-    thing = MOTIFS[CLASSES[label(seed, index)]]
+    motif = MOTIFS[CLASSES[label(seed, index)]]
     light = Light.draw(rng)
     canvas = background(rng, light)
     for _ in range(int(pick(rng, 0, 0, 1, 2))):
-        canvas = _paint(rng, canvas, _stray(rng), _colours(rng), light, 1.0)
+        canvas = _paint(rng, canvas, _plain_body(rng), _colours(rng), light, 1.0)
     x, y, radius = rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3), rng.uniform(0.55, 1.0)
-    places = [(x, y, radius)]
+    discs = [(x, y, radius)]  # centre and radius of each object
     for _ in range(int(pick(rng, 0, 0, 1, 2))):  # smaller ones, behind or in front, on the other side
         away, far = math.atan2(-y, -x) + rng.uniform(-1.2, 1.2), rng.uniform(0.6, 1.0)
-        places.append((x + far * math.cos(away), y + far * math.sin(away), radius * rng.uniform(0.4, 0.75)))
+        discs.append((x + far * math.cos(away), y + far * math.sin(away), radius * rng.uniform(0.4, 0.75)))
     colours = _colours(rng)
-    for spot in places[:: int(pick(rng, -1, 1))]:
-        plane = place(rng, *spot)
-        canvas = _paint(rng, canvas, thing(rng, plane), colours, light, spot[2])
+    for disc in discs[:: int(pick(rng, -1, 1))]:
+        plane = random_plane(rng, *disc)
+        canvas = _paint(rng, canvas, motif(rng, plane), colours, light, disc[2])
         if rng.random() < 0.6:
             colours = _colours(rng)
     if rng.random() < 0.35:
-        canvas = _in_front(rng, canvas)
-    return _camera(rng, canvas)
+        canvas = _obscured(rng, canvas)
+    return _photographed(rng, canvas)
 
 
 def pictures(count: int, seed: int, workers: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The first `count` pictures of a series, uint8 [count, SIZE, SIZE, 3], and their labels, int64 [count]."""
+    """Draw the first `count` pictures of a series: uint8 [count, SIZE, SIZE, 3], and their labels, int64 [count].
+
+    workers: processes; None: one for each core.
+    """
     workers = min(workers or os.cpu_count() or 1, count)
     out = np.empty((count, SIZE, SIZE, 3), np.uint8)
     if workers <= 1:
         for i in range(count):
             out[i] = draw(seed, i)
     else:
-        # A forked child starts at once; it only draws, so the parent's threads, of which Python warns, do not matter.
+        # Forking is fast, and safe here in spite of Python's warning about threads, because the child only draws.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -72,10 +75,10 @@ def pictures(count: int, seed: int, workers: int | None = None) -> tuple[NDArray
 
 
 def _colours(rng: Rng) -> Rgb:
-    """Three colours that can be told apart, by lightness or by hue alone: [3, 3]."""
+    """Draw three colours that differ clearly, in lightness or in hue alone: [3, 3]."""
     while True:
         if rng.random() < 0.25:
-            colours = place_colours(rng)[rng.permutation(3)]
+            colours = scene_colours(rng)[rng.permutation(3)]
         else:
             hue, spread = rng.random(), pick(rng, 0.08, 0.3, 0.5)
             hues = hue + np.array([0, spread, spread * rng.uniform(0.5, 2)]) + rng.normal(0, 0.03, 3)
@@ -89,7 +92,7 @@ def _colours(rng: Rng) -> Rgb:
 
 
 def _paint(rng: Rng, canvas: Rgb, surface: Surface, colours: Rgb, light: Light, scale: float) -> Rgb:
-    """Lay a surface on the canvas: weathered colour, light on its relief, a soft shadow beneath."""
+    """Paint a surface on the canvas: uneven colour, light on its relief, and a soft shadow below it."""
     weather, grain = noise(rng), noise(rng, "rough")
     diffuse, shine = light.shade(surface.height * scale + rng.uniform(0, 0.004) * grain)
     alpha = surface.alpha * rng.uniform(0.92, 1)
@@ -100,9 +103,9 @@ def _paint(rng: Rng, canvas: Rgb, surface: Surface, colours: Rgb, light: Light, 
     return canvas * ((1 - rng.uniform(0.3, 0.65) * cast) * (1 - alpha)) + albedo * lit + shine * alpha
 
 
-def _stray(rng: Rng) -> Surface:
-    """A plain body of no class: a pebble, a slab or a rod."""
-    plane = place(rng, rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(0.2, 0.5))
+def _plain_body(rng: Rng) -> Surface:
+    """Draw a plain body that belongs to no class: a pebble, a slab or a rod."""
+    plane = random_plane(rng, rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(0.2, 0.5))
     u, v = plane.u, plane.v
     kind = rng.integers(3)
     if kind == 0:
@@ -118,22 +121,22 @@ def _stray(rng: Rng) -> Surface:
     return Surface(rng.uniform(0, 2) + 0.25 * noise(rng), height * 0.3, edge(inside, plane.pixel))
 
 
-def _in_front(rng: Rng, canvas: Rgb) -> Rgb:
-    """Something near the lens, out of focus, or a beam of light or shade."""
+def _obscured(rng: Rng, canvas: Rgb) -> Rgb:
+    """Put a blurred object in front of the canvas, or a beam of light or shade across it."""
     turn, offset = rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 0.95)
-    across = X * math.cos(turn) + Y * math.sin(turn)
+    along = X * math.cos(turn) + Y * math.sin(turn)
     if rng.random() < 0.5:
-        near = step(across + 0.12 * noise(rng, "smooth"), offset, offset + rng.uniform(0.05, 0.3))
-        return canvas * (1 - 0.9 * near) + 0.9 * near * place_colours(rng)[rng.integers(3), :, None, None]
-    beam = step(across + 0.1 * noise(rng, "smooth"), offset - 0.9, offset - 0.9 + rng.uniform(0.1, 0.6))
+        near = smoothstep(along + 0.12 * noise(rng, "smooth"), offset, offset + rng.uniform(0.05, 0.3))
+        return canvas * (1 - 0.9 * near) + 0.9 * near * scene_colours(rng)[rng.integers(3), :, None, None]
+    beam = smoothstep(along + 0.1 * noise(rng, "smooth"), offset - 0.9, offset - 0.9 + rng.uniform(0.1, 0.6))
     return canvas * (1 + pick(rng, -0.45, 0.35) * beam)
 
 
-def _camera(rng: Rng, canvas: Rgb) -> NDArray[np.uint8]:
-    """Exposure, white balance, vignette and sensor noise."""
+def _photographed(rng: Rng, canvas: Rgb) -> NDArray[np.uint8]:
+    """Apply exposure, white balance, vignette and sensor noise: uint8 [SIZE, SIZE, 3]."""
     gain = rng.uniform(0.85, 1.2) * (1 + rng.normal(0, 0.05, (3, 1, 1)))
     rgb = np.maximum(canvas * gain.astype(np.float32), 0) * (1 - rng.uniform(0, 0.22) * (X * X + Y * Y))
-    rgb = rgb / (1 + 0.12 * rgb * rgb)  # highlights roll off
+    rgb = rgb / (1 + 0.12 * rgb * rgb)  # compress the highlights
     develop = 255 * np.linspace(0, 1, 256, dtype=np.float32) ** rng.uniform(0.8, 1.1)
     rgb = np.take(develop, np.clip(rgb * 255, 0, 255).astype(np.uint8))
     grain = rng.standard_normal((R, R), np.float32) * rng.uniform(0.5, 6)

@@ -1,6 +1,6 @@
-"""Train the demo's network: `python -m unitvis.demo.train`, 10 to 25 minutes on two cores.
+"""Training of the demo's network: `python -m unitvis.demo.train`, 10 to 25 minutes on two cores.
 
-Pictures of one seed train, those of another are held out; the demo draws from a third.
+The training, the held-out and the demo's own pictures are series of different seeds.
 """
 
 import argparse
@@ -21,20 +21,20 @@ from unitvis.demo.network import LAYERS, MEAN, STD, WEIGHTS, build
 from unitvis.demo.pictures import pictures
 
 TRAINING_SEED, HELD_OUT_SEED = 1, 2
-SHIFT = 8  # pixels that a picture is moved by at most
+MAX_SHIFT = 8  # pixels by which augmentation moves a picture
 
 
 def prepare(images: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] to the network's input, float32 [N, 3, H, W]."""
+    """Normalise images, uint8 [N, H, W, 3], to the network's input, float32 [N, 3, H, W]."""
     return (images.permute(0, 3, 1, 2).float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
         :, None, None
     ]
 
 
 def augment(images: Tensor, random: torch.Generator) -> Tensor:
-    """Move, mirror, and exchange the colour channels: uint8 [N, H, W, 3]."""
+    """Shift and mirror images, and permute their colour channels, at random: uint8 [N, H, W, 3]."""
     n, size = len(images), images.shape[1]
-    dy, dx = torch.randint(-SHIFT, SHIFT + 1, (2, n, 1), generator=random)
+    dy, dx = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, n, 1), generator=random)
     grid = torch.arange(size)
     rows, columns = [(grid + d).abs() for d in (dy, dx)]  # [N, size], mirrored at the border
     rows, columns = [size - 1 - (size - 1 - index).abs() for index in (rows, columns)]
@@ -47,7 +47,7 @@ def augment(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def smooth_start(network: nn.Sequential) -> None:
-    """Blur the first layer's random filters, so that no noise is left in those that training hardly moves."""
+    """Blur the first layer's random filters, so that those which training hardly changes show no noise."""
     weight = next(network.parameters())
     kernel = torch.tensor([1.0, 4, 6, 4, 1])
     kernel = (kernel[:, None] * kernel / kernel.sum() ** 2).expand(3, 1, 5, 5)
@@ -58,7 +58,7 @@ def smooth_start(network: nn.Sequential) -> None:
 
 
 def fold(trained: nn.Sequential) -> nn.Sequential:
-    """The same function without batch normalisation."""
+    """Fold batch normalisation into the convolutions; returns a network that computes the same, in eval mode."""
     plain = build()
     state = trained.state_dict()
     for name in LAYERS:
@@ -72,7 +72,7 @@ def fold(trained: nn.Sequential) -> nn.Sequential:
 
 @torch.inference_mode()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of pictures, uint8 [N, H, W, 3], whose class is the network's first choice."""
+    """The share of pictures, uint8 [N, H, W, 3], that the network classifies correctly."""
     right = 0
     for i in range(0, len(images), 64):
         right += int((network(prepare(images[i : i + 64])).argmax(1) == labels[i : i + 64]).sum())
@@ -80,14 +80,14 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int, seed: int, batch: int = 64) -> nn.Sequential:
-    """Stochastic gradient descent with one warm-up and a cosine to zero; returns the folded network."""
+    """Train by stochastic gradient descent with a one-cycle schedule; returns the folded network."""
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
     network = build(normalise=True).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     smooth_start(network)
     first, *deeper = [p for p in network.parameters() if p.ndim > 1]
     rest = [p for p in network.parameters() if p.ndim == 1]
-    decay = ((first, 3e-3), (deeper, 1e-3), (rest, 0.0))  # the first layer's filters come out clean with more
+    decay = ((first, 3e-3), (deeper, 1e-3), (rest, 0.0))  # with more decay the first layer's filters come out smoother
     groups = [{"params": parameters, "weight_decay": rate} for parameters, rate in decay]
     optimiser = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     steps = len(images) // batch
@@ -110,21 +110,23 @@ def train(images: Tensor, labels: Tensor, epochs: int, seed: int, batch: int = 6
     return fold(network)
 
 
-def settle(network: nn.Sequential, images: Tensor, labels: Tensor, seed: int, epochs: int = 3, batch: int = 64) -> None:
-    """Train the last convolution and the votes alone, with votes that cannot be negative and that cost something.
+def train_last_layers(
+    network: nn.Sequential, images: Tensor, labels: Tensor, seed: int, epochs: int = 3, batch: int = 64
+) -> None:
+    """Train the last convolution and the classifier alone, with classifier weights of at least 0 under an L1 penalty.
 
-    A unit then speaks for few classes and against none, which is what lets its nine pictures tell what it is for.
+    Each unit then votes for few classes and against none, so that its nine pictures show the classes it stands for.
     """
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
-    parts = dict(network.named_children())
-    last, votes = parts["conv5"], parts["classify"]
-    below = network[: list(parts).index("conv5")]
+    modules = dict(network.named_children())
+    last, classifier = modules["conv5"], modules["classify"]
+    lower_layers = network[: list(modules).index("conv5")]
     with torch.inference_mode():
         chunks = (augment(images[i : i + batch], random) for i in range(0, len(images), batch))
-        features = torch.cat([below(prepare(chunk)).half() for chunk in chunks])  # [N, 128, 12, 12], some 0.4 GB
-    weight = next(votes.parameters())
-    optimiser = torch.optim.AdamW([*last.parameters(), *votes.parameters()], 3e-3, weight_decay=1e-2)
+        features = torch.cat([lower_layers(prepare(chunk)).half() for chunk in chunks])  # [N, 128, 12, 12], some 0.4 GB
+    weight = next(classifier.parameters())
+    optimiser = torch.optim.AdamW([*last.parameters(), *classifier.parameters()], 3e-3, weight_decay=1e-2)
     steps = len(images) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, epochs * steps, pct_start=0.1)
     for epoch in range(epochs):
@@ -132,7 +134,7 @@ def settle(network: nn.Sequential, images: Tensor, labels: Tensor, seed: int, ep
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
             largest = last(features[chosen].float()).relu().amax((2, 3))  # [N, units]
-            loss = F.cross_entropy(votes(F.dropout(largest, 0.4)), labels[chosen]) + 4e-3 * weight.abs().sum()
+            loss = F.cross_entropy(classifier(F.dropout(largest, 0.4)), labels[chosen]) + 4e-3 * weight.abs().sum()
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
@@ -140,22 +142,22 @@ def settle(network: nn.Sequential, images: Tensor, labels: Tensor, seed: int, ep
             with torch.no_grad():
                 weight.clamp_(min=0)
             total += loss.item()
-        print(f"settling {epoch + 1}/{epochs}  loss {total / steps:.3f}", flush=True)
+        print(f"last layers {epoch + 1}/{epochs}  loss {total / steps:.3f}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw, train, measure, and write the weights and the record."""
+    """Run the command line: draw the pictures, train, measure the accuracy, write the weights and the record."""
     parser = argparse.ArgumentParser(prog="python -m unitvis.demo.train", description=__doc__)
     parser.add_argument("--pictures", type=int, default=12000, help="training pictures")
     parser.add_argument("--epochs", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of the pictures")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     images, labels = [torch.from_numpy(array) for array in pictures(options.pictures, TRAINING_SEED)]
     print(f"drew {len(images)} pictures in {time.perf_counter() - started:.0f} s", flush=True)
     network = train(images, labels, options.epochs, options.seed)
-    settle(network, images, labels, options.seed)
+    train_last_layers(network, images, labels, options.seed)
     held_out = [torch.from_numpy(array) for array in pictures(3000, HELD_OUT_SEED)]
     record: dict[str, Any] = {
         "accuracy": round(accuracy(network, *held_out), 4),

@@ -1,1 +1,1 @@
-"""Pictures of winners: patches, tiles, sheets, notebook cells."""
+"""Drawing winners: patches, tiles, sheets and notebook cells."""

@@ -1,4 +1,4 @@
-"""From numbers to pictures: signed signals about grey, responses as heat over a photograph."""
+"""Colour scales: signed values around grey, and responses as a transparent heat map over a picture."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-GREY = (128, 128, 128)  # a signal of 0
-LEVELS = 16  # of heat: what a palette of 4 bits holds
-# [LEVELS, 4] red, green, blue, alpha: from nothing over orange to yellow
+GREY = (128, 128, 128)  # colour of 0 on the signed scale
+LEVELS = 16  # of the heat map, as many as a palette of 4 bits holds
+# [LEVELS, 4] red, green, blue, alpha: from transparent over orange to yellow
 HEAT = np.rint(
     np.array([[255, 70 + 180 * x, 70 * x, 215 * x**0.7] for x in np.linspace(0, 1, LEVELS)]),
 ).astype(np.uint8)
 
 
 def signed(signal: NDArray[np.float32], scale: float | None = None) -> Image.Image:
-    """A picture of [C, H, W]: 0 is grey, `scale` white and -`scale` black, one scale for all colours.
+    """Draw a signal [C, H, W] in colour: 0 is grey, `scale` white and -`scale` black, the same for all channels.
 
-    scale: None is the largest magnitude. Of more than three channels the first three are shown, of fewer the first.
+    scale: None: the largest magnitude. Of more than three channels the first three are drawn, of fewer the first.
     """
     shown = signal[:3] if len(signal) >= 3 else signal[:1].repeat(3, axis=0)
     scale = (float(np.abs(signal).max(initial=0)) if scale is None else scale) or 1.0
@@ -27,14 +27,14 @@ def signed(signal: NDArray[np.float32], scale: float | None = None) -> Image.Ima
 
 
 def heat_levels(maps: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Each map [..., H, W] in `LEVELS` levels: 0 where it is at most 0 or NaN, the last where it is largest."""
+    """Quantise maps [..., H, W] into `LEVELS` levels: 0 where a map is at most 0 or NaN, the last at its maximum."""
     positive = np.clip(np.where(np.isnan(maps), 0, maps), 0, np.finfo(np.float32).max)
     largest = positive.max(axis=(-2, -1), keepdims=True)
     return np.ceil(positive / np.where(largest > 0, largest, 1) * (LEVELS - 1)).astype(np.uint8)
 
 
 def heat(levels: NDArray[np.uint8]) -> Image.Image:
-    """Levels [H, W] as a picture with a palette and transparency."""
+    """Make a palette image with transparency of levels [H, W]."""
     image = Image.fromarray(levels, "P")
     image.putpalette(HEAT[:, :3].tobytes(), "RGB")
     image.info["transparency"] = HEAT[:, 3].tobytes()

@@ -1,4 +1,4 @@
-"""How results show themselves in a notebook: small, so that a cell does not outweigh the notebook."""
+"""HTML and PNG representations for notebooks, kept small so that a cell does not bloat the notebook's file."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 
-PATCH = 56  # pixels of a patch of one unit; of a layer's nine units half as many
+PATCH_SIZE = 56  # pixels of a patch in a unit's tile; half of it in a layer's sheet of nine units
 
 
 def png(image: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+    """Encode a picture as PNG."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
 def layer_html(top: LayerArrays, run: RunData | None) -> str:
-    """A layer in words, and its first nine units where their images can be read."""
-    words = f"<p>{html.escape(_described(top))}</p>"
+    """Describe a layer, with a sheet of its first nine units if their images can be read."""
+    words = f"<p>{html.escape(_summary(top))}</p>"
     if run is None:
         return words
     try:
-        page = sheet(run, top.name, range(min(9, len(top))), crop=None, size=PATCH // 2)
+        page = sheet(run, top.name, range(min(9, len(top))), crop=None, size=PATCH_SIZE // 2)
     except UnitvisError:
         return words
     file = io.BytesIO()
@@ -39,7 +39,7 @@ def layer_html(top: LayerArrays, run: RunData | None) -> str:
 
 
 def run_html(run: RunData) -> str:
-    """A run as a table of its layers."""
+    """Describe a run by a table of its layers."""
     head = "".join(f"<th>{name}</th>" for name in ("layer", "units", "map", "receptive field", "dead"))
     rows = []
     for top in run.tops.values():
@@ -55,6 +55,6 @@ def run_html(run: RunData) -> str:
     return f"<p>{html.escape(repr(run).strip('<>'))}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
-def _described(top: LayerArrays) -> str:
+def _summary(top: LayerArrays) -> str:
     k = top.values.shape[1]
     return f"{top.name}: the {k} strongest images of {len(top):,} {top.info['unit']}s, {int(top.dead.sum())} dead"

@@ -1,4 +1,4 @@
-"""From a winner to its pixels: which box is drawn, and cutting it out of the original picture."""
+"""Patches: choosing the box that is drawn of a winner, and cutting it from the original picture."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in model-input pixels, half-open
+Wanted = Mapping[str, tuple[list[int], str, int]]  # {layer: (units, crop, pixels of a patch)}
 
 CROPS = ("rf", "effective", "image")
-FILL = (204, 204, 204)  # what lies outside the image: the network saw its padding there, not a colour
+FILL = (204, 204, 204)  # colour of a patch outside the model's input, where the network had padding
 
 
 def default_crop(info: Mapping[str, Any], input_size: tuple[int, int]) -> str:
-    """The crop a layer is drawn with unless one is asked for: the receptive field while it is at most half as wide and
-    high as the image, else the effective box, which shows what a neuron really looked at; the image without either.
+    """The crop of a layer if none is given, from its entry in the manifest.
+
+    The receptive field while it is at most half as wide and high as the image, else the effective box; the image where
+    the layer has none.
     """
     height, width = info["receptive_field"]["size"]
     if 2 * height <= input_size[0] and 2 * width <= input_size[1]:
@@ -29,7 +32,7 @@ def default_crop(info: Mapping[str, Any], input_size: tuple[int, int]) -> str:
 
 
 def crop_of(run: RunData, layer: str, crop: str | None) -> str:
-    """The crop as asked for, or the layer's default."""
+    """The crop that is given, or the layer's default; raises UnitvisError for one that the layer does not have."""
     info = run[layer].info
     if crop is None:
         return default_crop(info, run.input_size)
@@ -41,7 +44,7 @@ def crop_of(run: RunData, layer: str, crop: str | None) -> str:
 
 
 def drawn_box(top: LayerArrays, unit: int, rank: int, crop: str, size: tuple[int, int]) -> Box:
-    """Left, top, right, bottom, in model-input pixels, of what is drawn of a winner; it may leave the image."""
+    """The box that is drawn of a winner; it may leave the image. size: (height, width) of the model's input."""
     left, upper, right, lower = top.boxes[unit, rank].tolist()
     if crop == "image":
         return 0, 0, size[1], size[0]
@@ -60,42 +63,43 @@ def cut(
     size: int,
     fill: tuple[int, int, int] = FILL,
 ) -> Image.Image:
-    """`size` x `size` pixels of a box in model-input pixels, cut from the original picture (bicubic).
+    """Cut a box from the original picture and resize it (bicubic) to `size` x `size` pixels.
 
-    What lies outside the model's input is `fill`, also where the photograph goes on: the network never saw it.
+    to_picture: maps a box in model-input pixels to one in the picture. Pixels outside the model's input are `fill`,
+    also where the picture goes on, because the network did not get them.
     """
     left, upper, right, lower = box
-    scale = size / max(right - left, lower - upper, 1)  # a neuron that sees only padding has an empty box
+    scale = size / max(right - left, lower - upper, 1)  # a neuron with padding as its only input has an empty box
     width, height = max(1, round((right - left) * scale)), max(1, round((lower - upper) * scale))
     canvas = Image.new("RGB", (size, size), fill)
-    seen = max(left, 0), max(upper, 0), min(right, input_size[1]), min(lower, input_size[0])
-    if seen[0] >= seen[2] or seen[1] >= seen[3]:
+    inside = max(left, 0), max(upper, 0), min(right, input_size[1]), min(lower, input_size[0])
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
         return canvas
     x, y = (size - width) // 2, (size - height) // 2  # a box that is not square is centred
-    start = x + round((seen[0] - left) * scale), y + round((seen[1] - upper) * scale)
-    stop = x + round((seen[2] - left) * scale), y + round((seen[3] - upper) * scale)
+    start = x + round((inside[0] - left) * scale), y + round((inside[1] - upper) * scale)
+    stop = x + round((inside[2] - left) * scale), y + round((inside[3] - upper) * scale)
     extent = max(1, stop[0] - start[0]), max(1, stop[1] - start[1])
-    region = _inside(to_picture(seen), picture.size)
+    region = _clamped(to_picture(inside), picture.size)
     canvas.paste(picture.resize(extent, Image.Resampling.BICUBIC, box=region), start)
     return canvas
 
 
-def whole(picture: Any, to_picture: Any, input_size: tuple[int, int], size: int) -> Image.Image:
-    """All that the model sees of a picture, cut from the original, `size` pixels on its longer side."""
+def whole_input(picture: Any, to_picture: Any, input_size: tuple[int, int], size: int) -> Image.Image:
+    """Cut the model's whole input from the original picture, resized to `size` pixels on the longer side."""
     height, width = input_size
     scale = size / max(height, width)
     extent = max(1, round(width * scale)), max(1, round(height * scale))
-    region = _inside(to_picture((0, 0, width, height)), picture.size)
+    region = _clamped(to_picture((0, 0, width, height)), picture.size)
     return picture.resize(extent, Image.Resampling.BICUBIC, box=region)
 
 
-def _inside(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The box without the rounding error by which it may leave the picture."""
+def _clamped(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Clamp a box to the picture, which it may leave by a rounding error."""
     return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[0])), min(box[3], float(size[1]))
 
 
-def places(run: RunData, layer: str, units: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
-    """The (unit, rank) pairs to draw, by image; blanks and what did not fire have no patch."""
+def fired_winners(run: RunData, layer: str, units: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
+    """List the winners that have a patch, as {image: [(unit, rank)]}: those that are not blank and fired."""
     top = run[layer]
     fired = top.fired
     by_image: dict[int, list[tuple[int, int]]] = {}
@@ -105,10 +109,10 @@ def places(run: RunData, layer: str, units: Iterable[int]) -> dict[int, list[tup
     return by_image
 
 
-def patches(run: RunData, wanted: dict[str, tuple[list[int], str, int]]) -> Iterator[tuple[str, int, int, Image.Image]]:
-    """Cut patches, each picture opened once: {layer: (units, crop, size)} -> (layer, unit, rank, patch), any order."""
-    per_layer = {layer: places(run, layer, units) for layer, (units, _, _) in wanted.items()}
-    for image, picture, to_picture in pictures(run, sorted(set().union(*per_layer.values()))):
+def cut_patches(run: RunData, wanted: Wanted) -> Iterator[tuple[str, int, int, Image.Image]]:
+    """Cut patches and yield (layer, unit, rank, patch) in the order of their images; each picture is opened once."""
+    per_layer = {layer: fired_winners(run, layer, units) for layer, (units, _, _) in wanted.items()}
+    for image, picture, to_picture in open_pictures(run, sorted(set().union(*per_layer.values()))):
         for layer, by_image in per_layer.items():
             _, crop, size = wanted[layer]
             for unit, rank in by_image.get(image, []):
@@ -116,20 +120,20 @@ def patches(run: RunData, wanted: dict[str, tuple[list[int], str, int]]) -> Iter
                 yield layer, unit, rank, cut(picture, to_picture, box, run.input_size, size)
 
 
-def pictures(run: RunData, images: list[int]) -> Iterator[tuple[int, Any, Any]]:
-    """(image, picture, where a box of model-input pixels lies in it) for each of these; see `Source.picture`.
+def open_pictures(run: RunData, images: list[int]) -> Iterator[tuple[int, Any, Any]]:
+    """Yield (image id, picture, function from model-input boxes to picture boxes) of images; see `Source.picture`.
 
     Raises UnitvisError where an image file is no longer the one that was scanned.
     """
-    shown = _value_range(run) if images else (0.0, 1.0)
+    value_range = _value_range(run) if images else (0.0, 1.0)
     for image in images:
         if image in run.records:
             run.source.check(run.records[image])
-        yield image, *run.source.picture(image, shown)
+        yield image, *run.source.picture(image, value_range)
 
 
 def _value_range(run: RunData) -> tuple[float, float]:
-    """What black and white are where the source has normalised floats only: one range for the whole run."""
+    """The values drawn as black and white, one range for the run: measured for normalised floats, else (0, 1)."""
     if not run.source.rereadable:
         raise UnitvisError(
             f"the images came from a {run.source.kind}, which cannot be read again to cut patches from; give the same "

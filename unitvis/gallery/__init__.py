@@ -1,4 +1,4 @@
-"""A run as pages: a folder to open from a disk, in any browser, without a server or a network."""
+"""The gallery: a run as web pages in a folder, which a browser opens from the disk, without server or network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unitvis.gallery import facts, pictures
 from unitvis.network.network import Network
 from unitvis.results.data import RunData
 
-MOST_UNITS = 200_000  # of files in a folder, and of tiles on a page
+MAX_UNITS = 200_000  # in all layers: each has its own files and its own tile on a page
 _HERE = Path(__file__).parent
 
 
@@ -34,16 +34,16 @@ def gallery(
     crop: str | None = None,
     device: torch.device | str | None = None,
 ) -> Path:
-    """Write index.html and what it needs into a folder: a new one, the run's own, or one with a gallery in it.
+    """Write a gallery into a folder (a new one, the run's own, or one with a gallery); returns the path of index.html.
 
-    model: draws the winners' response maps and the first layer's filters as well, and with `project` the projections;
-    without it, those of the run's own folder are kept. crop: as for sheets. Returns the path of index.html. Raises
-    UnitvisError for a folder that holds anything else, and for images that are no longer those that were scanned.
+    model: needed to draw the winners' response maps, the first layer's filters and, with `project`, projections;
+    without it, those in the run's own folder are kept. crop: see `Run.patch`. Raises UnitvisError for a folder that
+    holds anything else, for another model than was scanned, and for images that have changed since.
     """
     units = sum(len(top) for top in run.tops.values())
-    if units > MOST_UNITS:
+    if units > MAX_UNITS:
         raise UnitvisError(
-            f"a gallery of {units:,} units would be too large (more than {MOST_UNITS:,}); name fewer layers"
+            f"a gallery of {units:,} units would be too large (more than {MAX_UNITS:,}); name fewer layers"
         )
     if project and model is None:
         raise UnitvisError("projections need the model; give it")
@@ -53,8 +53,8 @@ def gallery(
         model = model.model
     if model is not None:
         _check_model(run, model, device)
-    folder = _prepared(run, Path(path))
-    drawn = _drawn_before(run, folder, crop)
+    folder = _prepare_folder(run, Path(path))
+    drawn = _earlier_drawings(run, folder, crop)
     pictures.draw_patches(run, folder, crop)
     if model is not None:
         for layer in pictures.draw_filters(model, run, folder):
@@ -68,21 +68,22 @@ def gallery(
 
 
 def _check_model(run: RunData, model: nn.Module, device: torch.device | str | None) -> None:
+    """Raise UnitvisError for a model with other weights than the scanned one."""
     found = Network(model, device=device).description["weights"]
     if found != (scanned := run.manifest["model"]["weights"]):
         raise UnitvisError(f"the model has other weights ({found}) than the one that was scanned ({scanned})")
 
 
-def _prepared(run: RunData, folder: Path) -> Path:
-    """The folder, made if need be; a gallery of another run in it goes, anything else in it is not touched."""
+def _prepare_folder(run: RunData, folder: Path) -> Path:
+    """Create the folder and return it; removes a gallery of another run, and refuses a folder with anything else."""
     if folder.exists() and not folder.is_dir():
         raise UnitvisError(f"{folder} is a file; a gallery is a folder: give another path")
-    ours = (folder / "manifest.json").exists() or (folder / "gallery" / "drawn.json").exists()
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
+    is_known = (folder / "manifest.json").exists() or (folder / "gallery" / "drawn.json").exists()
+    if folder.is_dir() and any(folder.iterdir()) and not is_known:
         raise UnitvisError(
             f"{folder} is not empty and holds no gallery, so nothing is written there; give another path"
         )
-    if pictures.read_drawn(folder).get("run") != _digest(run):
+    if pictures.read_drawn(folder).get("run") != _run_digest(run):
         shutil.rmtree(folder / "gallery", ignore_errors=True)
     try:
         (folder / "gallery").mkdir(parents=True, exist_ok=True)
@@ -91,12 +92,15 @@ def _prepared(run: RunData, folder: Path) -> Path:
     return folder
 
 
-def _drawn_before(run: RunData, folder: Path, crop: str | None) -> dict[str, dict[str, Any]]:
-    """What was drawn with the model and still holds, by layer; fetched from the run's own folder if need be."""
+def _earlier_drawings(run: RunData, folder: Path, crop: str | None) -> dict[str, dict[str, Any]]:
+    """The entries of drawn.json by layer, for earlier pictures that are still valid.
+
+    A folder without a gallery gets copies of those in the run's own folder.
+    """
     before = pictures.read_drawn(folder)
     if not before and run.folder is not None and run.folder != folder:
         before = pictures.read_drawn(run.folder)
-        before = before if before.get("run") == _digest(run) else {}
+        before = before if before.get("run") == _run_digest(run) else {}
         for layer in before.get("layers", {}):
             target = pictures.layer_folder(folder, layer)
             for file in pictures.layer_folder(run.folder, layer).glob("*-*"):
@@ -104,15 +108,15 @@ def _drawn_before(run: RunData, folder: Path, crop: str | None) -> dict[str, dic
     drawn: dict[str, dict[str, Any]] = {}
     for layer in run:
         drawn[layer] = before.get("layers", {}).get(layer, {})
-        now = crop_of(run, layer, crop)
-        if drawn[layer].get("crop") != now:
-            drawn[layer].pop("projections", None)  # each is cut as its patch is
-        drawn[layer]["crop"] = now
+        new_crop = crop_of(run, layer, crop)
+        if drawn[layer].get("crop") != new_crop:
+            drawn[layer].pop("projections", None)  # a projection is cut to the same box as its patch
+        drawn[layer]["crop"] = new_crop
     return drawn
 
 
-def _digest(run: RunData) -> str:
-    """Which run it is: the model's weights and all winners."""
+def _run_digest(run: RunData) -> str:
+    """A hexadecimal hash that identifies the run: of its model's weights and all winners."""
     digest = hashlib.blake2b(run.manifest["model"]["weights"].encode(), digest_size=16)
     for layer, top in run.tops.items():
         digest.update(layer.encode())
@@ -122,9 +126,10 @@ def _digest(run: RunData) -> str:
 
 
 def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]]) -> Path:
+    """Write the page, its script and style, and the run's data; returns the path of index.html."""
     within = folder / "gallery"
     texts = {
-        within / "drawn.json": json.dumps({"run": _digest(run), "layers": drawn}),
+        within / "drawn.json": json.dumps({"run": _run_digest(run), "layers": drawn}),
         within / "index.js": facts.script("unitvis.index", facts.index(run)),
         **{
             pictures.layer_folder(folder, layer) / "layer.js": facts.script(
@@ -135,8 +140,8 @@ def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]]) -
         **{within / name: (_HERE / name).read_text(encoding="utf-8") for name in ("gallery.js", "gallery.css")},
     }
     page = (_HERE / "template.html").read_text(encoding="utf-8")
-    texts[folder / "index.html"] = page.replace("TITLE", html.escape(facts.title(run)))  # last: then all is there
+    texts[folder / "index.html"] = page.replace("TITLE", html.escape(facts.title(run)))  # last, when all else exists
     for path, text in texts.items():
-        with replacing(path) as part:
-            part.write_text(text, encoding="utf-8")
+        with replacing(path) as target:
+            target.write_text(text, encoding="utf-8")
     return folder / "index.html"

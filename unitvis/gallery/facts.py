@@ -1,4 +1,4 @@
-"""What the gallery's pages say: the run as data for the script, and the answers to what people ask."""
+"""The text and data of the gallery's pages, as scripts that hold JSON."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ from typing import Any
 
 import numpy as np
 
-from unitvis.attribution.responses import covered
-from unitvis.drawing.sheets import unit_name
+from unitvis.attribution.responses import map_area
+from unitvis.drawing.sheets import tile_columns, unit_name
 from unitvis.files import file_name
-from unitvis.gallery.pictures import across
 from unitvis.results.arrays import SEPARATED, LayerArrays
 from unitvis.results.data import RunData
 
-STRIP = 16  # units of a layer on the first page
+UNITS_IN_STRIP = 16  # units of each layer on the first page, at most
 
 
 def index(run: RunData) -> dict[str, Any]:
-    """What the first page shows: the run, and each layer with a strip of its units."""
+    """Make the first page's data: the run, and each layer with a strip of its units."""
     manifest = run.manifest
     height, width = run.input_size
     return {
         "title": title(run),
-        "run": f"The {manifest['k']} strongest of {manifest['images']:,} images{_data_set(manifest)}, for each unit of "
-        f"{len(run)} layers; the model's input is {width} x {height} pixels.",
-        "across": across(manifest["k"]),
+        "run": f"The {manifest['k']} strongest of {manifest['images']:,} images{_data_set_text(manifest)}, for each "
+        f"unit of {len(run)} layers; the model's input is {width} x {height} pixels.",
+        "across": tile_columns(manifest["k"]),
         "layers": [_layer_entry(run[layer]) for layer in run],
         "notes": NOTES,
     }
 
 
 def title(run: RunData) -> str:
-    """The model, as it was named."""
+    """The title of the pages: the model's name as it was given, else its class."""
     spec = run.manifest["model"].get("spec")
     return os.path.basename(spec) if spec else run.manifest["model"]["class"]
 
 
 def _layer_entry(top: LayerArrays) -> dict[str, Any]:
-    live = np.flatnonzero(top.fired[:, 0])
-    strip = live[np.linspace(0, len(live) - 1, min(STRIP, len(live))).round().astype(int)] if len(live) else live
+    """Describe one layer for the first page; the units in its strip are evenly spaced among those that fire."""
+    firing = np.flatnonzero(top.fired[:, 0])
+    count = min(UNITS_IN_STRIP, len(firing))
+    strip = firing[np.linspace(0, len(firing) - 1, count).round().astype(int)] if count else firing
     counts = {"dead": int(top.dead.sum()), "not separated": int((top.status != SEPARATED).sum())}
     facts = [
         f"{len(top):,} {top.info['unit']}s",
         f"map {top.info['height']} x {top.info['width']}",
-        f"receptive field {_field(top)}",
-        *(f"{count:,} {what}" for what, count in counts.items() if count),
+        f"receptive field {_field_text(top)}",
+        *(f"{number:,} {name}" for name, number in counts.items() if number),
     ]
     return {
         "name": top.name,
@@ -61,37 +62,40 @@ def _layer_entry(top: LayerArrays) -> dict[str, Any]:
 
 
 def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """What a layer's page and its units' views show; lists have one entry a unit, blanks are null."""
+    """Make the data of a layer's page and its units' views; lists have one entry for each unit.
+
+    drawn: the layer's entry in drawn.json.
+    """
     top = run[name]
     height, width = run.input_size
     images = np.unique(top.images[top.images >= 0]).tolist()
     return {
         "name": name,
         "k": run.manifest["k"],
-        "across": across(run.manifest["k"]),
+        "across": tile_columns(run.manifest["k"]),
         "input": [width, height],
         "shows": {"rf": "receptive field", "effective": "effective box", "image": "whole image"}[drawn["crop"]],
-        "effective": _inner_box(top),
+        "effective": _frame_side(top),
         "answers": answers(run, name, drawn),
         "projections": drawn.get("projections"),
-        "responses": _area(run, name, drawn["responses"]) if drawn.get("responses") else None,
+        "responses": _response_area(run, name, drawn["responses"]) if drawn.get("responses") else None,
         "filters": drawn.get("filters", False),
         "images": {image: run.records[image]["name"] if image in run.records else f"image {image}" for image in images},
         "labels": None if top.info["unit"] == "channel" else [unit_name(top, unit) for unit in range(len(top))],
         "notes": [note(top, unit) for unit in range(len(top))],
         "fired": top.fired.sum(axis=1).tolist(),
-        "winners": [_winners(top, unit) for unit in range(len(top))],
+        "winners": [_winner_rows(top, unit) for unit in range(len(top))],
     }
 
 
-def _inner_box(top: LayerArrays) -> int | None:
-    """The side of the effective box where it is another one than the receptive field, about a known centre."""
+def _frame_side(top: LayerArrays) -> int | None:
+    """The side of the effective box in pixels, to be drawn as a frame; None if it is no smaller than a known field."""
     side, field = top.info["effective_box"], top.info["receptive_field"]
     return side if side and not field["whole_image"] and side < max(field["size"]) else None
 
 
 def note(top: LayerArrays, unit: int) -> str:
-    """What is out of the ordinary with a unit, in a few words; empty where nothing is."""
+    """A key of `NOTES` for an unusual unit; empty for others."""
     values = top.values[unit]
     if top.images[unit, 0] < 0:
         return "no response"
@@ -103,19 +107,19 @@ def note(top: LayerArrays, unit: int) -> str:
 
 
 NOTES = {
-    "no response": "not one image gave it a response that is a number",
-    "dead": "not even its strongest response gets through the ReLU that follows",
-    "constant": "its strongest responses are all the same, so their order says nothing",
-    "tied": "the last place has the same value as an image that found no room",
-    "unseparated": "the scan could not decide between its last places",
+    "no response": "its response is NaN for every image",
+    "dead": "even its strongest response is at most 0, so the ReLU that follows always gives 0",
+    "constant": "its strongest responses are all equal, so the images are in the order of their ids",
+    "tied": "another image, which is not shown, has the same response as the last one shown",
+    "unseparated": "the scan in half precision could not decide all of its strongest images",
 }
 
 
-def _winners(top: LayerArrays, unit: int) -> list[list[Any]]:
-    """[value, image, row, column, left, top, right, bottom] for each that is not blank."""
+def _winner_rows(top: LayerArrays, unit: int) -> list[list[Any]]:
+    """A unit's winners that are not blank, each as [value, image, row, column, left, top, right, bottom]."""
     count = int((top.images[unit] >= 0).sum())
     columns = [
-        [_number(value) for value in top.values[unit, :count].tolist()],
+        [_json_number(value) for value in top.values[unit, :count].tolist()],
         top.images[unit, :count].tolist(),
         *top.positions[unit, :count].T.tolist(),
         *top.boxes[unit, :count].T.tolist(),
@@ -123,50 +127,55 @@ def _winners(top: LayerArrays, unit: int) -> list[list[Any]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _number(value: float) -> float | str:
-    """What JSON can hold and JavaScript's Number() reads."""
+def _json_number(value: float) -> float | str:
+    """Round a value to five digits; an infinite one becomes a string that JavaScript's Number() reads."""
     return float(f"{value:.5g}") if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _area(run: RunData, name: str, kept: list[int]) -> dict[str, Any]:
-    """Of the kept response maps: rows and columns, and what they cover, as shares of the input's width and height."""
-    top, (rows, columns, block) = run[name], kept
+def _response_area(run: RunData, name: str, drawn_size: list[int]) -> dict[str, Any]:
+    """Rows and columns of the drawn response maps, and the `map_area` they lie over, as shares of the input's size.
+
+    drawn_size: rows, columns, and the side of the block of neurons that one cell stands for.
+    """
+    top, (rows, columns, block) = run[name], drawn_size
     field = top.info["receptive_field"]
     unit, rank = np.argwhere(top.fired)[0]
     stride = field["stride"] and [step * block for step in field["stride"]]
-    # A cell of several neurons is as good as one in the middle of them.
-    position = [(place + 0.5) / block - 0.5 for place in top.positions[unit, rank].tolist()]
+    # In units of cells; a cell is centred on the neurons of its block.
+    position = [(index + 0.5) / block - 0.5 for index in top.positions[unit, rank].tolist()]
     height, width = run.input_size
     box = top.boxes[unit, rank].tolist()
-    left, upper, right, lower = covered(
+    left, upper, right, lower = map_area(
         stride, field["whole_image"], box, (position[0], position[1]), (rows, columns), (height, width)
     )
     return {"rows": rows, "columns": columns, "area": [left / width, upper / height, right / width, lower / height]}
 
 
-def _field(top: LayerArrays) -> str:
+def _field_text(top: LayerArrays) -> str:
+    """The size of the layer's receptive field in words."""
     field = top.info["receptive_field"]
     return "the whole image" if field["whole_image"] else f"{field['size'][1]} x {field['size'][0]} pixels"
 
 
-def _data_set(manifest: Mapping[str, Any]) -> str:
+def _data_set_text(manifest: Mapping[str, Any]) -> str:
+    """The name of the data set after its path, as " of NAME" or " of NAME and N more"; empty without a path."""
     path = manifest["source"].get("path") or []
-    paths = [path] if isinstance(path, str) else path  # archives are a list
+    paths = [path] if isinstance(path, str) else path  # a list for several archives
     if not paths:
         return ""
     return f" of {os.path.basename(paths[0])}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]]:
-    """[question, answer] in one line each, about what stands on a layer's page."""
+    """The explanations on a layer's page as [question, answer], each answer in one line."""
     top, manifest = run[name], run.manifest
     info, field, crop, filters = top.info, top.info["receptive_field"], drawn["crop"], drawn.get("filters", False)
     height, width = run.input_size
-    shown = {
+    patch_width, patch_text = {
         "rf": (field["size"][1], "its receptive field"),
         "effective": (
             info["effective_box"],
-            "the effective box, a square about the neuron with 90% of what moves it",
+            "the effective box, a centred square with 90% of the response's squared gradient",
         ),
         "image": (width, "the whole image"),
     }[crop]
@@ -177,32 +186,35 @@ def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]
         unit = f"one neuron of {name}: one channel at one of {info['height']} x {info['width']} positions"
         response = "its value"
     if info["feeds_relu"]:
-        ranked = f"By {response}, before the ReLU that follows; at most 0 does not get through, and is struck out."
+        ranked = f"By {response}, before the ReLU that follows; responses of at most 0 do not fire and are struck out."
     elif info["fed_by"]:
-        ranked = f"By {response}, after the activation; {info['fed_by']} is what goes into it."
+        ranked = f"By {response}, after the activation; its input is {info['fed_by']}."
     else:
         ranked = f"By {response}, as the layer returns it, before any activation that follows."
     effective = f"; the effective box is {info['effective_box']} pixels wide" if info["effective_box"] else ""
-    weights = "no activations; the small squares alone are weights" if filters else "no activations, and no weights"
+    weights = "no activations; only the small squares show weights" if filters else "no activations, and no weights"
     lines = [
         ["What is a unit?", f"Here {unit}."],
         ["What do the pictures show?", f"Pieces of the input images, plain grey beyond their borders; {weights}."],
         ["How are images ranked?", ranked],
-        ["How much does a unit see?", f"{_field(top)} of {width} x {height}{effective}; patches show {shown[1]}."],
+        [
+            "How much of the image can change a response?",
+            f"{_field_text(top)} of {width} x {height}{effective}; patches show {patch_text}.",
+        ],
         [
             "Why are deep patches no bigger?",
-            f"All patches are drawn at one size, whatever they cover; here that is {shown[0]} input pixels.",
+            f"All patches are drawn at one size, whatever they cover; here that is {patch_width} input pixels.",
         ],
-        ["May an image come twice?", "Not in one unit: each image has one place, where its response is largest."],
-        ["Which images?", f"The {manifest['k']} strongest of {manifest['images']:,}{_data_set(manifest)}."],
+        ["Can an image appear twice?", "Not for one unit: each image counts once, where its response is largest."],
+        ["Which images?", f"The {manifest['k']} strongest of {manifest['images']:,}{_data_set_text(manifest)}."],
     ]
     if filters:
-        lines.append(["What is the small square?", "The unit's weights: grey is 0, one scale a filter; no photograph."])
+        lines.append(["What is the small square?", "The unit's weights, no photograph: grey is 0, one scale a filter."])
     if method := drawn.get("projections"):
         lines.append(
             [
                 "What is a projection?",
-                f"What the one neuron, set to 1, leaves when carried back to the pixels: {method}. Grey is 0, and each "
+                f"The winning neuron alone, set to 1 and carried back to the pixels: {method}. Grey is 0, and each "
                 "has its own scale, the same for both signs and all colours.",
             ]
         )
@@ -217,6 +229,6 @@ def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]
 
 
 def script(call: str, value: Any) -> str:
-    """A call with data, as a script that a page can load from a disk, which forbids it to read other files."""
+    """Make a script that calls a function with data: a page opened from a disk may load scripts, but no other files."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return f"{call}({text.replace('<', chr(92) + 'u003c')});\n"

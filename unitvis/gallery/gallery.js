@@ -1,11 +1,11 @@
-// The whole gallery: one page, three views (#, #LAYER, #LAYER/UNIT). Data comes in scripts, because a page that was
+// The gallery: one page with three views (#, #LAYER, #LAYER/UNIT). Its data comes in scripts, because a page that is
 // opened from a disk may not read files. Names go through textContent or encodeURIComponent, never into markup.
 "use strict";
 
 const unitvis = (() => {
   const $ = (id) => document.getElementById(id);
   const layers = new Map();  // name -> entry of the index, with .data once its script has run
-  const waiting = new Map();  // name -> what to call when it has
+  const waiting = new Map();  // name -> what to call once its script has run
   let run, shown = {}, byValue = false;
 
   // --- elements ---
@@ -23,10 +23,10 @@ const unitvis = (() => {
   const link = (name, unit) => "#" + encodeURIComponent(name) + (unit === undefined ? "" : "/" + unit);
   const file = (layer, name) => `gallery/layers/${layer.folder}/${name}`;
   const label = (data, unit) => (data.labels ? data.labels[unit] : String(unit));
-  const number = (value) => String(Number(Number(value).toPrecision(4)));  // "Infinity" is not in JSON
-  const sight = (note) => (note ? el("em", { title: run.notes[note] }, note) : "");
+  const number = (value) => String(Number(Number(value).toPrecision(4)));  // infinite values come as strings
+  const noteMark = (note) => (note ? el("em", { title: run.notes[note] }, note) : "");
 
-  /** One place of a picture that holds all of a unit's. */
+  /** The cell of one winner in a sprite of all the unit's winners. */
   function cell(source, data, rank, alt, extra) {
     const rows = Math.ceil(data.k / data.across);
     const at = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0) + "%";
@@ -35,7 +35,7 @@ const unitvis = (() => {
     return el("div", { class: "cell", role: "img", "aria-label": alt, title: alt, style: style + (extra || "") });
   }
 
-  /** A unit's patches at once, with lines between them. */
+  /** The sprite of a unit's patches, with lines between them. */
   function patches(layer, unit, across, alt) {
     return el("span", { class: "patches", style: `--across:${across}` },
       el("img", { src: file(layer, unit + ".jpg"), loading: "lazy", decoding: "async", alt }));
@@ -51,7 +51,7 @@ const unitvis = (() => {
         patches(layer, unit, run.across, `Patches of unit ${unit} of ${layer.name}`))))));
     return [el("h1", {}, run.title), el("p", {}, run.run),
       el("p", {}, "Each square below is one unit: the pieces of images that excite it most, strongest first. " +
-        "Layers stand in the order in which an image passes through them."),
+        "Layers are in the order in which an image passes through them."),
       el("ol", { class: "layers" }, ...rows)];
   }
 
@@ -69,7 +69,7 @@ const unitvis = (() => {
     return el("a", { class: "tile", href: link(layer.name, unit), id: "unit-" + unit },
       patches(layer, unit, data.across, text),
       data.filters ? filter(layer, unit) : "",
-      el("b", {}, label(data, unit)), sight(note),
+      el("b", {}, label(data, unit)), noteMark(note),
       el("span", { class: "value", title: "largest response" }, winner && note !== "dead" ? number(winner[0]) : ""));
   }
 
@@ -134,29 +134,29 @@ const unitvis = (() => {
   function unitView(layer, unit) {
     const data = layer.data, fired = data.fired[unit], note = data.notes[unit];
     const [before, after] = neighbours(data, unit);
-    const silent = data.winners[unit].slice(fired);
+    const notFired = data.winners[unit].slice(fired);
     return [el("h1", {}, layer.name, " ", el("span", {}, "unit " + label(data, unit)), data.filters ? filter(layer, unit) : ""),
       el("p", { class: "steps" },
         before === undefined ? "" : el("a", { href: link(layer.name, before), rel: "prev" }, "← " + label(data, before)),
         el("a", { href: link(layer.name) }, "↑ all units"),
         after === undefined ? "" : el("a", { href: link(layer.name, after), rel: "next" }, label(data, after) + " →")),
-      note ? el("p", {}, sight(note), " ", run.notes[note], ".") : "",
+      note ? el("p", {}, noteMark(note), ": ", run.notes[note], ".") : "",
       fired ? el("p", { class: "legend" }, el("span", { class: "field" }, "box: the receptive field"), " ",
-        data.effective ? el("span", { class: "effective" }, "effective box: holds 90% of what moves a unit here") : "",
+        data.effective ? el("span", { class: "effective" }, "effective box: holds 90% of a response's squared gradient") : "",
         data.responses ? el("span", { class: "map" }, "response map: clear at 0, yellow where largest") : "",
         data.projections ? `projection: grey is 0; ${data.projections}` : "") : "",
       el("ol", { class: "winners" }, ...Array.from({ length: fired }, (_, rank) => winner(layer, unit, rank))),
-      silent.length ? el("p", {}, `Did not fire: ${silent.map((one) => `${data.images[one[1]]} (${number(one[0])})`).join(", ")}.`) : ""];
+      notFired.length ? el("p", {}, `Did not fire: ${notFired.map(([value, image]) => `${data.images[image]} (${number(value)})`).join(", ")}.`) : ""];
   }
 
   function neighbours(data, unit) {
-    const units = order(data), place = units.indexOf(unit);
-    return [units[place - 1], units[place + 1]];
+    const units = order(data), index = units.indexOf(unit);
+    return [units[index - 1], units[index + 1]];
   }
 
-  // --- where we are ---
+  // --- navigation ---
 
-  /** {layer, unit} of an address, or {problem}; the unit is what follows the last slash. */
+  /** Parse an address into {layer, unit}, or {problem} where there is no such view. */
   function parse(hash) {
     const [name, unit, more] = hash.replace(/^#/, "").split("/");
     if (!name) return {};
@@ -182,7 +182,7 @@ const unitvis = (() => {
     const hash = location.hash, to = parse(hash);
     try { if (to.layer) await load(to.layer); }
     catch { to.problem = `The file ${file(to.layer, "layer.js")} is missing; draw the gallery again.`; }
-    if (location.hash !== hash) return;  // somebody was faster
+    if (location.hash !== hash) return;  // the address has changed meanwhile
     const from = shown;
     shown = to;
     draw();
@@ -205,17 +205,17 @@ const unitvis = (() => {
     $("said").textContent = "";
   }
 
-  /** A unit of the layer that is shown, layer, or layer/unit. */
+  /** Go to a unit of the layer on view, to a layer, or to layer/unit. */
   function jump(text) {
     const wanted = text.trim();
     if (!wanted) return;
-    const place = wanted.lastIndexOf("/");
-    const known = layers.get(wanted) || layers.get(wanted.slice(0, Math.max(0, place)));
+    const slash = wanted.lastIndexOf("/");
+    const known = layers.get(wanted) || layers.get(wanted.slice(0, Math.max(0, slash)));
     const unit = shown.layer && shown.layer.data.labels ? shown.layer.data.labels.indexOf(wanted) : -1;
     let hash;
     if (unit >= 0) hash = link(shown.layer.name, unit);
     else if (layers.has(wanted)) hash = link(wanted);
-    else if (known) hash = link(known.name, wanted.slice(place + 1));
+    else if (known) hash = link(known.name, wanted.slice(slash + 1));
     else if (shown.layer && /^\d+$/.test(wanted)) hash = link(shown.layer.name, Number(wanted));
     const problem = hash ? parse(hash).problem
       : `No layer is called ${wanted}` + (shown.layer ? "." : "; write layer/unit here.");
@@ -243,7 +243,7 @@ const unitvis = (() => {
     event.preventDefault();
   }
 
-  /** From tile to tile. */
+  /** Move the focus by so many tiles. */
   function step(by) {
     const tiles = [...document.querySelectorAll(".tile")], at = tiles.indexOf(document.activeElement);
     const next = tiles[at < 0 ? 0 : at + by];

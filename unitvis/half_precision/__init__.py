@@ -1,1 +1,1 @@
-"""The step of a scan in half precision: a rewritten copy of the model, captured into a CUDA graph on a GPU."""
+"""A scan in half precision: a rewritten copy of the model ranks each batch, on a GPU as a CUDA graph."""

@@ -1,5 +1,6 @@
-"""The scan's own copy of a model: each convolution and what follows it in as few passes as the device allows, stopped
-at the last tapped layer. What is not understood stays as it is.
+"""Rewriting a copy of the model for a scan: each convolution and the operators after it become one `Chain`.
+
+The copy returns the layers' keys and ends after the last of them. Other operators stay as they are.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _RELUS |= {"relu": "relu", "relu_": "relu", torch.relu_: "relu", F.relu_: "relu"
 
 
 class NotRewrittenError(Exception):
-    """Why a model stays as it is."""
+    """Error for a model that cannot be rewritten; the message is the reason."""
 
 
 class Pool(NamedTuple):
-    """A max-pool that rounds down and has one number for both axes."""
+    """The parameters of a max-pool that rounds down and treats rows and columns alike."""
 
     window: int
     stride: int
@@ -36,22 +37,24 @@ class Pool(NamedTuple):
 
 
 class Threshold:
-    """What responses must reach to enter the top-k: float32 [units of all layers], or None where all may enter."""
+    """The values that responses must reach to enter the top-k: float32 [units of all layers]; None: all may enter."""
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
 
     def of(self, units: slice) -> Tensor | None:
-        """The part of one layer."""
+        """The values of some units, such as one layer's."""
         return None if self.values is None else self.values[units]
 
 
 class Chain(nn.Module):
-    """Convolution -> [activation] -> [max-pool] with the keys of the convolution's output, or of the activated one.
+    """A convolution, an optional activation and an optional max-pool, with the keys of one of their outputs.
 
-    `conv` has a BatchNorm folded in. `one_pass`: `uk.epilogue` does all that follows the product, or `uk.conv_argmax`
-    everything, whichever is preferred; otherwise, on a CPU, whose convolutions add their bias themselves, the plain
-    operators do.
+    conv: with a BatchNorm that followed it folded in. threshold: a function that returns the layer's thresholds, or
+    None where all responses may enter; without the function there are no keys. key_after: the keys are those of the
+    activated map, else of the convolution's output. one_pass: `uk.conv_argmax` computes the whole chain, or
+    `uk.epilogue` all that follows the convolution, whichever is preferred (on a GPU); otherwise PyTorch's operators do
+    (on a CPU, where convolutions add their bias themselves).
     """
 
     def __init__(
@@ -67,19 +70,20 @@ class Chain(nn.Module):
         super().__init__()
         self.conv, self.activation, self.pool = conv, activation, pool
         self.threshold, self.key_after, self.one_pass = threshold, key_after, one_pass
-        self.store = True  # somebody takes the map
-        self.fused: str | None = None  # how it is known that `conv_argmax` is the faster way; None where it is not
+        self.store = True  # False: no other node uses the map, so it need not be written
+        self.fused: str | None = None  # if `conv_argmax` is used: "measured" or "estimated", see `prefer`
 
     def _fuses(self, x: Tensor) -> bool:
+        """True where `conv_argmax` is preferred for this input [N, C, H, W]; sets `fused`."""
         conv = self.conv
         if isinstance(conv.padding, str) or x.dtype == torch.float32:
             return False
-        around = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
-        height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in around)
+        geometry = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+        height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in geometry)
         architecture = "cpu"
         if x.is_cuda:
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
-        fuses, known = prefer(
+        fuses, source = prefer(
             conv.in_channels,
             conv.out_channels,
             (conv.kernel_size[0], conv.kernel_size[1]),
@@ -90,14 +94,14 @@ class Chain(nn.Module):
             architecture,
             pooled=self.pool is not None,
         )
-        self.fused = known if fuses else None
+        self.fused = source if fuses else None
         return fuses
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(keys int64 [N, C], the map that goes on); None for what nobody asked for."""
+        """Return (keys int64 [N, C], output map [N, C, H, W]), with None in place of one that is not needed."""
         conv = self.conv
         if self.one_pass and self._fuses(x):
-            both = uk.conv_argmax(
+            fused_keys, fused_map = uk.conv_argmax(
                 x,
                 conv.weight,
                 conv.bias,
@@ -109,7 +113,9 @@ class Chain(nn.Module):
                 store=self.store,
                 key_after=self.key_after,
             )
-            return both if self.pool is None or both[1] is None else (both[0], F.max_pool2d(both[1], *self.pool))
+            if self.pool is not None and fused_map is not None:
+                fused_map = F.max_pool2d(fused_map, *self.pool)
+            return fused_keys, fused_map
         if self.one_pass and (conv.bias is not None or self.activation is not None or self.pool is not None):
             raw = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
             return uk.epilogue(raw, conv.bias, self.activation, self.pool, key_after=self.key_after)
@@ -122,20 +128,20 @@ class Chain(nn.Module):
         return keys, y if self.pool is None else F.max_pool2d(y, *self.pool)
 
 
-class Key(nn.Module):
-    """The keys of a tapped layer's output that no chain makes."""
+class MapKeys(nn.Module):
+    """The keys of a layer's output that no chain computes. kind: the layer's class, see `as_map`."""
 
     def __init__(self, name: str, kind: type[nn.Module], threshold: Callable[[], Tensor | None]) -> None:
         super().__init__()
         self.name, self.kind, self.threshold = name, kind, threshold
 
     def forward(self, output: object) -> Tensor:
-        """Keys int64 [N, C]."""
+        """Return keys, int64 [N, C]."""
         return uk.spatial_argmax(as_map(self.name, self.kind, output), self.threshold())
 
 
 class _Tracer(fx.Tracer):
-    """Remembers which node is what each module returned, those inside of which it looks included."""
+    """Traces a model and records the node that each module returned, also of modules whose inside is traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,10 +155,10 @@ class _Tracer(fx.Tracer):
 
 
 def rewritten(model: nn.Module, layers: Mapping[str, slice], threshold: Threshold, *, one_pass: bool) -> fx.GraphModule:
-    """A copy of a model in eval mode that maps a batch to the layers' keys, one int64 [N, C] a layer.
+    """Copy a model in eval mode into one that returns the layers' keys, a tuple of int64 [N, C].
 
-    layers: names, in the order of the forward pass, and each one's units. Raises NotRewrittenError, with the reason,
-    for a model that `torch.fx` cannot trace.
+    layers: names, in the order of the forward pass, and the units of each. one_pass: see `Chain`. Raises
+    NotRewrittenError for a model that `torch.fx` cannot trace.
     """
     tracer = _Tracer()
     try:
@@ -161,38 +167,39 @@ def rewritten(model: nn.Module, layers: Mapping[str, slice], threshold: Threshol
         tapped = {name: tracer.returned[name] for name in layers}
     except KeyError as error:
         raise NotRewrittenError(f"layer {error} does not show in its trace") from error
-    except Exception as error:  # whatever a model's own code does with a symbol in place of a tensor
+    except Exception as error:  # a model's code may raise anything when it gets a symbol instead of a tensor
         raise NotRewrittenError(f"it cannot be traced ({type(error).__name__}: {first_line(error)})") from error
 
-    thresholds = {name: _own_threshold(threshold, units) for name, units in layers.items()}
+    thresholds = {name: _layer_threshold(threshold, units) for name, units in layers.items()}
     keys: dict[str, fx.Node] = {}
     modules = dict(model.named_modules())
     for number, node in enumerate(list(graph.nodes)):
-        if (link := _chain(node, modules, set(tapped.values()))) is not None:
-            names = [name for name, at in tapped.items() if at is link.key]
+        if (found := _find_chain(node, modules, set(tapped.values()))) is not None:
+            names = [name for name, output in tapped.items() if output is found.key]
             chain = Chain(
-                link.folded(modules),
-                link.activation,
-                link.pool,
+                found.folded(modules),
+                found.activation,
+                found.pool,
                 thresholds[names[0]] if names else None,
-                key_after=link.key_after,
+                key_after=found.key_after,
                 one_pass=one_pass,
             )
             model.add_module(f"chain{number}", chain)
             with graph.inserting_before(node):
                 both = graph.call_module(f"chain{number}", node.args)
-                found, y = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
-            keys |= dict.fromkeys(names, found)
-            tapped |= {name: y for name, at in tapped.items() if at is link.nodes[-1] and name not in names}
-            link.nodes[-1].replace_all_uses_with(y)
-            for absorbed in reversed(link.nodes):
-                graph.erase_node(absorbed)
+                chain_keys, y = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+            keys |= dict.fromkeys(names, chain_keys)
+            last = found.nodes[-1]
+            tapped |= {name: y for name, output in tapped.items() if output is last and name not in names}
+            last.replace_all_uses_with(y)
+            for replaced in reversed(found.nodes):
+                graph.erase_node(replaced)
     for index, (name, node) in enumerate(tapped.items()):
         if name not in keys:
-            model.add_module(f"key{index}", Key(name, type(modules[name]), thresholds[name]))
-            with graph.inserting_after(node):  # before anything can overwrite it
+            model.add_module(f"key{index}", MapKeys(name, type(modules[name]), thresholds[name]))
+            with graph.inserting_after(node):  # directly after it: a later operator may overwrite it in place
                 keys[name] = graph.call_module(f"key{index}", (node,))
-    _end(graph, [keys[name] for name in layers])
+    _return_keys(graph, [keys[name] for name in layers])
     copied = fx.GraphModule(model, graph)
     for node in graph.nodes:
         called = copied.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -201,18 +208,18 @@ def rewritten(model: nn.Module, layers: Mapping[str, slice], threshold: Threshol
     return copied
 
 
-class _Link(NamedTuple):
-    """The nodes that one chain replaces, and what it does in their place."""
+class _ChainNodes(NamedTuple):
+    """The nodes that one chain replaces, and the parameters of that chain."""
 
-    nodes: list[fx.Node]
-    norm: str | None
+    nodes: list[fx.Node]  # the convolution first
+    norm: str | None  # the name of the BatchNorm to fold in
     activation: str | None
     pool: Pool | None
-    key: fx.Node | None
+    key: fx.Node | None  # the node whose output the keys are of
     key_after: bool
 
     def folded(self, modules: Mapping[str, nn.Module]) -> nn.Conv2d:
-        """The convolution, with the BatchNorm in its weights."""
+        """A copy of the convolution with the BatchNorm folded into its weights."""
         conv: Any = modules[str(self.nodes[0].target)]
         if self.norm is None:
             return copy.deepcopy(conv)
@@ -220,19 +227,23 @@ class _Link(NamedTuple):
         return fuse_conv_bn_eval(conv, norm)
 
 
-def _chain(node: fx.Node, modules: Mapping[str, nn.Module], tapped: set[fx.Node]) -> _Link | None:
-    """The chain that begins with this node; None where it is no plain convolution with one input."""
-    conv = _plain(node, modules, nn.Conv2d)
+def _find_chain(node: fx.Node, modules: Mapping[str, nn.Module], tapped: set[fx.Node]) -> _ChainNodes | None:
+    """Find the chain that begins with this node; None where it is no zero-padded convolution, or a chain gains nothing.
+
+    tapped: the nodes whose outputs are layers.
+    """
+    conv = _unhooked(node, modules, nn.Conv2d)
     if conv is None or conv.padding_mode != "zeros" or len(node.args) != 1 or node.kwargs:
         return None
     nodes, norm, activation, pool = [node], None, None, None
 
     def following() -> fx.Node | None:
+        """The node that alone uses the last node's output, and no other input."""
         users = list(nodes[-1].users)
         return users[0] if len(users) == 1 and users[0].all_input_nodes == [nodes[-1]] else None
 
     after = following()
-    found = None if after is None or node in tapped else _plain(after, modules, nn.BatchNorm2d)
+    found = None if after is None or node in tapped else _unhooked(after, modules, nn.BatchNorm2d)
     if after is not None and found is not None and found.running_mean is not None:
         nodes.append(after)
         norm = str(after.target)
@@ -247,12 +258,12 @@ def _chain(node: fx.Node, modules: Mapping[str, nn.Module], tapped: set[fx.Node]
         nodes.append(after)
         pool = found_pool
     if len(nodes) == 1 and key is None:
-        return None  # nothing to gain
-    return _Link(nodes, norm, activation, pool, key, key_after)
+        return None  # no operator to absorb and no keys to compute
+    return _ChainNodes(nodes, norm, activation, pool, key, key_after)
 
 
-def _plain(node: fx.Node, modules: Mapping[str, nn.Module], kind: type[Any]) -> Any:
-    """The module that the node calls if it is exactly of this kind and nobody has hooked into it."""
+def _unhooked(node: fx.Node, modules: Mapping[str, nn.Module], kind: type[Any]) -> Any:
+    """The module that the node calls, if its class is exactly `kind` and it has no forward hooks; else None."""
     module: Any = modules[str(node.target)] if node.op == "call_module" else None
     if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
         return None
@@ -260,13 +271,15 @@ def _plain(node: fx.Node, modules: Mapping[str, nn.Module], kind: type[Any]) -> 
 
 
 def _relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """The kind of ReLU that the node calls as a module, function or method: "relu", "relu6" or None."""
     if node.op == "call_module":
-        return next((_RELUS[kind] for kind in (nn.ReLU, nn.ReLU6) if _plain(node, modules, kind) is not None), None)
+        return next((_RELUS[kind] for kind in (nn.ReLU, nn.ReLU6) if _unhooked(node, modules, kind) is not None), None)
     return _RELUS.get(node.target) if node.op in ("call_function", "call_method") else None
 
 
 def _max_pool(node: fx.Node, modules: Mapping[str, nn.Module]) -> Pool | None:
-    pool: Any = _plain(node, modules, nn.MaxPool2d)
+    """The parameters of a max-pool that `Pool` can express; else None."""
+    pool: Any = _unhooked(node, modules, nn.MaxPool2d)
     if pool is None or pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
         return None
     sizes = []
@@ -278,12 +291,13 @@ def _max_pool(node: fx.Node, modules: Mapping[str, nn.Module]) -> Pool | None:
     return Pool(*sizes)
 
 
-def _own_threshold(threshold: Threshold, units: slice) -> Callable[[], Tensor | None]:
+def _layer_threshold(threshold: Threshold, units: slice) -> Callable[[], Tensor | None]:
+    """A function that gives the present threshold of some units."""
     return lambda: threshold.of(units)
 
 
-def _end(graph: fx.Graph, keys: Sequence[fx.Node]) -> None:
-    """Make the keys what the graph returns, and drop what runs after the last of them."""
+def _return_keys(graph: fx.Graph, keys: Sequence[fx.Node]) -> None:
+    """Make the graph return the keys, and erase the nodes after the last of them."""
     needed = set(keys)
     for node in reversed(graph.nodes):
         if node in needed:

@@ -1,4 +1,4 @@
-"""The step of a scan in half precision: pixels in, candidates out; float32 decides between them later."""
+"""The step of a scan in half precision: it merges one batch into the top-k of candidates, which re-ranking decides."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from unitvis.network.network import Network
 from unitvis.sources.transform import Transform
 from unitvis.state.topk import TopK
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # half precisions by their names in options and manifests
 INFINITY_KEY = int(uk.pack(torch.tensor(torch.inf), torch.tensor(0)))
 MINUS_INFINITY_HIGH_WORD = int(uk.pack(torch.tensor(-torch.inf), torch.tensor(0))) >> 32
-REWRITING_TOLERANCE = 1e-4  # of a layer's largest response: what rewriting the model may change in float32
+REWRITING_TOLERANCE = 1e-4  # share of a layer's largest response by which rewriting may change a response in float32
 
 
 class Step:
-    """Folds batches of at most `size` images into a top-k, computed by a rewritten copy of the model.
+    """Merges batches of at most `size` images into a top-k, computed by a rewritten copy of the model.
 
-    model: in eval mode, and the step's to keep. layers: names, in the order of the forward pass, and the units of
-    each in `topk`. sample: float32 images [N, C, H, W], and `responses`, float32 [N, units], the canonical ones of
-    them: what the copy is checked against, in float32, before it is trusted. `how` says what became of it.
+    model: in eval mode; the step changes and keeps it. layers: names, in the order of the forward pass, and the units
+    of each in `topk`. sample: model inputs, float32 [N, C, H, W], with their canonical `responses`, float32 [N, units]:
+    a rewritten copy that gives others in float32 is not used. how: manifest entries that say whether the model was
+    rewritten and captured.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class Step:
         self._layers, self._neurons = layers, neurons
         self._dtype, self._transform, self._device = dtype, transform, sample.device
         self._threshold = Threshold()
-        self.model = model  # until it is rewritten
-        self._keys = self._copy(model, sample, responses)
+        self.model = model  # replaced by the copy that computes the keys
+        self._keys = self._prepare(model, sample, responses)
         self._replay: Replay | None = None
 
     @classmethod
     def of(cls, network: Network, topk: TopK, images: Tensor, *, precision: str, size: int) -> Self:
-        """The step of a network whose layers are known; some images as they were read are what it is checked with."""
+        """Make the step of a network whose layers are known; up to 16 of the images, as they were read, check it."""
         model, images = copied(network.model), images[:COMPUTE_BATCH]
         with network.reading() as canonical:
             keys = network.check_independence(canonical, images)
@@ -75,43 +76,45 @@ class Step:
         )
 
     def __call__(self, images: Tensor, ids: Tensor) -> None:
-        """Fold uint8 [N, H, W, 3], for the transform to normalise, or float [N, C, H, W], with ids int64 [N]."""
+        """Merge images into the top-k: uint8 [N, H, W, 3] or normalised float [N, C, H, W], with ids int64 [N]."""
         if self._device.type != "cuda":
-            return self._fold(*self._padded(images, ids))
+            return self._merge(*self._padded(images, ids))
         if self._replay is None:
-            self._replay = Replay(self._fold, self.size, images, self._device)
-            self.how["captured"] = self._replay.eager_because or True
+            self._replay = Replay(self._merge, self.size, images, self._device)
+            self.how["captured"] = self._replay.capture_error or True
             fused = [chain.fused for chain in self.model.modules() if isinstance(chain, Chain) and chain.fused]
-            self.how["conv_argmax"] = {known: fused.count(known) for known in set(fused)}
+            self.how["conv_argmax"] = {source: fused.count(source) for source in set(fused)}
         return self._replay(images, ids)
 
-    def _fold(self, images: Tensor, ids: Tensor) -> None:
-        if self._device.type == "cpu":  # positions are looked for only where a response can enter
+    def _merge(self, images: Tensor, ids: Tensor) -> None:
+        """Compute the keys of exactly `size` images and merge them; the part that a CUDA graph captures."""
+        if self._device.type == "cpu":  # the CPU finds positions only of responses that can enter the top-k
             self._threshold.values = self.topk.threshold()
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             keys = self._keys(self._input(images))
-            # What half precision cannot hold is a candidate ahead of all others: float32 must see it.
+            # NaN and overflow rank first among the candidates, so that they are computed again in float32.
             not_finite = (keys == uk.NAN_KEY) | ((keys >> 32) == MINUS_INFINITY_HIGH_WORD)
             self.topk.merge(keys.masked_fill_(not_finite, INFINITY_KEY), ids)
 
     def responses(self, images: Tensor) -> NDArray[np.float64]:
-        """float64 [N, units]: what half precision gives for images as they were read."""
+        """Responses in half precision, float64 [N, units], of images as they were read."""
         return uk.unpack(self.keys(images))[0].cpu().double().numpy()
 
     def keys(self, images: Tensor) -> Tensor:
-        """Keys int64 [N, units] of images as they are given to the step, N at most its size."""
+        """Keys, int64 [N, units], of at most `size` images as they are given to the step; nothing is merged."""
         images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)))
         self._threshold.values = None
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             return self._keys(self._input(images))[:count]
 
     def _input(self, images: Tensor) -> Tensor:
+        """The model's input in half precision, [N, C, H, W] in channels-last layout."""
         if images.dtype == torch.uint8 and self._transform is not None:
             return self._transform.normalize(images, self._dtype)
         return images.to(self._dtype, memory_format=torch.channels_last)
 
     def _padded(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Another batch size may choose another algorithm, and with it other last bits."""
+        """Pad a batch to `size` images with zeros and ids of -1: another batch size may give other last bits."""
         missing = self.size - len(ids)
         if not missing:
             return images, ids
@@ -119,26 +122,26 @@ class Step:
             [ids, ids.new_full((missing,), -1)]
         )
 
-    def _copy(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Callable[[Tensor], Tensor]:
-        """The model's copy in the scan's precision, as a function from its input to keys [N, units]."""
+    def _prepare(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Callable[[Tensor], Tensor]:
+        """The model in the scan's precision, rewritten if possible, as a function from its input to keys [N, units]."""
         try:
             if self._neurons:
                 raise NotRewrittenError("neurons are ranked")
-            copied = rewritten(model, self._layers, self._threshold, one_pass=self._device.type == "cuda")
-            if layer := self._differs(copied, sample, responses):
+            fast = rewritten(model, self._layers, self._threshold, one_pass=self._device.type == "cuda")
+            if layer := self._differing_layer(fast, sample, responses):
                 raise NotRewrittenError(f"rewritten, layer {layer!r} gives other responses")
         except NotRewrittenError as reason:
             self.how["rewritten"] = f"no: {reason}"
             return self._hooked(model)
-        chains = sum(isinstance(module, Chain) for module in copied.modules())
+        chains = sum(isinstance(module, Chain) for module in fast.modules())
         self.how["rewritten"] = f"{chains} chains of a convolution and what follows it"
-        self.model = copied.to(self._dtype)
-        return lambda batch: torch.cat(copied(batch), dim=1)
+        self.model = fast.to(self._dtype)
+        return lambda batch: torch.cat(fast(batch), dim=1)
 
-    def _differs(self, copied: nn.Module, sample: Tensor, responses: Tensor) -> str | None:
-        """The first layer whose responses the copy changes by more than rounding."""
+    def _differing_layer(self, fast: nn.Module, sample: Tensor, responses: Tensor) -> str | None:
+        """The first layer whose responses the rewritten model changes by more than rounding; None without any."""
         with torch.inference_mode(), canonical_settings(self._device):
-            found = _channels_last(copied)(sample)
+            found = _channels_last(fast)(sample)
         for (name, units), keys in zip(self._layers.items(), found, strict=True):
             want, got = responses[:, units], uk.unpack(keys)[0]
             finite = want[want.isfinite()]
@@ -151,9 +154,9 @@ class Step:
         return None
 
     def _hooked(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The model as it is, in the scan's precision, read by hooks."""
+        """The model as given, in the scan's precision, as a function from its input to keys that hooks compute."""
         self.model = _channels_last(model).to(self._dtype)
-        hooks = Hooks(self.model, list(self._layers)).__enter__()  # for good: the model is nobody else's
+        hooks = Hooks(self.model, list(self._layers)).__enter__()  # never removed: only the step uses this model
         units = list(self._layers.values())
         return lambda batch: hooks.keys(batch, units, self._threshold.values, neurons=self._neurons)
 

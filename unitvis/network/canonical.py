@@ -1,6 +1,6 @@
 """The settings under which canonical responses are computed: IEEE float32, deterministic, eager, in eval mode.
 
-With the fixed compute batch of `forward.CanonicalPass` they make a response's bits ones that can be asked for again.
+Together with the fixed compute batch of `forward.CanonicalPass` they make the bits of a response reproducible.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from torch.overrides import TorchFunctionMode
 _MATRIX_PRODUCTS = {
     F.linear, torch.addmm, torch.mm, torch.matmul, Tensor.addmm, Tensor.mm, Tensor.matmul, Tensor.__matmul__
 }  # fmt: skip
-_FEW_ROWS = 64
+_MAX_SMALL_ROWS = 64  # rows of the left operand up to which a product runs on one thread
 
 
 class _OneThreadForSmallProducts(TorchFunctionMode):
+    """Runs matrix products of at most `_MAX_SMALL_ROWS` rows on one thread."""
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         left = args[1] if func in (torch.addmm, Tensor.addmm) and len(args) > 1 else args[0] if args else None
-        small = func in _MATRIX_PRODUCTS and isinstance(left, Tensor) and left.numel() <= _FEW_ROWS * left.shape[-1]
+        small = (
+            func in _MATRIX_PRODUCTS and isinstance(left, Tensor) and left.numel() <= _MAX_SMALL_ROWS * left.shape[-1]
+        )
         threads = torch.get_num_threads()
         if not small or threads == 1:
             return func(*args, **kwargs)
@@ -43,11 +47,11 @@ class _OneThreadForSmallProducts(TorchFunctionMode):
 
 _cudnn: Any = torch.backends.cudnn
 _mkldnn: Any = torch.backends.mkldnn
-# (owner, attribute, value while responses are computed); the caller's values come back afterwards
+# (owner, attribute, value while canonical responses are computed); the caller's values are restored afterwards
 _SETTINGS: list[tuple[Any, str, Any]] = [
     (_cudnn, "benchmark", False),
     (_cudnn, "deterministic", True),
-    (_cudnn, "allow_tf32", False),  # the older way of saying what the next ones say, which must not contradict them
+    (_cudnn, "allow_tf32", False),  # the older name of the settings below, which must not contradict them
     (_cudnn.conv, "fp32_precision", "ieee"),
     (_cudnn.rnn, "fp32_precision", "ieee"),
     (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
@@ -59,7 +63,7 @@ _SETTINGS: list[tuple[Any, str, Any]] = [
 
 
 def _read_setting(setting: Callable[[], Any]) -> Any:
-    """A setting; None where PyTorch's older and newer ways of saying it contradict each other, so that it raises."""
+    """Read a setting; None where PyTorch raises because its older and newer names contradict each other."""
     try:
         return setting()
     except RuntimeError:
@@ -67,36 +71,36 @@ def _read_setting(setting: Callable[[], Any]) -> Any:
 
 
 class _ProcessSettings:
-    """Context manager for settings of the process: the first thread to enter makes them, the last restores them."""
+    """Context manager for process-wide settings: the first thread to enter applies them, the last restores them."""
 
     def __init__(self) -> None:
-        self._lock, self._computing = threading.Lock(), 0
+        self._lock, self._entered = threading.Lock(), 0  # entered: threads inside
 
     def __enter__(self) -> None:
         with self._lock:
-            self._computing += 1
-            if self._computing > 1:
+            self._entered += 1
+            if self._entered > 1:
                 return
             self._matmul_precision = _read_setting(torch.get_float32_matmul_precision) or "highest"
-            found = [(one, _read_setting(partial(getattr, *one[:2]))) for one in _SETTINGS]
-            self._found = [(one, value) for one, value in found if value is not None]
+            found = [(setting, _read_setting(partial(getattr, *setting[:2]))) for setting in _SETTINGS]
+            self._saved = [(setting, value) for setting, value in found if value is not None]
             self._deterministic = torch.are_deterministic_algorithms_enabled()
             self._warns = torch.is_deterministic_algorithms_warn_only_enabled()
             if self._matmul_precision != "highest":
                 torch.set_float32_matmul_precision("highest")
-            for (owner, name, value), _ in self._found:
+            for (owner, name, value), _ in self._saved:
                 setattr(owner, name, value)
             torch.use_deterministic_algorithms(True, warn_only=True)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._computing -= 1
-            if self._computing:
+            self._entered -= 1
+            if self._entered:
                 return
             torch.use_deterministic_algorithms(self._deterministic, warn_only=self._warns)
             if self._matmul_precision != "highest":
                 torch.set_float32_matmul_precision(self._matmul_precision)
-            for (owner, name, _), value in self._found:
+            for (owner, name, _), value in self._saved:
                 setattr(owner, name, value)
 
 
@@ -105,7 +109,10 @@ _process_settings = _ProcessSettings()
 
 @contextmanager
 def canonical_settings(device: torch.device) -> Iterator[None]:
-    """Eager IEEE float32 with deterministic algorithms: no TF32, no autocast, no algorithm search."""
+    """Compute in IEEE float32 with deterministic algorithms for a `with` block: no TF32, autocast or algorithm search.
+
+    The caller's settings are restored afterwards.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cpu":
@@ -116,7 +123,10 @@ def canonical_settings(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and eager where it was compiled; each module's own flag comes back afterwards."""
+    """Put the model into eval mode, and a compiled one into eager mode, for a `with` block.
+
+    Each module's training flag is restored afterwards.
+    """
     modules = list(model.modules())
     training = [module for module in modules if module.training]
     if training:

@@ -1,4 +1,4 @@
-"""Where a model runs, and what the last bits of its responses depend on."""
+"""Devices: moving a model to one, its free memory, and the fingerprint of its arithmetic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from unitvis.errors import UnitvisError, error_text
 
 
 def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
-    """The model where it is to run, in float32: itself where it is so already, else a copy."""
+    """Return (the model in float32 on the device, the device): the model itself where it is so already, else a copy.
+
+    device: None is the device of the model's first tensor. Raises UnitvisError for a device other than the CPU and
+    CUDA GPUs that are present.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     own = tensors[0].device if tensors else torch.device("cpu")
     try:
@@ -31,7 +35,7 @@ def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.M
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of a model; UnitvisError where it refuses."""
+    """Make a deep copy of a model; raises UnitvisError where it cannot be copied."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -42,18 +46,18 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can be had."""
+    """Bytes of memory that can be allocated on a device; infinite where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except OSError:  # only Linux tells; elsewhere the allocation itself has to
+    except OSError:  # /proc exists on Linux only; elsewhere the allocation itself has to fail
         return float("inf")
 
 
 def fingerprint(device: torch.device) -> dict[str, str]:
-    """What the last bits of a response depend on besides model and image."""
+    """Describe what the last bits of a response depend on besides model and image: hardware, torch version, layout."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -62,8 +66,11 @@ def fingerprint(device: torch.device) -> dict[str, str]:
 
 
 def refuse_state(units: int, places: int, images: int, device: torch.device) -> None:
-    """UnitvisError where the state of that many units, and the first merge into it, do not fit into free memory."""
-    need = units * 8 * 6 * (places + images)  # the first merge sorts that many keys and ids a unit, thrice
+    """Raise UnitvisError where the top-k state and the first merge into it do not fit into free memory.
+
+    places: responses kept of each unit. images: in a batch.
+    """
+    need = units * 8 * 6 * (places + images)  # bytes: int64 key and id of each, three times while the merge sorts
     free = free_memory(device)
     if need > free:
         raise UnitvisError(

@@ -1,4 +1,4 @@
-"""Which model it is, for a manifest."""
+"""Identity of a model, for a manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The model's class, its number of parameters, and a hash of all its tensors."""
+    """Describe a model as {"class": name, "parameters": number, "weights": hexadecimal hash of the state dict}."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

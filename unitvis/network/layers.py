@@ -1,4 +1,4 @@
-"""The layers of a model: which modules run, how often, what feeds what, and which are read by default."""
+"""The layers of a model as one forward pass shows them, and their selection by name, by pattern or by default."""
 
 from __future__ import annotations
 
@@ -19,29 +19,33 @@ from unitvis.network.forward import as_map, call
 
 @dataclass(frozen=True)
 class Layer:
-    """A place in the model that can be tapped, as one forward pass showed it."""
+    """A layer whose output is a feature map, as one forward pass showed it."""
 
     name: str
     channels: int
     height: int
     width: int
-    feeds_relu: bool  # a ReLU takes its output, and nothing else does: at or below 0 it did not fire
-    fed_by: str | None  # of an activation: the convolution (or its BatchNorm) whose output it takes
+    feeds_relu: bool  # only ReLUs use its output, so a response at or below 0 does not fire
+    fed_by: str | None  # for an activation: the convolution, Linear or BatchNorm whose output it takes
 
 
-class _Watch(TorchFunctionMode):
-    """Notes which functions take which module's output, by the tensor itself, so that functional calls count too."""
+class _OutputUses(TorchFunctionMode):
+    """Records which torch functions use each module's output; tensors are compared by identity.
+
+    Functional calls are seen as well as modules.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs: dict[int, tuple[Tensor, list[str]]] = {}  # keeps the tensors alive: an id is not used twice
-        self.taken_by: dict[str, list[bool]] = {}  # of each function that took a module's output: is it a ReLU
+        self.outputs: dict[int, tuple[Tensor, list[str]]] = {}  # by id; holding the tensors keeps each id unique
+        self.used_by_relu: dict[str, list[bool]] = {}  # one entry for each use of a module's output: True for a ReLU
 
-    def names(self, tensor: object) -> list[str]:
-        """The modules that returned this very tensor, innermost first."""
+    def producers(self, tensor: object) -> list[str]:
+        """Names of the modules that returned this tensor, innermost first."""
         return self.outputs.get(id(tensor), (None, []))[1]
 
-    def returned(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Record that a module returned a tensor."""
         self.outputs.setdefault(id(tensor), (tensor, []))[1].append(name)
 
     def __torch_function__(
@@ -51,17 +55,17 @@ class _Watch(TorchFunctionMode):
         known = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.outputs]
         versions = [t._version for t in known]
         result = func(*args, **kwargs)
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # not a question about its shape
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # reading a shape does not count
             for tensor, version in zip(known, versions, strict=True):
-                for name in self.names(tensor):
-                    self.taken_by.setdefault(name, []).append(_is_relu(func, args, kwargs))
+                for name in self.producers(tensor):
+                    self.used_by_relu.setdefault(name, []).append(_is_relu(func, args, kwargs))
                 if tensor._version != version:
-                    self.outputs.pop(id(tensor), None)  # overwritten: no longer what the module returned
+                    self.outputs.pop(id(tensor), None)  # overwritten in place: no longer the module's output
         return result
 
 
 def _is_relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the function maps everything at or below 0 to 0 and keeps the order above."""
+    """True for a function that maps everything at or below 0 to 0 and keeps the order above (ReLU, ReLU6)."""
     name = getattr(func, "__name__", "")
     if name in ("hardtanh", "hardtanh_"):  # what nn.ReLU6 calls
         return (args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)) == 0
@@ -69,18 +73,21 @@ def _is_relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 class Examination:
-    """One forward pass of one image [1, C, H, W] through the whole model: what ran, how often, and what feeds what."""
+    """Records one forward pass of an image [1, C, H, W] through the whole model.
+
+    modules: by name. runs: how often each module ran, in the order in which modules first returned.
+    """
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         self.modules = {name: module for name, module in model.named_modules() if name}
-        self.runs: dict[str, int] = {}  # in the order in which modules first returned
+        self.runs: dict[str, int] = {}
         self._outputs: dict[str, object] = {}
-        self._inputs: dict[str, list[str]] = {}
-        self._watch = watch = _Watch()
+        self._inputs: dict[str, list[str]] = {}  # the modules whose output each module takes
+        self._uses = uses = _OutputUses()
 
         def enter(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                self._inputs[name] = list(watch.names(args[0])) if args else []
+                self._inputs[name] = list(uses.producers(args[0])) if args else []
 
             return hook
 
@@ -89,21 +96,21 @@ class Examination:
                 self.runs[name] = self.runs.get(name, 0) + 1
                 self._outputs[name] = output.detach() if isinstance(output, Tensor) else output
                 if isinstance(output, Tensor):
-                    watch.returned(name, output)
+                    uses.add(name, output)
 
             return hook
 
         handles = [m.register_forward_pre_hook(enter(n)) for n, m in self.modules.items()]
         handles += [m.register_forward_hook(leave(n)) for n, m in self.modules.items()]
         try:
-            with torch.no_grad(), watch:
+            with torch.no_grad(), uses:
                 call(model, image)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def normalised(self) -> dict[str, str]:
-        """Of each module that a BatchNorm directly follows: that BatchNorm."""
+    def following_batch_norms(self) -> dict[str, str]:
+        """For each module that a BatchNorm directly follows, the name of that BatchNorm."""
         return {
             source: name
             for name, sources in self._inputs.items()
@@ -112,10 +119,13 @@ class Examination:
         }
 
     def default_layers(self) -> list[str]:
-        """Each convolution that ran once, or the BatchNorm that directly follows it; in the order of the forward."""
-        normalised = self.normalised()
+        """Names of the convolutions that ran once, in forward order; a BatchNorm that directly follows one replaces it.
+
+        Raises UnitvisError where there is none.
+        """
+        batch_norms = self.following_batch_norms()
         convolutions = [n for n in self.runs if isinstance(self.modules[n], nn.Conv2d | nn.ConvTranspose2d)]
-        names = dict.fromkeys(normalised.get(name, name) for name in convolutions if self.runs[name] == 1)
+        names = dict.fromkeys(batch_norms.get(name, name) for name in convolutions if self.runs[name] == 1)
         repeated = [name for name in convolutions if self.runs[name] > 1]
         if repeated:
             warnings.warn(f"left out, because they run more than once in a forward pass: {', '.join(repeated)}")
@@ -124,7 +134,10 @@ class Examination:
         return list(names)
 
     def select(self, patterns: Sequence[str] | str | None) -> list[str]:
-        """Names of layers, in the order of the forward, that the names or shell patterns stand for; None: default."""
+        """Names of the layers that names or shell patterns match, in forward order; None gives `default_layers`.
+
+        Raises UnitvisError for a pattern without a match and for a layer that did not run exactly once.
+        """
         if patterns is None:
             return self.default_layers()
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
@@ -145,12 +158,12 @@ class Examination:
         return [name for name in self.runs if name in chosen]
 
     def layer(self, name: str) -> Layer:
-        """What is known of one layer; raises UnitvisError where its output is no map."""
+        """Describe one layer; raises UnitvisError where its output is not a map (see `as_map`)."""
         _, channels, height, width = as_map(name, type(self.modules[name]), self._outputs[name]).shape
-        relus = self._watch.taken_by.get(name, [])
+        uses = self._uses.used_by_relu.get(name, [])
         linear = isinstance(self.modules[name], _LINEAR)
-        roots = [] if linear else [s for s in self._inputs[name] if isinstance(self.modules[s], _LINEAR)]
-        return Layer(name, channels, height, width, bool(relus) and all(relus), roots[0] if roots else None)
+        feeding = [] if linear else [s for s in self._inputs[name] if isinstance(self.modules[s], _LINEAR)]
+        return Layer(name, channels, height, width, bool(uses) and all(uses), feeding[0] if feeding else None)
 
 
 _LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm)

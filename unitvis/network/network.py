@@ -21,7 +21,8 @@ from unitvis.network.device import on_device
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, model_input
 from unitvis.network.identity import describe_model
 from unitvis.network.layers import Examination, Layer
-from unitvis.network.receptive_fields.fields import ReceptiveField, receptive_fields
+from unitvis.network.receptive_fields.fields import receptive_fields
+from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.sources.transform import Transform
 
 Shape = tuple[int, int, int]  # channels, height, width

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from unitvis.network.layers import Layer
 from unitvis.network.network import Network
-from unitvis.network.receptive_fields.fields import ReceptiveField
+from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.reranking.bound import EXCEEDING_PROBABILITY
 from unitvis.reranking.rerank import Scanned, rerank
 from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED, LayerArrays

@@ -1,1 +1,1 @@
-"""What a scan found, as arrays and as a folder; nothing here draws."""
+"""The results of a scan as arrays, a manifest and a folder, without any drawing."""

@@ -1,4 +1,4 @@
-"""What a scan found of one layer, as arrays."""
+"""LayerArrays: the top-k of one layer's units as arrays."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SEPARATED, TIED, UNSEPARATED = "separated", "tied", "unseparated"
-ARRAYS = ("values", "images", "positions", "boxes", "status")  # of a layer, as top.npz names them
+SEPARATED, TIED, UNSEPARATED = "separated", "tied", "unseparated"  # a unit's status
+ARRAYS = ("values", "images", "positions", "boxes", "status")  # names of a layer's arrays in top.npz
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class LayerArrays:
 
     @property
     def separated(self) -> NDArray[np.bool_]:
-        """Bool [units]: the k winners are exactly brute force's."""
+        """Bool [units]: the k winners are exactly those of brute force."""
         return self.status == SEPARATED
 
     @property
     def fired(self) -> NDArray[np.bool_]:
-        """Bool [units, k]: not blank, and above 0 where the layer feeds a ReLU and nothing else."""
+        """Bool [units, k]: the winner is not blank, and above 0 if only ReLUs use the layer's output."""
         floor = 0.0 if self.info["feeds_relu"] else -np.inf
         return (self.images >= 0) & ((self.values > floor) | (floor < 0))
 
     @property
     def dead(self) -> NDArray[np.bool_]:
-        """Bool [units]: there are responses, and not even the strongest gets through the ReLU that follows."""
+        """Bool [units]: there are responses, but the ReLU that follows turns even the strongest one into 0."""
         return (self.images[:, 0] >= 0) & ~self.fired[:, 0]
 
     def __len__(self) -> int:

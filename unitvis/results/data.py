@@ -1,4 +1,4 @@
-"""What a run holds, without a way to draw it."""
+"""RunData: the contents of a run, without drawing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from unitvis.state.partial import Partial
 
 
 class RunData:
-    """The top-k of every scanned layer, the manifest, and what is known of each winner's image.
+    """The top-k of every scanned layer, the manifest, and a record of each winner's image.
 
-    tops: by layer, in the order of the forward pass; none for the run of a shard. records: by image id. source: where
-    the pictures come from; None: opened from the manifest when it is needed. partial: the state of a shard's run, or
-    of one that was merged.
+    tops: by layer, in the order of the forward pass; empty for the run of a shard. records: {"id", "name", ...} by
+    image id. source: the images that were scanned; None: opened from the manifest when needed. partial: the state of a
+    shard's run or a merged run.
     """
 
     tops: Mapping[str, LayerArrays]
@@ -37,7 +37,7 @@ class RunData:
         self.manifest, self.records = manifest, dict(records)
         self._source = source
         self.partial = partial
-        self.folder: Path | None = None  # where it was read from or written to last
+        self.folder: Path | None = None  # the folder it was last read from or written to
 
     def __getitem__(self, layer: str) -> LayerArrays:
         self.need_winners()
@@ -46,7 +46,7 @@ class RunData:
         return self.tops[layer]
 
     def need_winners(self) -> None:
-        """UnitvisError for the run of a shard."""
+        """Raise UnitvisError for the run of a shard, which has no winners before it is merged."""
         if not self.tops:
             raise UnitvisError("this is the run of a shard, which has no winners yet; merge it with the others")
 
@@ -58,32 +58,32 @@ class RunData:
 
     @property
     def layers(self) -> list[str]:
-        """Names, in the order of the forward pass."""
+        """Names of the layers, in the order of the forward pass."""
         return list(self.tops)
 
     @property
     def winners(self) -> NDArray[np.int64]:
-        """The ids of all images that hold a place somewhere, ascending."""
+        """Ids of all images that are a winner of some unit, ascending: int64 [n]."""
         ids = np.unique(np.concatenate([top.images.ravel() for top in self.tops.values()]))
         return ids[ids >= 0]
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) of the model's input."""
+        """Height and width of the model's input in pixels."""
         _, height, width = self.manifest["input"]
         return height, width
 
     @property
     def source(self) -> Source:
-        """Where the pictures come from; opened again from the manifest if need be."""
+        """The images that were scanned, opened from the manifest if they are not yet."""
         if self._source is None:
             self._source = reopen_source(self.manifest["source"], self.manifest["transform"])
         return self._source
 
     def attach(self, source: Source, known: Mapping[int, dict[str, Any]] | None = None) -> None:
-        """Say where the pictures come from, and keep what is known of each winner's image, or of a shard's candidates.
+        """Set the source of the images, and keep records of the winners' images, or of a shard's candidates.
 
-        known: records made when the images were scanned; the others are looked up now.
+        known: records made during the scan, by image id; missing ones are read from the source.
         """
         self._source = source
         self.manifest["source"] = source.describe()
@@ -93,11 +93,11 @@ class RunData:
             self.records = {id: known[id] if id in known else source.record(id) for id in wanted.tolist()}
 
     def set_effective_box(self, layer: str, side: int | None) -> None:
-        """Keep the side of a layer's effective box, in model-input pixels; None where it has none."""
+        """Set the side of a layer's effective box, in model-input pixels; None: the layer has none."""
         self.manifest["layers"][layer]["effective_box"] = side
 
     def count(self) -> dict[str, int]:
-        """{"units": all, each status that occurs: its units, "dead": units that no image gets through their ReLU}."""
+        """Count the units: {"units": all, "dead": dead ones, and for each status that occurs the units with it}."""
         status = np.concatenate([top.status for top in self.tops.values()])
         return {
             "units": len(status),

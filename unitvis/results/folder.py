@@ -1,10 +1,15 @@
-"""A run as a folder.
+"""Reading and writing run folders.
 
-manifest.json, top.npz and images.jsonl are the run; all else in the folder is drawn from them and can be drawn again:
-sheets/LAYER.png; index.html and gallery/ (its script, style and data; images/ID.jpg, what the model sees of an image;
-layers/LAYER/UNIT.jpg, the unit's patches as one picture, and beside it, where the model was there to make them,
-UNIT-projections.jpg, UNIT-responses.png and UNIT-filter.png; drawn.json, which of these there are). state.npz is what
-merges: of a shard's run, and of a merged one.
+manifest.json, top.npz and images.jsonl hold the run, and state.npz what `merge` needs (in runs of shards and merged
+runs). All other files are drawn from them and can be drawn again:
+
+sheets/LAYER.png
+index.html
+gallery/               script, style and data of the page
+  drawn.json           which of the optional files below exist
+  images/ID.jpg        the model's input, cut from the picture
+  layers/LAYER/        UNIT.jpg: a unit's patches as one picture; with the model also UNIT-projections.jpg,
+                       UNIT-responses.png and UNIT-filter.png
 """
 
 from __future__ import annotations
@@ -28,11 +33,14 @@ from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import read_partial
 
-FORMAT = 1
+FORMAT = 1  # version of the folder's format, in the manifest
 
 
 def write_run(run: RunData, folder: Path) -> Path:
-    """Write a run into a folder that `check_output` gave, the manifest last: a run is there only once it is whole."""
+    """Write a run into a folder that `check_output` returned; returns the folder.
+
+    The manifest is written last, so that a folder with one is complete. Raises UnitvisError where writing fails.
+    """
     try:
         _write(run, folder)
     except OSError as error:
@@ -44,7 +52,7 @@ def write_run(run: RunData, folder: Path) -> Path:
 def _write(run: RunData, folder: Path) -> None:
     for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
         (folder / name).unlink(missing_ok=True)
-    for drawn in ("sheets", "gallery"):  # of the run that was there
+    for drawn in ("sheets", "gallery"):  # those of a run that is overwritten
         shutil.rmtree(folder / drawn, ignore_errors=True)
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
     if arrays:
@@ -61,7 +69,10 @@ def _write(run: RunData, folder: Path) -> None:
 
 
 def read_run(path: str | Path, images: object = None) -> RunData:
-    """Read a run folder. images: the images that were scanned, where the manifest's own path no longer holds."""
+    """Read a run folder. images: the images that were scanned, if they are no longer at the manifest's path.
+
+    Raises UnitvisError for a folder that holds no complete run.
+    """
     folder = Path(path)
     manifest = read_manifest(folder)
     state = folder / "state.npz"
@@ -95,7 +106,7 @@ def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerArrays
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run folder, its format checked."""
+    """Read the manifest of a run folder; raises UnitvisError where it is missing, damaged or of another format."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -113,9 +124,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """The folder, made if need be, that a run can be written into; it is asked before a scan, not after.
+    """Make sure, before a scan, that a run can be written into a folder; creates and returns it.
 
-    A run that is there stays there until the new one is saved; a folder that holds anything else is never touched.
+    A run in it stays until the new one is saved. Raises UnitvisError for a folder that holds anything else, for one
+    with a run or an unfinished scan unless `overwrite` or `resume` is given, and where nothing can be written.
     """
     if overwrite and resume:
         raise UnitvisError("overwrite and resume exclude each other: start again, or go on")

@@ -1,4 +1,4 @@
-"""What a run's manifest says of a scan."""
+"""The manifest of a scan, and its warning about saturated layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unitvis.results.folder import FORMAT
 
 
 def scan_manifest(network: Network, k: int, precision: str, scan: Mapping[str, Any]) -> dict[str, Any]:
-    """What is ranked and how, before the first result. scan: how the images are computed."""
+    """Make the manifest's entries that are known before the first image. scan: how the images are computed."""
     return {
         "format": FORMAT,
         "model": dict(network.description),
@@ -31,14 +31,15 @@ def scan_manifest(network: Network, k: int, precision: str, scan: Mapping[str, A
 
 
 def saturation_warning(top: LayerArrays) -> str | None:
-    """A sentence where a layer that takes a convolution's output reaches one same largest value again and again."""
-    full = top.fired.all(axis=1)
-    if top.info["fed_by"] is None or top.values.shape[1] < 2 or not full.any():
+    """A warning for an activation in which at least 10% of the firing units have k equal winners; else None."""
+    firing = top.fired.all(axis=1)
+    if top.info["fed_by"] is None or top.values.shape[1] < 2 or not firing.any():
         return None
-    flat = top.values[full, 0] == top.values[full, -1]
-    if flat.mean() < 0.1:
+    equal = top.values[firing, 0] == top.values[firing, -1]
+    if equal.mean() < 0.1:
         return None
     return (
-        f"layer {top.name!r} saturates: in {flat.mean():.0%} of its units all {top.values.shape[1]} winners have the "
-        f"same value (up to {top.values[full, 0][flat].max():g}); rank what goes into it: layer {top.info['fed_by']!r}"
+        f"layer {top.name!r} saturates: in {equal.mean():.0%} of its units all {top.values.shape[1]} winners have the "
+        f"same value (up to {top.values[firing, 0][equal].max():g}); rank what goes into it: layer "
+        f"{top.info['fed_by']!r}"
     )

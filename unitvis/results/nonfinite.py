@@ -1,4 +1,4 @@
-"""Responses that are no ordinary numbers: counted by layer with the first image, told, or refused."""
+"""NaN and infinite responses: counted for each layer with the first image, reported, or refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from unitvis.results.data import RunData
 
 
 def infinite_info(values: Any, ids: Any) -> dict[str, int] | None:
-    """How many units have a response of +infinity, to how many images at least, and the first image; [units, places].
+    """Count responses of +infinity in a layer's top-k; None without any. values, ids: [units, k], ids -1 where blank.
 
-    It is the largest value there is, and of equal values the lower id stands first: the places hold the first image of
-    each unit whatever comes later, so nothing has to be counted while images go by.
+    Returns {"responses": at least so many, "units": with one, "first_image": id}. Infinity is the largest value and of
+    equal values the lower id ranks first, so the top-k holds each unit's first image and the scan need not count.
     """
     infinite = (values == np.inf) & (ids >= 0)
     if not infinite.any():
@@ -29,14 +29,17 @@ def infinite_info(values: Any, ids: Any) -> dict[str, int] | None:
 
 
 def nan_info(nan: NDArray[np.int64]) -> dict[str, int] | None:
-    """How many responses were NaN, of how many units, and the first image with one; nan: [units, 2]."""
+    """Sum up the NaN responses of a layer; None without any. nan: int64 [units, 2], their number and the first image.
+
+    Returns {"responses": number, "units": with one, "first_image": id}.
+    """
     if not nan[:, 0].any():
         return None
     return {"responses": int(nan[:, 0].sum()), "units": int((nan[:, 0] > 0).sum()), "first_image": int(nan[:, 1].min())}
 
 
 def odd_responses(run: RunData) -> Iterator[str]:
-    """A sentence for each layer with NaN, and for each with infinite responses."""
+    """Yield a sentence for each layer with NaN responses, and for each with infinite ones."""
     for name, top in run.tops.items():
         if nan := top.info["nan"]:
             yield (
@@ -51,6 +54,6 @@ def odd_responses(run: RunData) -> Iterator[str]:
 
 
 def refuse_odd_responses(run: RunData) -> None:
-    """UnitvisError at the first NaN or infinite response, for on_error="raise"."""
+    """Raise UnitvisError where a layer has NaN or infinite responses, for on_error="raise"."""
     for sentence in odd_responses(run):
         raise UnitvisError(f"{sentence}; on_error='skip' (--on-error skip) goes on and counts them")

@@ -13,7 +13,7 @@ from torch import nn
 import unitvis
 from support import brute
 from unitvis import UnitvisError
-from unitvis.attribution.responses import covered
+from unitvis.attribution.responses import map_area
 
 
 def net() -> nn.Sequential:
@@ -72,5 +72,5 @@ def test_the_overlay_colours_the_pixels_about_the_strongest_neuron() -> None:
 
 
 def test_a_map_without_a_stride_covers_the_image() -> None:
-    assert covered(None, False, (0, 0, 9, 9), (0, 0), (1, 1), (30, 40)) == (0, 0, 40, 30)
-    assert covered((4, 4), True, (0, 0, 40, 30), (0, 0), (3, 3), (30, 40)) == (0, 0, 40, 30)
+    assert map_area(None, False, (0, 0, 9, 9), (0, 0), (1, 1), (30, 40)) == (0, 0, 40, 30)
+    assert map_area((4, 4), True, (0, 0, 40, 30), (0, 0), (3, 3), (30, 40)) == (0, 0, 40, 30)

@@ -115,7 +115,7 @@ def test_every_view_is_reached_by_mouse(visit: Visit) -> None:
     ]
     page.get_by_text("4 →").click()
     visit.heading("first unit 4")
-    sync_api.expect(page.locator("main")).to_contain_text("not even its strongest response gets through the ReLU")
+    sync_api.expect(page.locator("main")).to_contain_text("the ReLU that follows always gives 0")
     page.get_by_text("← 3").click()
     page.get_by_text("↑ all units").click()
     visit.heading("first")

@@ -14,7 +14,7 @@ from support.galleries import twelve_images
 from unitvis import UnitvisError, cli
 from unitvis.drawing import colours, patches
 from unitvis.gallery import figures
-from unitvis.gallery.pictures import PATCH
+from unitvis.gallery.pictures import PATCH_SIZE
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def test_the_lectures_figure_has_nine_units_of_each_layer_and_no_dead_ones(shown
     run = unitvis.load(shown[1])
     page = np.asarray(figures.figure(run, ["0", "2"], "lecture"))
     for layer, units in (("0", (0, 1, 3, 9)), ("2", (0, 8))):
-        assert all(holds(page, run.tile(layer, unit, size=PATCH)) for unit in units)
+        assert all(holds(page, run.tile(layer, unit, size=PATCH_SIZE)) for unit in units)
     for layer, unit in (("0", 2), ("0", 10), ("2", 9)):
-        assert not holds(page, run.tile(layer, unit, size=PATCH))
-    assert page.shape[1] > 2 * 3 * 3 * PATCH
+        assert not holds(page, run.tile(layer, unit, size=PATCH_SIZE))
+    assert page.shape[1] > 2 * 3 * 3 * PATCH_SIZE
     named = np.asarray(figures.figure(run, ["0"], "lecture", [11, 2]))
-    assert holds(named, run.tile("0", 2, size=PATCH))
+    assert holds(named, run.tile("0", 2, size=PATCH_SIZE))
 
 
 def test_the_papers_figure_has_filters_and_projections_left_of_the_patches(shown: tuple[nn.Module, Path]) -> None:
@@ -53,17 +53,17 @@ def test_the_papers_figure_has_filters_and_projections_left_of_the_patches(shown
     run = unitvis.load(folder)
     page = figures.figure(run, ["0", "2"], "paper")
     pixels = np.asarray(page)
-    assert holds(pixels, run.tile("2", 5, size=PATCH))
-    side = run.tile("0", 0, size=PATCH).width
+    assert holds(pixels, run.tile("2", 5, size=PATCH_SIZE))
+    side = run.tile("0", 0, size=PATCH_SIZE).width
     weights = colours.signed(model[0].weight.detach()[3].numpy()).resize((side, side), Image.Resampling.NEAREST)
     assert holds(pixels, weights)
-    beside = np.asarray(figures._beside(run, run["2"], 5, patches.crop_of(run, "2", None))).astype(int)
+    beside = np.asarray(figures._left_tile(run, run["2"], 5, patches.crop_of(run, "2", None))).astype(int)
     assert holds(pixels, Image.fromarray(beside.astype(np.uint8)))
     for one in unitvis.project(model, run, "2", 5):
         box = patches.drawn_box(run["2"], 5, one.rank, patches.crop_of(run, "2", None), (24, 24))
-        x, y = (place * (PATCH + PATCH // 24) for place in (one.rank % 3, one.rank // 3))
-        want = np.asarray(one.picture(box, PATCH)).astype(int)
-        assert abs(beside[y : y + PATCH, x : x + PATCH] - want).mean() < 6  # JPEG
+        x, y = (place * (PATCH_SIZE + PATCH_SIZE // 24) for place in (one.rank % 3, one.rank // 3))
+        want = np.asarray(one.picture(box, PATCH_SIZE)).astype(int)
+        assert abs(beside[y : y + PATCH_SIZE, x : x + PATCH_SIZE] - want).mean() < 6  # JPEG
     assert len(list(unitvis.project(model, run, "2", 5))) == 9
     with pytest.raises(UnitvisError, match=r"no projections of layer '2' that are cut as its patches are \(image\)"):
         figures.figure(run, ["2"], "paper", crop="image")

@@ -49,7 +49,7 @@ def test_each_unit_has_its_pictures(shown: tuple[unitvis.Run, Path]) -> None:
     projections = {(p.layer, p.unit, p.rank): p for p in unitvis.project(model, run)}
     for layer, unit, rank in (("first", 0, 0), ("first", 11, 8), (ODD, 3, 4), (ODD, 5, 1)):
         top = run[layer]
-        size = pictures.PATCH
+        size = pictures.PATCH_SIZE
         patch = np.asarray(run.patch(layer, unit, rank, size=size)).astype(int)
         assert abs(place(unit_file(folder, layer, f"{unit}.jpg"), rank)[..., :3] - patch).mean() < 6
 
@@ -103,9 +103,9 @@ def test_the_pages_say_what_was_found(shown: tuple[unitvis.Run, Path]) -> None:
     for words in (
         "one channel of first",
         "before the ReLU that follows",
-        "no activations; the small squares alone are weights",
+        "small squares show weights",
         "5 x 5 pixels of 45 x 33",
-        "each image has one place",
+        "each image counts once",
         "12 of photos",
         "deconvnet (no ReLU lies below)",
     ):

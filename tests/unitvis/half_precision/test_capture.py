@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import unitvis
-from unitvis.half_precision.capture import _NobodyLooks
+from unitvis.half_precision.capture import ForbidHostSync
 
 
 def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch
     capturing: list[bool] = []
     images = torch.arange(10.0)[:, None].expand(10, 4)
     replay = capture.Replay(one_step, 4, images, torch.device("cpu"))
-    assert replay.eager_because == "UnitvisError: not permitted while capturing"
+    assert replay.capture_error == "UnitvisError: not permitted while capturing"
     assert all((ids == -1).all() for _, ids in seen)  # warming up changes no state
     seen.clear()
     for start in (0, 4, 8):
@@ -87,10 +87,10 @@ def test_a_step_that_looks_at_values_is_not_captured(
     x, ids = torch.randn(4, 5), torch.arange(4)
     with torch.inference_mode(inference):
         if not named:
-            with _NobodyLooks():
+            with ForbidHostSync():
                 looking(x, ids)
             return
-        with pytest.raises(RuntimeError, match=f"{named} makes the host wait for the device"), _NobodyLooks():
+        with pytest.raises(RuntimeError, match=f"{named} makes the host wait for the device"), ForbidHostSync():
             looking(x, ids)
 
 

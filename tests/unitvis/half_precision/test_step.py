@@ -18,7 +18,7 @@ import unitvis_kernels as uk
 from support import brute, zoos
 from support.scans import by_half, pictures, tiny_net
 from unitvis.half_precision import rewrite, step
-from unitvis.half_precision.capture import _NobodyLooks
+from unitvis.half_precision.capture import ForbidHostSync
 from unitvis.half_precision.step import Step
 from unitvis.network.canonical import canonical_settings
 from unitvis.state.topk import TopK
@@ -112,8 +112,8 @@ def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         one._device = torch.device("cuda")
         pixels = torch.empty(64, 20, 20, 3, dtype=torch.uint8, device="cuda")
         ids = torch.empty(64, dtype=torch.int64, device="cuda")
-        with Leaving() as leaving, _NobodyLooks():
-            one._fold(pixels, ids)
+        with Leaving() as leaving, ForbidHostSync():
+            one._merge(pixels, ids)
         assert leaving.calls > 10
         assert leaving.found == []
         with Leaving() as leaving:  # the judge sees what it is there for

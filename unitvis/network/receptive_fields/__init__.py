@@ -1,1 +1,1 @@
-"""Receptive fields: which input pixels a neuron sees."""
+"""Receptive fields: the input pixels that can change a neuron, by tracing the model or by probing it."""

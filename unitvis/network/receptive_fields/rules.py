@@ -1,4 +1,7 @@
-"""How each ATen operator carries reaches from its operands to its outputs; what has no rule here is `Unsupported`."""
+"""One rule for each ATen operator: the reaches of its outputs from those of its operands.
+
+Raises `Unsupported` for an operator without a rule.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unitvis.network.receptive_fields.reach import (
-    NO_TAP,
+    UNREAD,
     Reach,
     aligned,
-    empty,
-    joined,
-    merged,
+    concatenated,
     moved,
+    reduced,
     regrouped,
     reshaped,
-    slid,
     union,
+    unreached,
+    windowed,
 )
 
 
-class Unsupported(Exception):  # noqa: N818 - a signal between modules, which the caller answers by probing
-    """No closed form for this operator; the message says which."""
+class Unsupported(Exception):  # noqa: N818 - no failure for the user: the caller probes instead
+    """An operator without a closed form; the message names it."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor argument: its full shape and stride, its reach (None for a constant), its value if it is a constant."""
+    """A tensor argument: full shape, strides, reach (None for a constant), and how to get a constant's value."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -41,7 +44,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Call:
-    """One operator of the graph: its arguments by their names in the schema, and the shape of its first output."""
+    """One operator call of the graph: arguments by their names in the schema, shape and dtype of the first output."""
 
     func: torch._ops.OpOverload
     args: dict[str, Any]
@@ -50,6 +53,7 @@ class Call:
 
     @property
     def name(self) -> str:
+        """The operator's name without its namespace and overload, such as "convolution"."""
         return self.func._schema.name.removeprefix("aten::")
 
     @property
@@ -60,7 +64,7 @@ class Call:
 
     @property
     def main(self) -> Operand:
-        """The first argument, which must not be a constant."""
+        """The first argument; raises Unsupported where it is a constant."""
         operand = next(iter(self.args.values()))
         if not isinstance(operand, Operand) or operand.reach is None:
             raise Unsupported(f"{self.func} of a constant")
@@ -68,12 +72,13 @@ class Call:
 
     @property
     def reach(self) -> Reach:
+        """The reach of the first argument."""
         reach = self.main.reach
-        assert reach is not None  # noqa: S101 - for the type checker; `main` has refused it
+        assert reach is not None  # noqa: S101 - for mypy; `main` refuses constants
         return reach
 
     def positive(self, dims: int | Sequence[int] | None) -> list[int]:
-        """Dimensions of the first argument as positive numbers; None or [] means all."""
+        """Convert dimensions of the first argument to non-negative numbers; None or [] means all."""
         ndim = len(self.main.shape)
         if dims is None or dims == []:
             return list(range(ndim))
@@ -85,6 +90,8 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the decorated function as the rule of these operators."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
         return function
@@ -93,7 +100,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def carry(call: Call) -> Reach | Sequence[Reach]:
-    """The reach of the call's first output (its other outputs of that shape share it), or of each of them."""
+    """Apply the operator's rule: one reach for all outputs of the first one's shape, or a reach for each output."""
     if torch.Tag.pointwise in call.func.tags:
         return _pointwise(call)
     if call.name not in RULES:
@@ -101,10 +108,10 @@ def carry(call: Call) -> Reach | Sequence[Reach]:
     return RULES[call.name](call)
 
 
-# --- element by element, and by moving elements ----------------------------------------------------------------------
+# --- elementwise operators and operators that move elements ----------------------------------------------------------
 
 
-# Elementwise operators that torch does not tag as such.
+# Elementwise operators that torch does not tag as pointwise.
 @rule("_to_copy", "detach", "alias", "lift_fresh_copy", "_prelu_kernel", "hardswish", "log_sigmoid_forward", "rsub")
 @rule("fill", "native_dropout", "rrelu_with_noise", "rrelu_with_noise_functional", "complex", "floor_divide", "lift")
 @rule("to", "expand", "expand_copy", "leaky_relu")
@@ -115,13 +122,13 @@ def _pointwise(call: Call) -> Reach:
 @rule("copy")
 def _copy(call: Call) -> Reach:
     written = call.args["src"].reach
-    return empty(call.reach, len(call.shape)) if written is None else aligned(written, len(call.shape))
+    return unreached(call.reach, len(call.shape)) if written is None else aligned(written, len(call.shape))
 
 
 # Only the shape of the argument is used.
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
 def _constant(call: Call) -> Reach:
-    return empty(call.reach, len(call.shape))
+    return unreached(call.reach, len(call.shape))
 
 
 @rule("view", "_unsafe_view", "view_copy", "_reshape_alias", "reshape", "squeeze", "unsqueeze", "flatten", "unflatten")
@@ -131,7 +138,7 @@ def _reshape(call: Call) -> Reach:
 
 @rule("as_strided", "as_strided_")
 def _restride(call: Call) -> Reach:
-    """A pooling of a channels-last map to 1x1 sets the strides of the dimensions of size 1: nothing moves."""
+    """Pooling a channels-last map to 1x1 sets the strides of dimensions of size 1: no element moves."""
     old, new = call.main.stride, call.args["stride"]
     if call.shape != call.main.shape or call.args["storage_offset"]:
         raise Unsupported(f"no closed form for {call.func}")
@@ -141,7 +148,7 @@ def _restride(call: Call) -> Reach:
 
 
 def _move(call: Call, dims: Sequence[int] | None) -> list[Reach]:
-    """The operator on the bounds of its operands, each at full size along `dims`."""
+    """Apply the operator itself to the bounds of its operands, each at full size along `dims` (None: all)."""
     tensors = [name for name, value in call.args.items() if isinstance(value, Operand) and name != "index"]
     if call.args[tensors[0]].reach is None and len(tensors) == 1:
         raise Unsupported(f"{call.func} with indices that depend on the image")
@@ -156,12 +163,12 @@ def _move(call: Call, dims: Sequence[int] | None) -> list[Reach]:
         result = call.func(**dict(zip(tensors, bounds, strict=True)), **rest)
         return [result] if isinstance(result, Tensor) else result
 
-    reaches = [empty(known, len(operand.shape)) if operand.reach is None else operand.reach for operand in operands]
+    reaches = [unreached(known, len(operand.shape)) if operand.reach is None else operand.reach for operand in operands]
     return moved(reaches, [operand.shape for operand in operands], move, dims)
 
 
 def _indices(call: Call, indices: Any) -> Any:
-    """The constant value of an index argument."""
+    """Replace index operands by their constant values; raises Unsupported where they depend on the image."""
     if isinstance(indices, Operand):
         if indices.reach is not None:
             raise Unsupported(f"{call.func} with indices that depend on the image")
@@ -192,15 +199,15 @@ def _move_all(call: Call) -> list[Reach]:
 
 @rule("cat", "stack")
 def _concatenation(call: Call) -> Reach:
-    parts = [part for part in call.args["tensors"] if part.shape != (0,)]
-    known = next(part.reach for part in parts if part.reach is not None)
-    reaches = [empty(known, len(part.shape)) if part.reach is None else part.reach for part in parts]
+    operands = [operand for operand in call.args["tensors"] if operand.shape != (0,)]
+    known = next(operand.reach for operand in operands if operand.reach is not None)
+    reaches = [unreached(known, len(operand.shape)) if operand.reach is None else operand.reach for operand in operands]
     dim = call.args["dim"] % len(call.shape)
     if call.name == "cat":
-        return joined(reaches, [part.shape[dim] for part in parts], dim)
-    shape = parts[0].shape
+        return concatenated(reaches, [operand.shape[dim] for operand in operands], dim)
+    shape = operands[0].shape
     reaches = [reshaped(reach, shape, [*shape[:dim], 1, *shape[dim:]]) for reach in reaches]
-    return joined(reaches, [1] * len(parts), dim)
+    return concatenated(reaches, [1] * len(operands), dim)
 
 
 @rule("glu")
@@ -210,40 +217,40 @@ def _glu(call: Call) -> Reach:
     return union(halves, len(call.shape))
 
 
-# --- merging ---------------------------------------------------------------------------------------------------------
+# --- reductions ------------------------------------------------------------------------------------------------------
 
 
 @rule("sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin", "logsumexp", "median")
 @rule("var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "count_nonzero", "nansum", "aminmax")
 def _reduction(call: Call) -> Reach:
-    return merged(call.reach, call.positive(call.args.get("dim")), call.args.get("keepdim", False))
+    return reduced(call.reach, call.positive(call.args.get("dim")), call.args.get("keepdim", False))
 
 
-# Every output along `dim` sees every input along it.
+# Every output along `dim` depends on every input along it.
 @rule("_softmax", "_log_softmax", "_safe_softmax", "sort", "topk")
-def _merge_along(call: Call) -> Reach:
-    return merged(call.reach, call.positive(call.args["dim"]))
+def _reduction_along(call: Call) -> Reach:
+    return reduced(call.reach, call.positive(call.args["dim"]))
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(call: Call) -> Reach:
     ndim = len(call.main.shape)
-    return merged(call.reach, range(ndim - len(call.args["normalized_shape"]), ndim))
+    return reduced(call.reach, range(ndim - len(call.args["normalized_shape"]), ndim))
 
 
 @rule("native_group_norm")
 def _group_norm(call: Call) -> Reach:
     channels, groups = call.args["C"], call.args["group"]
-    everywhere = merged(call.reach, range(2, len(call.shape)))
-    return regrouped(everywhere, channels, groups, channels)
+    per_channel = reduced(call.reach, range(2, len(call.shape)))
+    return regrouped(per_channel, channels, groups, channels)
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "cudnn_batch_norm")
 @rule("_native_batch_norm_legit_no_training", "_batch_norm_no_update", "_batch_norm_with_update")
 @rule("_batch_norm_with_update_functional", "miopen_batch_norm")
 def _batch_norm(call: Call) -> Reach:
-    if call.args.get("training", "with_update" in call.name):  # also how torch computes an instance normalisation
-        return merged(call.reach, [dim for dim in range(len(call.shape)) if dim != 1])
+    if call.args.get("training", "with_update" in call.name):  # torch computes instance normalisation this way, too
+        return reduced(call.reach, [dim for dim in range(len(call.shape)) if dim != 1])
     return call.reach
 
 
@@ -253,7 +260,7 @@ def _contraction(call: Call) -> Reach:
     reaches = [operand.reach for operand in added if operand.reach is not None]
     for operand, dim in ((left, len(left.shape) - 1), (right, max(0, len(right.shape) - 2))):
         if operand.reach is not None:
-            reaches.append(merged(operand.reach, [dim], keepdim=len(operand.shape) <= len(call.shape)))
+            reaches.append(reduced(operand.reach, [dim], keepdim=len(operand.shape) <= len(call.shape)))
     return union(reaches, len(call.shape))
 
 
@@ -261,13 +268,13 @@ def _contraction(call: Call) -> Reach:
 @rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
 @rule("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math")
 def _attention(call: Call) -> Reach:
-    reaches = []  # a mask changes nothing here: what it hides counts as seen
+    reaches = []  # positions that a mask hides count as connected
     for name in ("query", "key", "value", "attn_mask", "attn_bias"):
         operand = call.args.get(name)
         if operand is None or operand.reach is None:
             continue
         # A query [.., L, E] reaches its own row of the output, keys and values [.., S, E] every row.
-        reaches.append(merged(operand.reach, [len(operand.shape) - 1] + [len(operand.shape) - 2] * (name != "query")))
+        reaches.append(reduced(operand.reach, [len(operand.shape) - 1] + [len(operand.shape) - 2] * (name != "query")))
     return union(reaches, len(call.shape))
 
 
@@ -280,18 +287,20 @@ def _per_dim(value: int | Sequence[int], ndim: int) -> list[int]:
 
 
 def _window(outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """The input positions that each output of a convolution or pooling reads, int64 [outputs, kernel]."""
     return torch.arange(outputs)[:, None] * stride - padding + torch.arange(kernel) * dilation
 
 
 def _transposed_window(outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """The input positions that each output of a transposed convolution reads, int64 [outputs, kernel]."""
     shifted = torch.arange(outputs)[:, None] + padding - torch.arange(kernel) * dilation
-    return torch.where(shifted % stride == 0, shifted.div(stride, rounding_mode="floor"), NO_TAP)
+    return torch.where(shifted % stride == 0, shifted.div(stride, rounding_mode="floor"), UNREAD)
 
 
-def _taps(reads: Tensor) -> Tensor:
-    """The taps [outputs, taps] of a matrix that says which output reads which input: bool [outputs, inputs]."""
-    taps = torch.where(reads, torch.arange(reads.shape[1]), NO_TAP).sort(1).values
-    return taps[:, : max(1, int(reads.sum(1).max()))]
+def _positions(reads: Tensor) -> Tensor:
+    """The input positions that each output reads, int64 [outputs, window], from a matrix bool [outputs, inputs]."""
+    positions = torch.where(reads, torch.arange(reads.shape[1]), UNREAD).sort(1).values
+    return positions[:, : max(1, int(reads.sum(1).max()))]
 
 
 @rule("convolution")
@@ -304,13 +313,13 @@ def _convolution(call: Call) -> Reach:
     windows = (_per_dim(call.args[name], ndim) for name in ("stride", "padding", "dilation"))
     for dim, (stride, padding, dilation) in enumerate(zip(*windows, strict=True), 2):
         window = _transposed_window if call.args["transposed"] else _window
-        taps = window(call.shape[dim], weight.shape[dim], stride, padding, dilation)
-        reach = slid(reach, dim, image.shape[dim], taps, 1 / stride if call.args["transposed"] else stride)
+        positions = window(call.shape[dim], weight.shape[dim], stride, padding, dilation)
+        reach = windowed(reach, dim, image.shape[dim], positions, 1 / stride if call.args["transposed"] else stride)
     reaches = [reach]
-    for operand in (weight, bias):  # filters computed from the image: each output channel sees all that made them
+    for operand in (weight, bias):  # filters computed from the image: each output channel depends on all its weights
         if operand is not None and operand.reach is not None:
-            made = merged(operand.reach, range(1, len(operand.shape)), keepdim=False)
-            reaches.append(replace(made, bounds=made.bounds.reshape(4, 1, -1, *[1] * ndim)))
+            per_channel = reduced(operand.reach, range(1, len(operand.shape)), keepdim=False)
+            reaches.append(replace(per_channel, bounds=per_channel.bounds.reshape(4, 1, -1, *[1] * ndim)))
     return union(reaches, len(call.shape))
 
 
@@ -325,8 +334,8 @@ def _pool(call: Call) -> Reach:
     reach = call.reach
     for i in range(ndim):
         dim = len(shape) - ndim + i
-        taps = _window(call.shape[dim], kernel[i], strides[i], padding[i], dilation[i])
-        reach = slid(reach, dim, shape[dim], taps, strides[i])
+        positions = _window(call.shape[dim], kernel[i], strides[i], padding[i], dilation[i])
+        reach = windowed(reach, dim, shape[dim], positions, strides[i])
     return reach
 
 
@@ -336,13 +345,13 @@ def _adaptive_pool(call: Call) -> Reach:
     for dim in range(len(call.shape) - len(call.args["output_size"]), len(call.shape)):
         n, outputs = call.main.shape[dim], call.shape[dim]
         if outputs == 1:
-            reach = merged(reach, [dim])
+            reach = reduced(reach, [dim])
             continue
         output = torch.arange(outputs)[:, None]
         first = (output * n).div(outputs, rounding_mode="floor")
         last = ((output + 1) * n - 1).div(outputs, rounding_mode="floor")
         position = torch.arange(n)
-        reach = slid(reach, dim, n, _taps((position >= first) & (position <= last)), n / outputs)
+        reach = windowed(reach, dim, n, _positions((position >= first) & (position <= last)), n / outputs)
     return reach
 
 
@@ -358,14 +367,14 @@ def _interpolation(call: Call) -> Reach:
     scales = {1: ["scales"], 2: ["scales_h", "scales_w"], 3: ["scales_d", "scales_h", "scales_w"]}[ndim]
     for i in range(ndim):
         n, outputs = shape[2 + i], call.shape[2 + i]
-        # The operator itself on unit impulses gives its weights, those that are exactly zero included.
-        here = [int(j == i) for j in range(ndim)]
-        impulses = torch.eye(n, dtype=call.dtype).reshape(1, n, *[n if h else 1 for h in here])
+        # Unit impulses give the operator's weights; positions with a weight of exactly zero are not read.
+        along = [j == i for j in range(ndim)]
+        impulses = torch.eye(n, dtype=call.dtype).reshape(1, n, *[n if a else 1 for a in along])
         rest = dict(list(call.args.items())[1:])
-        rest["output_size"] = [outputs if h else 1 for h in here]
-        rest |= {scale: None for scale, h in zip(scales, here, strict=True) if not h}
+        rest["output_size"] = [outputs if a else 1 for a in along]
+        rest |= {scale: None for scale, a in zip(scales, along, strict=True) if not a}
         weights = call.func(impulses, **rest).reshape(n, outputs)
-        reach = slid(reach, 2 + i, n, _taps((weights != 0).T), n / outputs)
+        reach = windowed(reach, 2 + i, n, _positions((weights != 0).T), n / outputs)
     return reach
 
 
@@ -376,9 +385,10 @@ def _pad(call: Call) -> Reach:
     pads = call.args["pad"] if "pad" in call.args else call.args["padding"]
     for i, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         n = shape[-1 - i]
-        taps = torch.arange(-before, n + after)  # what lies outside [0, n) is padding
+        positions = torch.arange(-before, n + after)  # those outside [0, n) are padding
         if call.name != "constant_pad_nd":
             mode = "reflect" if call.name.startswith("reflection") else "replicate"
-            taps = F.pad(torch.arange(n, dtype=torch.float64)[None, None], (before, after), mode).long().flatten()
-        reach = slid(reach, len(shape) - 1 - i, n, taps[:, None])
+            inside = torch.arange(n, dtype=torch.float64)[None, None]
+            positions = F.pad(inside, (before, after), mode).long().flatten()
+        reach = windowed(reach, len(shape) - 1 - i, n, positions[:, None])
     return reach

@@ -1,4 +1,4 @@
-"""Trace a model once and carry reaches through its graph: the closed form of its receptive fields."""
+"""Tracing a model once and carrying reaches through its graph, operator by operator."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from unitvis.errors import UnitvisError
-from unitvis.network.receptive_fields.reach import Reach, source
+from unitvis.network.receptive_fields.reach import Reach, input_reach
 from unitvis.network.receptive_fields.rules import Call, Operand, Unsupported, carry
 
-_map_nodes: Any = fx.node.map_arg  # its declared type knows of nodes mapped to nodes only
-Axes = tuple[Reach, Reach, Reach]  # images, rows, columns
+_map_nodes: Any = fx.node.map_arg  # declared for functions from node to node only
+Axes = tuple[Reach, Reach, Reach]  # along the input's images, rows and columns
 
 
 class MixedError(UnitvisError):
-    """A response that depends on chance, or on other images of its batch."""
+    """Error for a response that depends on chance or on other images of its batch."""
 
 
 def trace(function: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> fx.GraphModule:
-    """The ATen graph of `function` without views written to or in-place operators; nothing is computed."""
-    for _ in range(2):  # again, because some operators (circular padding) write to views below functionalisation
+    """Trace `function` into an ATen graph without in-place operators, on fake tensors: nothing is computed."""
+    for _ in range(2):  # twice, because some operators (circular padding) write to views below functionalisation
         traced = make_fx(torch.func.functionalize(function), tracing_mode="fake", _allow_non_fake_inputs=True)
         with torch.no_grad():
             graph = traced(images)
-        if not _writing(graph):
+        if not _unseen_writes(graph):
             break
         function = graph
     return graph
 
 
-def _writing(graph: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose writing the graph does not show as a value.
+def _unseen_writes(graph: fx.GraphModule) -> list[fx.Node]:
+    """In-place operators left in the graph, whose writes no node's value shows.
 
-    New strides, counters kept in the model and what goes back to the images at the end are not among them.
+    Changes of strides, and writes to the model's own tensors or to the images, do not count.
     """
     return [
         node
@@ -51,16 +51,20 @@ def _writing(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def reaches(graph: fx.GraphModule) -> dict[str, tuple[tuple[int, ...], Axes | None]]:
-    """For each output of the graph its shape and what reaches it (None: nothing); raises Unsupported, MixedError."""
-    if writing := _writing(graph):
-        raise Unsupported(f"no closed form for {writing[0].target}, which writes in place")
+    """Compute the shape and the reaches (None for a constant) of each output of the graph, by its name.
+
+    Raises Unsupported for an operator without a rule, and MixedError for responses that depend on chance or on other
+    images of the batch.
+    """
+    if writes := _unseen_writes(graph):
+        raise Unsupported(f"no closed form for {writes[0].target}, which writes in place")
     walk = _Walk(graph)
     (returned,) = next(node for node in graph.graph.nodes if node.op == "output").args
     needed = set(returned.values())
     for node in reversed(graph.graph.nodes):
         if node in needed and node.op != "output":
             needed.update(node.all_input_nodes)
-    with torch.device("cpu"):  # whatever the caller's default: the bounds are small
+    with torch.device("cpu"):  # not on the caller's default device: the bounds are small
         for node in graph.graph.nodes:
             if node in needed and node.op != "output":
                 walk.visit(node)
@@ -68,18 +72,19 @@ def reaches(graph: fx.GraphModule) -> dict[str, tuple[tuple[int, ...], Axes | No
 
 
 class _Walk:
-    """What reaches each node so far; a node in neither dictionary is a constant."""
+    """The reaches of the nodes visited so far; a node in neither `axes` nor `several` is a constant."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
         self.axes: dict[fx.Node, Axes] = {}
         self.several: dict[fx.Node, list[Axes | None]] = {}  # of operators with several outputs
-        self.constants: dict[fx.Node, Any] = {}
+        self.constants: dict[fx.Node, Any] = {}  # values of constant nodes, computed when an index needs them
 
     def visit(self, node: fx.Node) -> None:
+        """Find the reaches of one node, after those of its inputs."""
         if node.op == "placeholder":
             shape = node.meta["val"].shape
-            self.axes[node] = (source(shape, 0), source(shape, -2), source(shape, -1))
+            self.axes[node] = (input_reach(shape, 0), input_reach(shape, -2), input_reach(shape, -1))
         elif node.op != "call_function":
             return
         elif node.target is operator.getitem and node.args[0] in self.several:
@@ -100,7 +105,7 @@ class _Walk:
             if any(origin in self.axes or origin in self.several for origin in node.all_input_nodes):
                 raise Unsupported(f"no closed form for {func}")
             return
-        args = _named(func, node)
+        args = _named_arguments(func, node)
         if _is_random(func, args):
             raise MixedError(f"{func} is random: the model has active dropout or noise; switch it off")
         if not any(origin in self.axes for origin in node.all_input_nodes):
@@ -119,9 +124,9 @@ class _Walk:
             self.axes[node] = tuple(result[0] for result in results)  # type: ignore[assignment]
             return
         outputs: list[Axes | None] = list(zip(*results, strict=True))
-        if len(outputs) == 1:  # shared by all outputs of its shape: values and indices, variance and mean
-            same = [isinstance(v, Tensor) and v.shape == values[0].shape for v in value]
-            outputs = [outputs[0] if shared else None for shared in same]
+        if len(outputs) == 1:  # one for all outputs of that shape: values and indices, variance and mean
+            same_shape = [isinstance(v, Tensor) and v.shape == values[0].shape for v in value]
+            outputs = [outputs[0] if same else None for same in same_shape]
         self.several[node] = outputs
 
     def _operand(self, node: fx.Node, axis: int) -> Operand:
@@ -143,8 +148,8 @@ class _Walk:
         return self.constants[node]
 
 
-def _named(func: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by their names in the schema, defaults included."""
+def _named_arguments(func: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by their names in the operator's schema, with defaults."""
     args = dict(zip((argument.name for argument in func._schema.arguments), node.args, strict=False))
     for argument in func._schema.arguments[len(node.args) :]:
         if argument.name in node.kwargs:
@@ -155,7 +160,7 @@ def _named(func: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:
 
 
 def _is_random(func: torch._ops.OpOverload, args: dict[str, Any]) -> bool:
-    """Whether this call draws random numbers: operators with a switch or a probability draw only when it is on."""
+    """True where this call draws random numbers: operators with a switch or a probability draw only when it is on."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     for switch in ("dropout_p", "training", "train"):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from support.judges import all_boxes, check_by_perturbation, inside, nan_boxes, places, responses
 from support.zoo import LOCAL, WHOLE, Case, alexnet, densenet, mobilenet_v1, resnet, vgg
 from unitvis.errors import UnitvisError
-from unitvis.network.receptive_fields.fields import probe_receptive_fields, receptive_field, receptive_fields
+from unitvis.network.receptive_fields.fields import receptive_field, receptive_fields
+from unitvis.network.receptive_fields.probe import probe_receptive_fields
 
 EVERY = LOCAL + WHOLE
 

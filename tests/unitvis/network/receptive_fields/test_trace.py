@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from support.judges import all_boxes, inside, places
 from support.zoo import LOCAL, AtrousPyramid, SqueezeExcite, alexnet, mobilenet_v1
 from unitvis.errors import UnitvisError
-from unitvis.network.receptive_fields.fields import probe_receptive_fields, receptive_field, receptive_fields
+from unitvis.network.receptive_fields.fields import receptive_field, receptive_fields
+from unitvis.network.receptive_fields.probe import probe_receptive_fields
 
 
 def test_input_sizes() -> None:

@@ -1,0 +1,88 @@
+"""ReceptiveField: the boxes of one layer's neurons, which `fields` traces and `probe` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from unitvis.errors import UnitvisError
+
+InputSize = int | tuple[int, int] | tuple[int, int, int]  # a side, (height, width) or (channels, height, width)
+
+
+@dataclass(frozen=True, eq=False)
+class ReceptiveField:
+    """The receptive fields of one layer's neurons, in model-input pixels.
+
+    A connection counts even where its weight happens to be zero or an attention mask hides it.
+    """
+
+    layer: str
+    input_size: tuple[int, int]  # height, width
+    map_size: tuple[int, int]  # H, W
+    channels: int
+    size: tuple[int, int]  # height, width of the layer's largest box, including what lies outside the image
+    stride: tuple[float, float] | None  # pixels from one neuron to the next; None: a 1x1 map, or not constant
+    whole_image: bool  # every box is the whole image
+    method: str  # "traced" | "probed" (with NaN; boxes then end at the image's border)
+    note: str  # the reason for probing, else empty
+    _rows: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] top and bottom
+    _columns: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] left and right
+
+    @classmethod
+    def from_sides(
+        cls,
+        layer: str,
+        map_shape: Sequence[int],
+        input_size: tuple[int, int],
+        sides: Sequence[NDArray[np.int32]],
+        *,
+        size: tuple[int, int],
+        stride: tuple[float, float] | None,
+        whole_image: bool,
+        method: Literal["traced", "probed"],
+        note: str = "",
+    ) -> Self:
+        """Build the field of a layer with maps of shape [N, C, H, W].
+
+        sides: (top, bottom) and (left, right) of every neuron's box, each int32 [2, 1|C, 1|H, 1|W]; ignored where every
+        box is the whole image.
+        """
+        if whole_image:
+            sides = [np.array([0, extent], np.int32).reshape(2, 1, 1, 1) for extent in input_size]
+        _, channels, height, width = map_shape
+        rows, columns = sides
+        return cls(layer, input_size, (height, width), channels, size, stride, whole_image, method, note, rows, columns)
+
+    @property
+    def channels_last(self) -> bool:
+        """True for a map laid out as [N, H, W, C]: the axes taken for channels and rows are image rows and columns."""
+        (_, c, h, _), (_, c2, h2, w2) = self._rows.shape, self._columns.shape
+        return c > 1 and h == 1 and c2 == 1 and h2 > 1 and w2 == 1
+
+    def boxes(self, channels: ArrayLike, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int32]:
+        """Return the neurons' boxes: int32 [n, 4] left, top, right, bottom (half-open); they may leave the image.
+
+        The arguments are integers or arrays of them, broadcast against each other. The box of a neuron that no pixel
+        can change (all its inputs are padding) has width and height 0. Raises UnitvisError for a neuron outside the
+        map.
+        """
+        neurons = np.broadcast_arrays(
+            *(np.atleast_1d(np.asarray(index, np.intp)) for index in (channels, rows, columns))
+        )
+        for name, index, n in zip(("channel", "row", "column"), neurons, (self.channels, *self.map_size), strict=True):
+            if bool(((index < 0) | (index >= n)).any()):
+                raise UnitvisError(f"layer {self.layer!r} has {name}s 0 to {n - 1}, not {index.min()} to {index.max()}")
+        sides = []
+        for bounds in (self._columns, self._rows):
+            # A dimension of size 1 holds one value for all its positions.
+            indices = [
+                index if n > 1 else np.zeros_like(index) for index, n in zip(neurons, bounds.shape[1:], strict=True)
+            ]
+            sides.append(bounds[:, indices[0], indices[1], indices[2]])
+        (left, right), (top, bottom) = sides
+        return np.stack([left, top, right, bottom], axis=-1).astype(np.int32, copy=False).reshape(-1, 4)
