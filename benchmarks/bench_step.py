@@ -69,7 +69,7 @@ def prepared(name: str, precision: str, size: int, side: int, device: torch.devi
 
 def keys_of(recorder: Recorder, batch: Tensor) -> Tensor:
     """Compute the step's keys, int64 [N, units], of a batch."""
-    if recorder._step is not None:
+    if recorder.precision != "fp32":
         return recorder._step.keys(batch)
     with recorder.network.reading() as canonical:  # without a threshold, so that every position is found
         return torch.cat([canonical.keys(part) for part in batch.split(COMPUTE_BATCH)])

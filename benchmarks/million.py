@@ -93,7 +93,7 @@ def scan(pattern: str, out: Path, every: float, batch: int, until: int | None, c
         print(self._recorder.images, anonymous(), flush=True)
         if until is not None and self._recorder.images >= until and sys.getprofile() is None:
             self.checkpoint()
-            self._every = 1e-9  # from here on a checkpoint follows every batch, so that the kill can come during one
+            self._checkpoints._every = 1e-9  # a checkpoint after every batch, so that the kill can come during one
             sys.setprofile(killing(call))
         real_after_batch(self)
 

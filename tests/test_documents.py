@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import zoos
 from PIL import Image
 from torch import nn
 
 import unitvis
+from support import zoos
 from unitvis import cli
 from unitvis.demo import command, network
 

@@ -97,19 +97,19 @@ def wrong(run, model: nn.Module, images: Tensor) -> int:
     found = responses(model, run.layers, images, canonical_batches(images))
     count = 0
     for name, (values, positions) in found.items():
-        top, k = run[name], run.manifest["k"]
+        layer, k = run[name], run.manifest["k"]
         ids, rows = top(values, k)
         units = np.arange(len(ids))[:, None]
-        flat = top.positions[..., 0].astype(np.int64) * top.info["width"] + top.positions[..., 1]
-        live = top.images >= 0
-        stated = values[top.images, units][live]
+        flat = layer.positions[..., 0].astype(np.int64) * layer.info["width"] + layer.positions[..., 1]
+        live = layer.images >= 0
+        stated = values[layer.images, units][live]
         np.testing.assert_array_equal(
-            stated.view(np.int32), top.values[live].view(np.int32)
+            stated.view(np.int32), layer.values[live].view(np.int32)
         )  # float32, not half precision
-        np.testing.assert_array_equal(positions[top.images, units][live], flat[live])
-        same = (top.images == ids).all(axis=1)
-        count += int((~same & (top.status != "unseparated")).sum())
-        for column, chosen, status in zip(values.T, rows, top.status, strict=True):
+        np.testing.assert_array_equal(positions[layer.images, units][live], flat[live])
+        same = (layer.images == ids).all(axis=1)
+        count += int((~same & (layer.status != "unseparated")).sum())
+        for column, chosen, status in zip(values.T, rows, layer.status, strict=True):
             last = column[chosen[-1]]
             if status != "unseparated":
                 assert (status == "tied") == ((column > last).sum() + (column == last).sum() > k)

@@ -16,9 +16,9 @@ class Rounded(Step):
     A CPU without half-precision arithmetic computes this as fast as float32.
     """
 
-    def _copy(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Callable[[Tensor], Tensor]:
+    def _prepare(self, model: nn.Module, sample: Tensor, responses: Tensor) -> Callable[[Tensor], Tensor]:
         self._half, self._dtype = self._dtype, torch.float32
-        run = super()._copy(model, sample, responses)
+        run = super()._prepare(model, sample, responses)
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             if tensor.is_floating_point():
                 tensor.data.copy_(tensor.data.to(self._half))

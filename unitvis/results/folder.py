@@ -143,7 +143,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = Fa
         if not overwrite and not resume:
             if unfinished:
                 raise UnitvisError(
-                    f"{folder} holds a scan that is not finished; go on with it (--resume) or start again (--overwrite)"
+                    f"{folder} holds a scan that is not finished; resume it (--resume) or start again (--overwrite)"
                 )
             raise UnitvisError(f"{folder} holds a run already; give another path, or overwrite it (--overwrite)")
     try:

@@ -16,7 +16,7 @@ from unitvis.files import read_arrays, replacing, write_arrays
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints
 SCAN_CHECKPOINT = "progress.npz"  # in the folder of a scan that is not finished
-HOW_TO_RESUME = "go on with the same command and --resume (resume=True)"
+HOW_TO_RESUME = "resume with the same command and --resume (resume=True)"
 
 Arrays = dict[str, NDArray[Any]]
 _Parsed = TypeVar("_Parsed")

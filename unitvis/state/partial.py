@@ -1,4 +1,4 @@
-"""What a scan of some of the images comes to: all that is needed to go on with it, or to merge it with others."""
+"""The state of a scan of some of the images: all that is needed to resume it, or to merge it with others."""
 
 from __future__ import annotations
 

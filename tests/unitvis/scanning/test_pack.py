@@ -113,7 +113,7 @@ def test_a_signal_writes_a_checkpoint(
 ) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop(3, lambda: os.kill(os.getpid(), number), monkeypatch)
-    with pytest.raises(Interrupted, match=r"interrupted after 25 of 70 images; go on with .*--resume") as stopped:
+    with pytest.raises(Interrupted, match=r"interrupted after 25 of 70 images; resume with .*--resume") as stopped:
         pack(folder, tmp_path / "x.npy")
     assert stopped.value.code == 128 + number
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers

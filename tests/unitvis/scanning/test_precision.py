@@ -82,7 +82,7 @@ def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.Monke
 
     called = Recorder.__call__
     monkeypatch.setattr(Recorder, "__call__", stop)
-    with pytest.raises(Interrupted, match="go on with"):
+    with pytest.raises(Interrupted, match="resume with"):
         unitvis.scan(model, images, out=tmp_path / "run", **options)
     monkeypatch.setattr("unitvis.scanning.precision.speed", lambda *_: 0.5)  # would now be planned otherwise
     run = unitvis.scan(model, images, out=tmp_path / "run", resume=True, **options)

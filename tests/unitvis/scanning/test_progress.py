@@ -107,7 +107,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         stopping(3, lambda: os.kill(os.getpid(), number), patch)
-        with pytest.raises(Interrupted, match=r"after 24 of 70 images; go on .* --resume \(resume=True\)") as stopped:
+        with pytest.raises(Interrupted, match=r"after 24 of 70 images; resume .* --resume \(resume=True\)") as stopped:
             scan(folder, tmp_path / "run", every=1e9)
     assert stopped.value.code == 128 + number
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -247,7 +247,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(UnitvisError, match=r"could not be written into .*run: No space left on device; mend"):
+        with pytest.raises(UnitvisError, match=r"could not be written into .*run: No space left on device; fix"):
             scan(folder, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([PREVIOUS, SCAN_CHECKPOINT])
     scan(folder, tmp_path / "run", resume=True)
@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_at_the_very_end(
             scan(folder, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(unitvis.Run, "write", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; go on"):
+        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; resume"):
             scan(folder, tmp_path / "run", resume=True)
     scan(folder, tmp_path / "run", resume=True)
     assert result(tmp_path / "run") == result(tmp_path / "whole")
@@ -382,7 +382,7 @@ def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, caps
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
         assert "Traceback" not in rest
     assert seen == {signal.SIGKILL: [4, 8, 12], signal.SIGTERM: [16]}
-    assert "go on with the same command and --resume" in rest
+    assert "resume with the same command and --resume" in rest
     assert cli.main([*command, str(tmp_path / "run"), "--resume"]) == cli.SKIPPED
     assert result(tmp_path / "run") == result(tmp_path / "whole")
     assert "67 images" in capsys.readouterr().out
@@ -429,7 +429,7 @@ def test_after_the_last_image_the_first_signal_ends_it(
     scan(folder, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(owner, during, lambda *_, **__: os.kill(os.getpid(), number))
-        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; go on") as ended:
+        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; resume") as ended:
             scan(folder, tmp_path / "run")
     assert ended.value.code == 128 + number
     assert len(checkpoint(tmp_path / "run").coverage) == COUNT - 3  # nothing is to be read again but the winners

@@ -129,8 +129,8 @@ def test_what_fails_elsewhere_fails_here(failures: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda failed: failed.add_(failures))
     if failures:
         with pytest.raises(UnitvisError, match="another process failed and says why"):
-            torchrun._all(lambda: 3)
+            torchrun._in_every_process(lambda: 3)
     else:
-        assert torchrun._all(lambda: 3) == 3
+        assert torchrun._in_every_process(lambda: 3) == 3
     with pytest.raises(UnitvisError, match="two holds a run already"):
-        torchrun._all(refuse)
+        torchrun._in_every_process(refuse)

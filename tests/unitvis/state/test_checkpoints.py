@@ -55,6 +55,7 @@ def test_the_newest_is_read_and_the_one_before_is_kept(checkpoints: Checkpoints,
         assert {path.name for path in tmp_path.iterdir()} <= checkpoints.names
     assert checkpoints.names == {"state.npz", "state.previous.npz"} == {path.name for path in tmp_path.iterdir()}
     (tmp_path / "state.npz").unlink()
+    assert checkpoints.exist
     assert checkpoints.read(number) == 2
 
 
