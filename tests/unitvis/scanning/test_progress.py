@@ -429,7 +429,7 @@ def test_after_the_last_image_the_first_signal_ends_it(
     scan(folder, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(owner, during, lambda *_, **__: os.kill(os.getpid(), number))
-        with pytest.raises(Interrupted, match="interrupted after the scan, before its run was written; resume") as ended:
+        with pytest.raises(Interrupted, match="after the scan, before its run was written; resume") as ended:
             scan(folder, tmp_path / "run")
     assert ended.value.code == 128 + number
     assert len(checkpoint(tmp_path / "run").coverage) == COUNT - 3  # nothing is to be read again but the winners
