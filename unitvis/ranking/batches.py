@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unitvis.errors import UnitvisError, first_line
-from unitvis.state.intervals import IntervalSet
+from unitvis.state.interval_set import IntervalSet
 
 
 def checked_images(batch: object, shape: torch.Size | None, *, uint8: bool) -> Tensor:

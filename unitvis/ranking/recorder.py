@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
+from unitvis.half_precision.candidates import EXTRA_CANDIDATES
 from unitvis.half_precision.step import HALF, Step, overflowing_layer
 from unitvis.network.device import refuse_state
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
@@ -23,9 +24,9 @@ from unitvis.results.manifest import scan_manifest
 from unitvis.run import Run
 from unitvis.sources import open_source
 from unitvis.sources.transform import Transform
-from unitvis.state.intervals import IntervalSet
+from unitvis.state.interval_set import IntervalSet
 from unitvis.state.partial import Identity, Partial, identity
-from unitvis.state.topk import EXTRA_CANDIDATES, TopK
+from unitvis.state.topk import TopK
 
 
 class Recorder:

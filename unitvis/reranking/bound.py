@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-EXCEEDING_PROBABILITY = 1e-3  # of a layer: that the response of an image left out lies above the bound
+EXCEEDING_PROBABILITY = 1e-3  # for each layer, of any image left out having a response above the bound
 MIN_ERRORS = 200  # known errors of a layer; with fewer nothing is bounded
 
 

@@ -18,9 +18,9 @@ import unitvis_kernels as uk
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.reranking.bound import upper_bound
-from unitvis.reranking.places import Places
+from unitvis.reranking.pairs import ResponsePairs
 from unitvis.sources import Source
-from unitvis.state.intervals import IntervalSet
+from unitvis.state.interval_set import IntervalSet
 from unitvis.state.sampling import sample
 from unitvis.state.topk import TopK
 
@@ -86,7 +86,7 @@ def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
 class Reranking:
     """Canonical responses of a half-precision scan's images, in the layers that need them, and what they decide.
 
-    `places` are the candidates, [units, M] flattened where there is one; `rows` and `ranks` tell each one's unit and
+    `pairs` are the candidates, [units, M] flattened where there is one; `rows` and `ranks` tell each one's unit and
     rank. A place's value is NaN until its image is computed.
     """
 
@@ -97,8 +97,8 @@ class Reranking:
         self.half: Floats = candidates.values.astype(np.float64)  # [units, M]; NaN where blank
         self.images = candidates.images  # [units, M]; -1 where blank
         unit, rank = np.nonzero(candidates.images >= 0)
-        self.places = Places(candidates.images[unit, rank], unit)
-        self.rows, self.ranks = unit[self.places.order], rank[self.places.order]
+        self.pairs = ResponsePairs(candidates.images[unit, rank], unit)
+        self.rows, self.ranks = unit[self.pairs.order], rank[self.pairs.order]
         self.decided = np.zeros(network.units, bool)
         self.layer_of = network.layer_of
         self.computed, self._depth = np.zeros(0, np.int64), np.zeros(0, np.int64)  # ids, and of how many layers
@@ -133,7 +133,7 @@ class Reranking:
             for batch in self._source.batches(COMPUTE_BATCH, ids=ids.tolist()):
                 keys = canonical.keys(batch.pixels, topk.threshold())
                 topk.merge(keys, batch.ids.to(keys.device))
-                self.places.take(keys, batch.ids, columns.start)
+                self.pairs.take(keys, batch.ids, columns.start)
                 yield uk.unpack(keys)[0].cpu().double().numpy()
 
     def compute_sample(self) -> None:
@@ -147,7 +147,7 @@ class Reranking:
         """float64 [units]: how far an outsider's response may lie above its value in half precision."""
         with np.errstate(invalid="ignore"):
             sampled = self._canonical_sample - self._half_sample  # [images, units]
-            error = self.places.values - self.half[self.rows, self.ranks]
+            error = self.pairs.values - self.half[self.rows, self.ranks]
         sampled[~np.isfinite(sampled)] = 0
         usable = np.isfinite(error)
         unit, error = self.rows[usable], error[usable].astype(np.float64)
@@ -162,7 +162,8 @@ class Reranking:
             pooled = np.concatenate(
                 [(sampled[:, own] / scale[own]).ravel(), (error / scale[unit])[(unit >= own.start) & (unit < own.stop)]]
             )
-            # As many outsiders close below the last candidate as there are candidates, several times over.
+            # The number of outsiders that lie close below the last candidate is not known; it is taken for four times
+            # that of the candidates. Those further below have room for larger errors.
             draws = 4.0 * (own.stop - own.start) * self.half.shape[1]
             margins[own] = upper_bound(pooled, draws) * scale[own]
         return margins
@@ -170,7 +171,7 @@ class Reranking:
     def outsiders(self) -> Floats:
         """float64 [units]: the largest value in half precision of an image whose canonical response is not known."""
         unknown = self.half.copy()
-        known = self.places.known
+        known = self.pairs.known
         unknown[self.rows[known], self.ranks[known]] = -np.inf
         unknown[self.images < 0] = -np.inf
         full = (self.images[:, -1] >= 0) & (len(self._scanned.coverage) > self.images.shape[1])
@@ -195,7 +196,7 @@ class Reranking:
 
     def compute_candidates(self, wanted: NDArray[np.bool_]) -> None:
         """The images of the places wanted [places], each in the layers up to the last that wants it."""
-        images, depth = self.places.images[wanted], self.layer_of[self.rows[wanted]] + 1
+        images, depth = self.pairs.images[wanted], self.layer_of[self.rows[wanted]] + 1
         ids, at = np.unique(images, return_inverse=True)
         depths = np.zeros(len(ids), np.int64)
         np.maximum.at(depths, at, depth)

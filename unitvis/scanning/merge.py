@@ -21,7 +21,7 @@ from unitvis.run import Run, load
 from unitvis.scanning.scan import finish_run
 from unitvis.sources import Source, open_source, reopen_source
 from unitvis.sources.transform import Transform
-from unitvis.state.intervals import IntervalSet
+from unitvis.state.interval_set import IntervalSet
 from unitvis.state.partial import Partial, refuse_differences
 
 

@@ -27,7 +27,7 @@ from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.names import Names
 from unitvis.sources.packed import BAKED_FIELDS, FORMAT, FORMAT_KEY, pack_source, pixels_hash, read_about, tables_hash
 from unitvis.sources.transform import Transform
-from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, Arrays, Checkpoints, check_interval
+from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, Arrays, Checkpoints, check_seconds
 from unitvis.state.partial import refuse_differences
 
 try:
@@ -68,7 +68,7 @@ def pack(
 
     Returns the pack, as `scan` takes it. Raises UnitvisError for errors that the user can fix.
     """
-    check_interval(every)
+    check_seconds(every)
     target = _checked_target(Path(path), overwrite, resume)
     source = open_source(
         images,

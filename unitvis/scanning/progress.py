@@ -12,8 +12,8 @@ from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import read_manifest
 from unitvis.scanning.signals import Signals
 from unitvis.sources import Source
-from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, SCAN_CHECKPOINT, Checkpoints, check_interval
-from unitvis.state.intervals import IntervalSet
+from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, SCAN_CHECKPOINT, Checkpoints, check_seconds
+from unitvis.state.interval_set import IntervalSet
 from unitvis.state.partial import Identity, Partial, identity, refuse_differences
 from unitvis.state.shards import Shard
 
@@ -41,7 +41,7 @@ class Progress:
         shard: Shard | None,
         every: float = CHECKPOINT_SECONDS,
     ) -> None:
-        check_interval(every)
+        check_seconds(every)
         self._folder = folder if source.rereadable else None
         self._checkpoints = None if self._folder is None else Checkpoints(self._folder / SCAN_CHECKPOINT, every)
         self._recorder, self._source, self._shard = recorder, source, shard

@@ -15,7 +15,7 @@ from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
-from unitvis.reranking.places import Places
+from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
 from unitvis.sources import Source
 
@@ -51,7 +51,7 @@ class Comparison:
     def __init__(self, network: Network, run: RunData) -> None:
         self._network = network
         self.winners = _WinnerRows(run)
-        self.recomputed = Places(self.winners.images, self.winners.columns)
+        self.recomputed = ResponsePairs(self.winners.images, self.winners.columns)
 
     def read(self, source: Source, ids: Iterable[int]) -> None:
         """Compute the responses of the images again, without a threshold: a winner may have any value now."""

@@ -29,7 +29,7 @@ class Checkpoints:
     """
 
     def __init__(self, path: Path, every: float = CHECKPOINT_SECONDS) -> None:
-        check_interval(every)
+        check_seconds(every)
         self._path, self._previous = path, path.with_name(f"{path.stem}.previous{path.suffix}")
         self._every, self._last = every, time.perf_counter()
 
@@ -83,7 +83,7 @@ class Checkpoints:
         self._previous.unlink(missing_ok=True)
 
 
-def check_interval(every: float) -> None:
+def check_seconds(every: float) -> None:
     """UnitvisError unless it is a number of seconds between checkpoints."""
     if not every > 0:
         raise UnitvisError(f"checkpoints come every {every} seconds; more than 0 are needed")

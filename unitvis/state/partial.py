@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError, abridged
 from unitvis.files import read_arrays, write_arrays
-from unitvis.state.intervals import IntervalSet
+from unitvis.state.interval_set import IntervalSet
 from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
@@ -22,7 +22,7 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True)
 class Partial:
-    """The top-k of all units after the images of `coverage`, taken together with them."""
+    """The top-k of all units after exactly the images of `coverage`, with those that failed."""
 
     identity: Identity  # what must be equal for two of them to be parts of one scan; JSON
     topk: TopK  # on the CPU

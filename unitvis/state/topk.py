@@ -11,8 +11,6 @@ from torch import Tensor
 
 import unitvis_kernels as uk
 
-EXTRA_CANDIDATES = 55  # kept beyond k of every unit by a scan in half precision, for float32 to decide between
-
 
 class Ranked(NamedTuple):
     """Every unit's places on the host, best first."""

@@ -10,22 +10,23 @@ from torch import Tensor
 import unitvis_kernels as uk
 
 
-class Places:
-    """Pairs (image, column) sorted by image; `take` notes the canonical response of each as its image is computed.
+class ResponsePairs:
+    """Pairs of an image and a unit, sorted by image, whose canonical responses are looked up as images are computed.
 
-    column: the unit's, among those of all layers. `known` [pairs]: it was computed; `values` float32 (NaN until then)
-    and `positions` int64 (-1).
+    images: ids; columns: each unit's number among those of all layers; both int64 [pairs]. order: int64 [pairs], the
+    place that each sorted pair had in the arguments. known: bool [pairs], whether the response was computed; until
+    then `values`, float32, are NaN and `positions`, int64 in the flattened map, are -1.
     """
 
     def __init__(self, images: NDArray[np.int64], columns: NDArray[np.int64]) -> None:
-        self.order = np.argsort(images, kind="stable")  # of what the caller keeps beside the pairs
+        self.order = np.argsort(images, kind="stable")
         self.images, self.columns = images[self.order], columns[self.order]
         self.values = np.full(len(images), np.nan, np.float32)
         self.positions = np.full(len(images), -1, np.int64)
         self.known = np.zeros(len(images), bool)
 
     def take(self, keys: Tensor, ids: Tensor, start: int = 0) -> None:
-        """Note what is asked for of keys [N, columns], from the column `start` on, of images with ids [N]."""
+        """Look the pairs up in keys, int64 [N, units], of images with ids [N]; start: the first unit's number."""
         for image, row in zip(ids.tolist(), keys.cpu(), strict=True):
             pairs = np.arange(np.searchsorted(self.images, image, "left"), np.searchsorted(self.images, image, "right"))
             columns = self.columns[pairs] - start

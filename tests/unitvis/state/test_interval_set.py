@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from unitvis.state import intervals as coverage
-from unitvis.state.intervals import IntervalSet
+from unitvis.state import interval_set as coverage
+from unitvis.state.interval_set import IntervalSet
 
 
 def drawn(random, size, largest):
