@@ -18,6 +18,7 @@ from unitvis.errors import UnitvisError, closest_names, error_text
 from unitvis.network.weights import load_weights
 from unitvis.sources.transform import Transform
 
+LIBRARIES = ("torchvision:", "timm:")  # specs that name a model of a library, and no code of the user's
 FORMS = "torchvision:NAME, timm:NAME, file.py:function or package.module:function"
 
 

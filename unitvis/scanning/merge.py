@@ -43,7 +43,8 @@ def merge(
 
     Args:
         runs: runs, or their folders.
-        model: the model that was scanned, or its spec; None: loaded as the manifest says.
+        model: the model that was scanned, or its spec; None: loaded as the manifest says, where that names a model of
+            torchvision or timm. Code that a manifest names (file.py:function) is not executed.
         out: folder to write the merged run into.
         images: the images that were scanned, as for `scan`; None: opened as the manifest says.
         device: device of the second pass; None: the model's own.
@@ -173,9 +174,16 @@ def _checked_model(
     """Load or check the model of the runs; returns it with its spec and file for the manifest."""
     recorded = manifest["model"]
     if model is None:
-        if recorded.get("spec") is None:
+        spec = recorded.get("spec")
+        if spec is None:
             raise UnitvisError("the runs do not say where their model is; give model= (--model) for the second pass")
-        model = models.load(recorded["spec"], recorded["file"], pretrained=recorded["pretrained"])
+        if not str(spec).startswith(models.LIBRARIES):  # a run folder is data: nothing that it names is imported
+            weights = f" --weights {recorded['file']}" if recorded.get("file") else ""
+            raise UnitvisError(
+                f"the runs name {spec!r} as their model, and code that a run names is not executed; name it yourself, "
+                f"with --model {spec}{weights}, or model="
+            )
+        model = models.load(spec, recorded["file"], pretrained=recorded["pretrained"])
     elif isinstance(model, str):
         model = models.load(model)
     origin = model.origin() if isinstance(model, models.Loaded) else {"spec": None}

@@ -255,6 +255,10 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert cli.main([*scan, str(tmp_path / f"s{number}"), "--shard", f"{number}/2"]) == cli.DONE
     assert "20 images; `unitvis merge` makes a run of all shards" in capsys.readouterr().out
     merge = ["merge", str(tmp_path / "s2"), str(tmp_path / "s1"), "-o", str(tmp_path / "merged")]
+    assert cli.main(merge) == cli.USAGE
+    model = ["--model", scan[1], "--weights", str(tmp_path / "w.pt")]
+    assert f"with {' '.join(model)}" in capsys.readouterr().err
+    merge += [*model, "--overwrite"]
     assert cli.main(merge) == cli.DONE
     assert "2 sheets in" in capsys.readouterr().out
     assert (tmp_path / "merged" / "top.npz").read_bytes() == (tmp_path / "whole" / "top.npz").read_bytes()
@@ -262,8 +266,21 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for key in ("layers", "images", "coverage", "model", "source"):
         assert manifests[0][key] == manifests[1][key]
     (tmp_path / "w.pt").unlink()
-    assert cli.main([*merge, "--overwrite"]) == cli.USAGE
+    assert cli.main(merge) == cli.USAGE
     assert "there is no file" in capsys.readouterr().err
     for command in (["render", str(tmp_path / "s1")], ["verify", str(tmp_path / "s1"), scan[1]]):
         assert cli.main(command) == cli.USAGE
         assert "the run of a shard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["{folder}/evil.py:net", "evil:net", "evil.net:torchvision:", "", 7])
+def test_code_that_a_run_names_is_not_executed(spec: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, run in enumerate(shards(2)):
+        run.manifest["model"] |= {"spec": str(spec).format(folder=tmp_path) if isinstance(spec, str) else spec}
+        run.manifest["model"] |= {"file": None, "pretrained": False}
+        run.save(tmp_path / str(number))
+    with pytest.raises(UnitvisError, match="code that a run names is not executed"):
+        unitvis.merge([tmp_path / "0", tmp_path / "1"], images=images())
+    assert not (tmp_path / "executed").exists()
