@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and only where they are meant to be."""
 
 from __future__ import annotations
 
@@ -12,16 +12,36 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unitvis.errors import UnitvisError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` only when the block ends without an error."""
-    part = path.with_name(path.name + ".part")
+    """A path to write to, which takes the place of `path` only when the block ends without an error.
+
+    The file is a new one: a link that stands at either path is replaced, never written through.
+    """
+    part = unoccupied(path.with_name(path.name + ".part"))
     try:
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def unoccupied(path: Path) -> Path:
+    """The path, after whatever file or link stood there was removed: what is written there next is a new file."""
+    path.unlink(missing_ok=True)
+    return path
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder if there is none; UnitvisError where a link stands in its place, since files would go elsewhere."""
+    if path.is_symlink():
+        raise UnitvisError(f"{path} is a link, so nothing is written into it; remove it, or give another path")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def flush_to_disk(file: IO[Any]) -> None:
@@ -44,5 +64,6 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def file_name(layer: str) -> str:
-    """A layer's name as the name of a file: whatever a file system might mind is percent-encoded."""
-    return urllib.parse.quote(layer, safe=" ")
+    """A layer's name as the name of a file: percent-encoded where a file system might mind, and no way to elsewhere."""
+    name = urllib.parse.quote(layer, safe=" ")
+    return name if name.strip(".") else name.replace(".", "%2E")  # "." and ".." are folders of their own

@@ -14,7 +14,7 @@ from unitvis.demo import network
 from unitvis.demo.overview import overview
 from unitvis.demo.pictures import CLASSES, pictures
 from unitvis.drawing.sheets import render
-from unitvis.files import replacing
+from unitvis.files import replacing, unoccupied
 from unitvis.gallery import gallery
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.forward import compute_batch
@@ -53,7 +53,7 @@ def demo(
     render(run, folder)
     page = gallery(run, folder, model, project=project)
     picture = folder / "overview.png"
-    overview(run, labels, CLASSES).save(picture)
+    overview(run, labels, CLASSES).save(unoccupied(picture))
     units = sum(len(top) for top in run.tops.values())
     seconds = run.manifest["seconds"]
     return (

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unitvis.drawing.patches import Wanted, crop_of, cut_patches
 from unitvis.errors import UnitvisError, check_unit
-from unitvis.files import file_name, replacing
+from unitvis.files import file_name, make_folder, replacing
 from unitvis.results.arrays import SEPARATED, LayerArrays
 from unitvis.results.data import RunData
 
@@ -51,7 +51,7 @@ def render(run: RunData, folder: Path, *, crop: str | None = None) -> list[Path]
     Each picture is opened once for as many layers as fit in memory together.
     """
     run.need_winners()
-    (folder / "sheets").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "sheets")
     written = []
     for group in memory_groups(run, {layer: _patch_size(len(run[layer])) for layer in run}):
         wanted = {n: (checked_units(run, n, None), crop_of(run, n, crop), _patch_size(len(run[n]))) for n in group}

@@ -15,7 +15,7 @@ from torch import nn
 from unitvis import models
 from unitvis.drawing.patches import crop_of
 from unitvis.errors import UnitvisError
-from unitvis.files import replacing
+from unitvis.files import make_folder, replacing, unoccupied
 from unitvis.gallery import facts, pictures
 from unitvis.network.network import Network
 from unitvis.results.data import RunData
@@ -86,7 +86,7 @@ def _prepare_folder(run: RunData, folder: Path) -> Path:
     if pictures.read_drawn(folder).get("run") != _run_digest(run):
         shutil.rmtree(folder / "gallery", ignore_errors=True)
     try:
-        (folder / "gallery").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "gallery")
     except OSError as error:
         raise UnitvisError(f"cannot write into {folder}: {error.strerror}; give another path") from error
     return folder
@@ -104,7 +104,8 @@ def _earlier_drawings(run: RunData, folder: Path, crop: str | None) -> dict[str,
         for layer in before.get("layers", {}):
             target = pictures.layer_folder(folder, layer)
             for file in pictures.layer_folder(run.folder, layer).glob("*-*"):
-                shutil.copyfile(file, target / file.name)
+                if not file.is_symlink():  # a run folder is data: it shows nothing from elsewhere
+                    shutil.copyfile(file, unoccupied(target / file.name))
     drawn: dict[str, dict[str, Any]] = {}
     for layer in run:
         drawn[layer] = before.get("layers", {}).get(layer, {})

@@ -24,7 +24,7 @@ from unitvis.drawing import sheets
 from unitvis.drawing.colours import heat, heat_levels, signed
 from unitvis.drawing.patches import crop_of, cut, drawn_box, fired_winners, open_pictures, whole_input
 from unitvis.drawing.sheets import tile_columns
-from unitvis.files import file_name
+from unitvis.files import file_name, make_folder, unoccupied
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.results.arrays import LayerArrays
@@ -39,14 +39,15 @@ MAX_MAP_SIDE = 56  # cells of the longer side of a response map; larger maps are
 def layer_folder(folder: Path, layer: str) -> Path:
     """The folder of a layer's pictures, which is created."""
     path = folder / "gallery" / "layers" / file_name(layer)
-    path.mkdir(parents=True, exist_ok=True)
+    for above in (folder / "gallery" / "layers", path):
+        make_folder(above)
     return path
 
 
 def draw_patches(run: RunData, folder: Path, crop: str | None) -> None:
     """Write gallery/layers/LAYER/UNIT.jpg, and each winning image's model input as gallery/images/ID.jpg."""
     images = folder / "gallery" / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    make_folder(images)
     size = run.input_size
     written: set[int] = set()
     for group in sheets.memory_groups(run, dict.fromkeys(run, PATCH_SIZE)):
@@ -58,7 +59,7 @@ def draw_patches(run: RunData, folder: Path, crop: str | None) -> None:
                 written.add(image)
                 left, upper, right, lower = to_picture((0, 0, size[1], size[0]))
                 side = min(MAX_IMAGE_SIDE, round(max(right - left, lower - upper)))
-                whole_input(picture, to_picture, size, side).save(images / f"{image}.jpg", quality=80)
+                whole_input(picture, to_picture, size, side).save(unoccupied(images / f"{image}.jpg"), quality=80)
             for layer, by_image in wanted.items():
                 for unit, rank in by_image.get(image, []):
                     box = drawn_box(run[layer], unit, rank, crops[layer], size)
@@ -91,7 +92,7 @@ class _Sprites:
         for rank in range(k):
             cell = cells.get(rank) or sheets.placeholder(self._top, unit, rank, PATCH_SIZE)
             sprite.paste(cell, (rank % columns * PATCH_SIZE, rank // columns * PATCH_SIZE))
-        sprite.save(self._folder / f"{unit}{self._ending}", **self._options)
+        sprite.save(unoccupied(self._folder / f"{unit}{self._ending}"), **self._options)
 
 
 def draw_projections(model: nn.Module, run: RunData, folder: Path, crop: str | None, device: Device) -> dict[str, str]:
@@ -155,7 +156,7 @@ def _save_heat(levels: NDArray[np.uint8], path: Path) -> None:
         row, column = rank // columns * height, rank % columns * width
         sprite[row : row + height, column : column + width] = levels[rank]
     image = heat(sprite)
-    image.save(path, "PNG", bits=4, transparency=image.info["transparency"])
+    image.save(unoccupied(path), "PNG", bits=4, transparency=image.info["transparency"])
 
 
 def draw_filters(model: nn.Module, run: RunData, folder: Path) -> list[str]:
@@ -165,7 +166,7 @@ def draw_filters(model: nn.Module, run: RunData, folder: Path) -> list[str]:
         if run[layer].info["unit"] != "channel":
             return []
         for unit, weight in enumerate(weights):
-            signed(weight).save(layer_folder(folder, layer) / f"{unit}-filter.png")
+            signed(weight).save(unoccupied(layer_folder(folder, layer) / f"{unit}-filter.png"))
     return list(found)
 
 
@@ -174,7 +175,10 @@ def projections_of(run: RunData, layer: str, unit: int, crop: str) -> list[Image
     drawn = _drawn(run, layer)
     if run.folder is None or not drawn.get("projections") or drawn["crop"] != crop:
         return None
-    with Image.open(layer_folder(run.folder, layer) / f"{unit}-projections.jpg") as sprite:
+    path = layer_folder(run.folder, layer) / f"{unit}-projections.jpg"
+    if path.is_symlink():  # a run folder is data: it shows nothing from elsewhere
+        return None
+    with Image.open(path) as sprite:
         columns = tile_columns(k := run.manifest["k"])
         corners = [(rank % columns * PATCH_SIZE, rank // columns * PATCH_SIZE) for rank in range(k)]
         return [sprite.crop((x, y, x + PATCH_SIZE, y + PATCH_SIZE)) for x, y in corners]
@@ -184,7 +188,10 @@ def filter_of(run: RunData, layer: str, unit: int) -> Image.Image | None:
     """Read a unit's filter from the run's own folder, one pixel for each weight; None without one."""
     if run.folder is None or not _drawn(run, layer).get("filters"):
         return None
-    with Image.open(layer_folder(run.folder, layer) / f"{unit}-filter.png") as image:
+    path = layer_folder(run.folder, layer) / f"{unit}-filter.png"
+    if path.is_symlink():
+        return None
+    with Image.open(path) as image:
         return image.convert("RGB")
 
 

@@ -1,0 +1,105 @@
+"""Files are written whole or not at all, and never through a link."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import unitvis
+from unitvis import UnitvisError
+from unitvis.drawing import sheets
+from unitvis.files import file_name, make_folder, replacing, unoccupied
+
+
+def test_a_failure_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(TypeError), replacing(path) as part:
+        part.write_text(0)  # type: ignore[arg-type]
+    assert path.read_text() == "before"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("link", ["file", "file.part"])
+def test_a_link_is_replaced_and_not_followed(link: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    (tmp_path / link).symlink_to(victim)
+    with replacing(tmp_path / "file") as part:
+        part.write_text("new")
+    assert victim.read_text() == "untouched"
+    assert (tmp_path / "file").read_text() == "new"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnitvisError, match="folder is a link"):
+        make_folder(tmp_path / "folder")
+    assert make_folder(make_folder(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert unoccupied(tmp_path / "folder") == tmp_path / "folder"
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+@pytest.mark.parametrize("layer", [".", "..", "...", "a/b", "../x", "\0", "a b.c", "é"])
+def test_no_layer_name_leads_out_of_its_folder(layer: str, tmp_path: Path) -> None:
+    name = file_name(layer)
+    assert (tmp_path / name).resolve().parent == tmp_path.resolve()
+    assert name not in (".", "..")
+    assert (file_name(layer) == layer) == (layer in ("a b.c",))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> unitvis.Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), np.uint8)
+    run = unitvis.scan(model, pixels, transform=unitvis.Transform(), out=tmp_path / "run", progress=False)
+    sheets.render(run, tmp_path / "run")
+    unitvis.gallery(run, tmp_path / "run", model, project=True)
+    return run
+
+
+def test_pictures_are_not_written_through_links_in_a_run_folder(run: unitvis.Run, tmp_path: Path) -> None:
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    victim.write_text("untouched")
+    written = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("manifest.json", "top.npz")]
+    assert {path.suffix for path in written} >= {".png", ".jpg", ".html", ".js", ".css"}
+    for path in written:
+        for link in (path, path.with_name(f"{path.name}.part")):
+            if path.name != "drawn.json" and "-" not in path.name:  # pictures of an earlier gallery stay as they are
+                link.unlink(missing_ok=True)
+                link.symlink_to(victim)
+    sheets.render(run, folder)
+    unitvis.gallery(run, folder)
+    assert victim.read_text() == "untouched"
+
+
+@pytest.mark.parametrize("name", ["sheets", "gallery", "gallery/images", "gallery/layers", "gallery/layers/0"])
+def test_pictures_are_not_written_into_linked_folders(name: str, run: unitvis.Run, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(folder / name)
+    (folder / name).symlink_to(elsewhere)
+    draw = sheets.render if name == "sheets" else unitvis.gallery
+    with pytest.raises(UnitvisError, match="is a link, so nothing is written into it"):
+        draw(run, folder)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_gallery_elsewhere_copies_no_linked_file(run: unitvis.Run, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    linked = next((tmp_path / "run" / "gallery").rglob("0-responses.png"))
+    linked.unlink()
+    linked.symlink_to(secret)
+    unitvis.gallery(run, tmp_path / "other")
+    copies = [path for path in (tmp_path / "other").rglob("*") if path.is_file()]
+    assert any("-projections" in path.name for path in copies)
+    assert not any(path.read_bytes() == b"secret" for path in copies)
