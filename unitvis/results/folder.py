@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +51,23 @@ def write_run(run: RunData, folder: Path) -> Path:
 
 
 def _write(run: RunData, folder: Path) -> None:
-    for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
-        (folder / name).unlink(missing_ok=True)
-    for drawn in ("sheets", "gallery"):  # those of a run that is overwritten
-        shutil.rmtree(folder / drawn, ignore_errors=True)
+    """Write all files beside those of a run that is there, then put them in its place; the manifest comes last."""
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
-    if arrays:
-        with replacing(folder / "top.npz") as target, open(target, "wb") as file:
-            np.savez_compressed(file, **arrays)
-    if run.partial is not None:
-        with replacing(folder / "state.npz") as target:
-            run.partial.write(target)
-    with replacing(folder / "images.jsonl") as target, open(target, "w", encoding="utf-8") as file:
-        for _, record in sorted(run.records.items()):
-            file.write(json.dumps(record) + "\n")
-    with replacing(folder / "manifest.json") as target:
-        target.write_text(json.dumps(run.manifest, indent=1) + "\n", encoding="utf-8")
+    with ExitStack() as stack:
+        manifest = stack.enter_context(replacing(folder / "manifest.json"))  # entered first, so put in place last
+        if arrays:
+            with open(stack.enter_context(replacing(folder / "top.npz")), "wb") as file:
+                np.savez_compressed(file, **arrays)
+        if run.partial is not None:
+            run.partial.write(stack.enter_context(replacing(folder / "state.npz")))
+        with open(stack.enter_context(replacing(folder / "images.jsonl")), "w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(record) + "\n" for _, record in sorted(run.records.items()))
+        manifest.write_text(json.dumps(run.manifest, indent=1) + "\n", encoding="utf-8")
+        # All is written, so no disk that fills up can cost the run that was there.
+        for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
+            (folder / name).unlink(missing_ok=True)
+        for drawn in ("sheets", "gallery"):
+            shutil.rmtree(folder / drawn, ignore_errors=True)
 
 
 def read_run(path: str | Path, images: object = None) -> RunData:

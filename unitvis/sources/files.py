@@ -138,6 +138,7 @@ def _listed_files(
 def _walk(root: bytes, folders: dict[bytes, _Stamp]) -> Iterator[bytes]:
     """Yield relative paths of all files below, sorted as bytes; hidden names are left out, no folder is visited twice.
 
+    Folders of runs are left out: a run written into the images' own folder must not become part of the images.
     folders: filled with the stamp that each folder had before it was listed.
     """
     visited: set[tuple[int, int]] = set()
@@ -163,8 +164,15 @@ def _walk(root: bytes, folders: dict[bytes, _Stamp]) -> Iterator[bytes]:
                 inside = [entry.name + b"/" * _is_folder(entry) for entry in entries if entry.name[:1] != b"."]
         except OSError as error:
             raise UnitvisError(f"cannot read the folder {os.fsdecode(path)!r}: {error.strerror}") from error
+        if name and _is_run(set(inside)):
+            continue
         inside.sort(reverse=True)
         waiting.append((name, inside))
+
+
+def _is_run(names: set[bytes]) -> bool:
+    """True for the names in the folder of a run: its pictures are drawn from images, and are none themselves."""
+    return {b"manifest.json", b"images.jsonl"} <= names and not names.isdisjoint((b"top.npz", b"state.npz"))
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 MIN_SAVED_NAMES = 20_000  # a shorter listing is not saved: making it again takes a moment
 SETTLE_NS = 2_000_000_000  # ns; after a change as recent as that, another one may leave the time stamp as it is
-_LISTING_FORMAT = b"1"  # part of a saved listing's file name
+_LISTING_FORMAT = b"2"  # part of a saved listing's file name
 
 
 class Names:

@@ -76,7 +76,8 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     shared["precision"] = manifest["scan"]["precision"]
     model = {key: manifest["model"][key] for key in ("class", "parameters", "weights")}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
-    source = {key: value for key, value in manifest["source"].items() if key != "path"}
+    # Where the images lie, and files beside them that are no images, may differ.
+    source = {key: value for key, value in manifest["source"].items() if key not in ("path", "others")}
     return json.loads(json.dumps({"model": model, "layers": layers, **shared, "source": source}))  # tuples are lists
 
 
