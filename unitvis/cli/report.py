@@ -42,6 +42,7 @@ def _print_result(run: Run) -> None:
         f"({rate:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
         f"{seconds['second_pass']:.1f} s: {statuses}"
     )
+    print(_input_sentence(run.manifest))
     if run.manifest["precision"] == "exact":
         print(f"precision: {run.manifest['plan']}")
     if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
@@ -49,6 +50,16 @@ def _print_result(run: Run) -> None:
         print(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
     for sentence in odd_responses(run):
         print(sentence)
+
+
+def _input_sentence(manifest: Mapping[str, Any]) -> str:
+    """What the network was given, since forgotten options change every result: size of the input and its values."""
+    channels, height, width = manifest["input"]
+    if (transform := manifest["transform"]) is None:
+        return f"input: {channels} x {height} x {width}, values as they came"
+    given = [name for name in ("mean", "std") if transform[name] is not None]
+    values = ", ".join(f"{name} {' '.join(f'{one:g}' for one in transform[name])}" for name in given)
+    return f"input: {width} x {height} pixels, pixels / 255, {values or 'no mean or std'}"
 
 
 def print_pack(packed: PackSource) -> None:

@@ -12,6 +12,27 @@ from torch import nn
 from unitvis.errors import UnitvisError, error_text
 
 
+def unwrapped(model: object) -> nn.Module:
+    """The module whose layers have their own names, out of the wrappers of torch.compile and of data parallelism.
+
+    Raises UnitvisError for what is no eager module: scripted, traced and exported models keep no layers to read.
+    """
+    while True:
+        if isinstance(model, torch.jit.ScriptModule | torch.export.ExportedProgram):
+            raise UnitvisError(
+                f"the model is a {type(model).__name__}, which keeps no layers that can be read; give the eager module "
+                "that it was made from"
+            )
+        if not isinstance(model, nn.Module):
+            raise UnitvisError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
     """Return (the model in float32 on the device, the device): the model itself where it is so already, else a copy.
 

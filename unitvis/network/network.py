@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import unitvis_kernels as uk
 from unitvis.errors import UnitvisError
 from unitvis.network.canonical import canonical_settings, evaluating
-from unitvis.network.device import on_device
+from unitvis.network.device import on_device, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, model_input
 from unitvis.network.identity import describe_model
 from unitvis.network.layers import Examination, Layer
@@ -38,10 +38,7 @@ class Network:
     def __init__(
         self, model: nn.Module, *, device: torch.device | str | None = None, transform: Transform | None = None
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise UnitvisError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
-        # A model that torch.compile wrapped has the layers under their own names inside.
-        self.model, self.device = on_device(getattr(model, "_orig_mod", model), device)
+        self.model, self.device = on_device(unwrapped(model), device)
         self.transform = transform
         self.input_shape: Shape = (0, 0, 0)  # [C, H, W] of the model's input
         self.unit = "channel"

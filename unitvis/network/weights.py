@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unitvis.errors import UnitvisError, error_text
+from unitvis.errors import UnitvisError, abridged, error_text
+
+_STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net")  # where a state dict may lie
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -18,7 +22,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     A last layer with another number of outputs is replaced by one of the checkpoint's shape. Raises UnitvisError that
     names every other tensor that is missing, unexpected or of another shape.
     """
-    state = read_weights(Path(path))
+    own = model.state_dict()
+    state = _without_prefix(read_weights(Path(path)), set(own))
     _resize_head(model, state)
     own = model.state_dict()
     problems = {
@@ -42,8 +47,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint, by name, on the CPU.
 
-    Reads safetensors, or a state dict with `torch.load(weights_only=True)`. Common wrappers (the keys "state_dict" and
-    "model", the prefix "module.") are removed. Raises UnitvisError if the file cannot be read.
+    Reads safetensors, or a state dict with `torch.load(weights_only=True)`, also inside the dictionary of a training
+    loop (`_STATE_KEYS`). Raises UnitvisError if the file cannot be read.
     """
     if not path.is_file():
         raise UnitvisError(f"there is no file {path} with weights")
@@ -58,12 +63,36 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"the weights in {path} cannot be read ({error_text(error)}); give safetensors, "
             f"or a state dict saved with torch.save(model.state_dict(), ...)"
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    while isinstance(state, dict) and (inner := [k for k in _STATE_KEYS if isinstance(state.get(k), dict)]):
+        state = state[inner[0]]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UnitvisError(f"{path} holds no state dict; save one with torch.save(model.state_dict(), ...)")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def _without_prefix(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
+    """The tensors under the model's own names (`own`), without the prefix that a wrapper put before them.
+
+    The prefix is the one under which most of the model's names are found. Tensors beside it, such as a loss's, are left
+    out with a warning that names them. Raises UnitvisError where several prefixes hold as many names.
+    """
+    found = Counter(key.removesuffix(name) for key in state for name in _endings(key) if name in own)
+    prefixes = [prefix for prefix, count in found.items() if count == max(found.values())]
+    if "" in prefixes or not prefixes:
+        return state
+    if len(prefixes) > 1:
+        raise UnitvisError(
+            f"the weights hold several networks that fit, under {', '.join(map(repr, prefixes))}; save the one to load"
+        )
+    if beside := [key for key in state if not key.startswith(prefixes[0])]:
+        warnings.warn(f"left out of the weights, because they belong to no layer: {abridged(beside)}")
+    return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
+
+
+def _endings(key: str) -> list[str]:
+    """A dotted name, and what remains of it when parts are taken from its front."""
+    parts = key.split(".")
+    return [".".join(parts[first:]) for first in range(len(parts))]
 
 
 def _resize_head(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -43,6 +43,7 @@ def test_scan_render_sheet_and_verify(
     code, printed, _ = call(capsys, "scan", model, folder, "-o", out, "-k", 5, *SIZE)
     assert code == cli.DONE
     assert "12 images, 10 units of 2 layers" in printed
+    assert "input: 31 x 31 pixels, pixels / 255, mean 0.5 0.5 0.5, std 0.25 0.25 0.25\n" in printed
     assert f"2 sheets in {out / 'sheets'}" in printed
     files = ["gallery", "images.jsonl", "index.html", "manifest.json", "sheets", "top.npz"]
     assert sorted(p.name for p in out.iterdir()) == files
@@ -335,3 +336,10 @@ def test_the_program_runs_as_a_process(model: str, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
+
+
+def test_forgotten_mean_and_std_are_told(
+    model: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, printed, _ = call(capsys, "scan", model, folder, "-o", tmp_path / "run", "--resize", "31x31")
+    assert "input: 31 x 31 pixels, pixels / 255, no mean or std\n" in printed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -19,3 +21,26 @@ def test_neurons_that_do_not_fit_are_refused_with_the_size(monkeypatch: pytest.M
 def test_a_device_that_nothing_runs_on_is_refused() -> None:
     with pytest.raises(UnitvisError, match="a model on device 'meta' cannot be scanned"):
         scan(small_net(), images(5), device="meta")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of torch.compile's own imports
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m))])
+def test_layers_have_their_own_names_inside_wrappers(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = small_net()
+    run, want = scan(wrap(model), images(20)), scan(model, images(20))
+    assert run.layers == want.layers
+    assert all(run[name].values.tobytes() == want[name].values.tobytes() for name in run)
+
+
+@pytest.mark.parametrize("form", ["script", "trace", "export"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_without_layers_to_read_are_refused_in_one_line(form: str) -> None:
+    model, example = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.zeros(1, 3, 9, 9)
+    made = {
+        "script": lambda: torch.jit.script(model),
+        "trace": lambda: torch.jit.trace(model, example),
+        "export": lambda: torch.export.export(model, (example,)),
+    }[form]()
+    with pytest.raises(UnitvisError, match="keeps no layers that can be read; give the eager module") as refused:
+        scan(made, images(5))
+    assert "\n" not in str(refused.value)

@@ -45,3 +45,51 @@ def test_a_checkpoint_that_does_not_fit_names_every_key(tmp_path: Path) -> None:
     torch.save(deeper.state_dict(), tmp_path / "d.pt")
     with pytest.raises(UnitvisError, match=r"of another shape: 3.weight \[2, 17\] for \[10, 16\], 3.bias"):
         load_weights(small(), tmp_path / "d.pt")
+
+
+@pytest.mark.parametrize(
+    ("keys", "prefix"),
+    [
+        (("model_state_dict",), ""),
+        (("state_dict",), "model."),  # Lightning
+        (("model", "state_dict"), "module._orig_mod."),  # a compiled model in DistributedDataParallel
+        ((), "backbone."),
+        ((), ""),
+    ],
+)
+def test_a_state_dict_is_found_wherever_training_loops_put_it(
+    keys: tuple[str, ...], prefix: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    wanted = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    saved: dict[str, object] = {f"{prefix}{name}": tensor for name, tensor in wanted.items()}
+    for key in reversed(keys):
+        saved = {key: saved, "epoch": 3}
+    torch.save(saved, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in wanted.items())
+
+
+def test_what_a_checkpoint_holds_beside_the_model_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    saved = {f"model.{name}": tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": saved | {"criterion.weight": torch.ones(10)}}, tmp_path / "w.ckpt")
+    with pytest.warns(UserWarning, match=r"left out of the weights.*: criterion\.weight"):
+        load_weights(model, tmp_path / "w.ckpt")
+
+
+def test_names_that_begin_as_a_wrapper_does_are_kept(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.model = nn.Sequential(nn.Linear(2, 3))
+    wanted = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save(wanted, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_checkpoint_with_two_networks_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    saved = {f"{who}.{name}": tensor for who in ("student", "teacher") for name, tensor in model.state_dict().items()}
+    torch.save(saved, tmp_path / "w.pt")
+    with pytest.raises(UnitvisError, match=r"several networks that fit, under 'student\.', 'teacher\.'"):
+        load_weights(model, tmp_path / "w.pt")
