@@ -212,7 +212,7 @@ class _ForwardPass:
             self.shape, self._dtype = maps.shape, maps.dtype
             self.strongest = uk.unpack(uk.spatial_argmax(maps.detach()))[1]
 
-        with network.reading_maps([layer]) as canonical:
+        with network.reading_maps([layer], network.input_shape_of(images)) as canonical:
             canonical.differentiable_maps(self._pixels, read)
         self._edge = edges[0]
         self.method = _rectify_signals(self._edge.node, layer)

@@ -75,7 +75,7 @@ def _squared_gradients(
         channel, row, column = torch.tensor(neurons, device=maps.device).T
         responses.append(maps[torch.arange(len(neurons), device=maps.device), channel, row, column])
 
-    with network.reading_maps([layer]) as canonical:
+    with network.reading_maps([layer], network.input_shape_of(images)) as canonical:
         canonical.differentiable_maps(pixels, read)
     if not responses[0].requires_grad:
         return np.zeros((len(neurons), *images.shape[2:]))

@@ -71,13 +71,7 @@ class Network:
     def find_receptive_fields(self) -> None:
         """Fill in `fields`; UnitvisError for a layer whose units are no channels."""
         start = time.perf_counter()
-        self.fields = receptive_fields(self.model, [layer.name for layer in self.layers], self.input_shape)
-        for layer in self.layers:
-            if self.fields[layer.name].channels_last:
-                raise UnitvisError(
-                    f"layer {layer.name!r} puts its channels last, [N, H, W, C] = [N, {layer.channels}, "
-                    f"{layer.height}, {layer.width}]; name a Linear, LayerNorm or convolution beside it"
-                )
+        self.fields = receptive_fields(self.model, self._axes(self.layers), self.input_shape)
         self.preparation += time.perf_counter() - start
 
     @property
@@ -110,13 +104,21 @@ class Network:
         """Canonical passes that read the layers first <= number < last (None: all) of those that were found."""
         own, start = self.columns[first:last], self.columns[first].start
         columns = [slice(one.start - start, one.stop - start) for one in own]
-        names = [layer.name for layer in self.layers[first:last]]
+        axes = self._axes(self.layers[first:last])
         neurons = self.unit == "neuron"
-        return CanonicalPass(self.model, self.device, self.transform, names, columns, neurons=neurons)
+        return CanonicalPass(self.model, self.device, self.transform, axes, columns, neurons=neurons)
 
-    def reading_maps(self, layers: list[str]) -> CanonicalPass:
-        """Canonical passes that read the maps of layers by name, whether they were found by `examine` or not."""
-        return CanonicalPass(self.model, self.device, self.transform, layers)
+    def reading_maps(self, layers: Sequence[str], shape: Shape) -> CanonicalPass:
+        """Canonical passes that read the maps of layers by name; an input [C, H, W] shows the model what is not known."""
+        if not set(layers) <= {layer.name for layer in self.layers}:
+            self.examine(shape, layers)
+        wanted = {layer.name: layer for layer in self.layers}
+        axes = self._axes([wanted[name] for name in layers])
+        return CanonicalPass(self.model, self.device, self.transform, axes)
+
+    def _axes(self, layers: Sequence[Layer]) -> dict[str, int | None]:
+        """The names of layers with the axis of their channels."""
+        return {layer.name: layer.channel_axis for layer in layers}
 
     def check_independence(self, canonical: CanonicalPass, images: Tensor) -> Tensor:
         """Keys, int64 [n, units], of at most `COMPUTE_BATCH` images, which must come out again in reversed order.
