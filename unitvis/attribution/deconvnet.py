@@ -96,6 +96,7 @@ def _project_winners(
 ) -> Iterator[Projection]:
     """Yield projections of a run's winners."""
     network = Network(model, device=device, transform=run.source.transform)
+    network.channel_axes(layers, tuple(run.manifest["input"]))  # of all layers in one pass
     with network.evaluating():
         for layer in layers:
             jobs = _jobs_by_image(run[layer], units)

@@ -33,6 +33,7 @@ def effective_boxes(model: nn.Module, run: RunData, device: torch.device | str |
     for batch in run.source.batches(4 * COMPUTE_BATCH, ids=ids):
         images.update(zip(batch.ids.tolist(), batch.pixels, strict=True))
     sides: dict[str, int | None] = {}
+    network.channel_axes(run.layers, tuple(run.manifest["input"]))  # of all layers in one pass
     with network.evaluating():
         for name, winners in chosen.items():
             sides[name] = None

@@ -9,10 +9,13 @@ element by element, or along windows, keep them. Where nothing is known, or two 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,24 +27,40 @@ UNKNOWN: Axes = frozenset()
 class ChannelAxes(TorchDispatchMode):
     """Dispatch mode that labels every tensor computed under it with its channel axes; `axis_of` tells them.
 
-    Tensors are kept alive as long as the mode is, since a label belongs to a tensor by identity.
+    Tensors are kept alive as long as the mode is, since a label belongs to a tensor by identity. A tensor into whose
+    views something computed was written, such as a preallocated output, takes its label from the last of them.
     """
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
-        self._labels: dict[int, tuple[Tensor, Axes]] = {id(image): (image, frozenset([1]))}
+        self._labels: dict[int, tuple[Tensor, Axes]] = {}
+        self._last_by_storage: dict[int, Tensor] = {}
+        self._label(image, frozenset([1]))
 
     def axis_of(self, tensor: Tensor) -> int | None:
         """The axis that holds channels; None where it is unknown."""
         axes = self._axes_of(tensor)
         return next(iter(axes)) if len(axes) == 1 else None
 
+    def _label(self, tensor: Tensor, axes: Axes) -> None:
+        self._labels[id(tensor)] = tensor, axes
+        if tensor.layout == torch.strided:
+            self._last_by_storage[tensor.untyped_storage()._cdata] = tensor
+
     def _axes_of(self, tensor: Tensor) -> Axes:
-        return self._labels[id(tensor)][1] if self._is_computed(tensor) else UNKNOWN
+        if id(tensor) in self._labels:
+            return self._labels[id(tensor)][1]
+        written = self._written_view(tensor)
+        return UNKNOWN if written is None else _same_strides(self._labels[id(written)][1], written, tensor)
 
     def _is_computed(self, tensor: object) -> bool:
         """Whether a tensor depends on the image; parameters and constants do not."""
-        return isinstance(tensor, Tensor) and id(tensor) in self._labels
+        return isinstance(tensor, Tensor) and (id(tensor) in self._labels or self._written_view(tensor) is not None)
+
+    def _written_view(self, tensor: Tensor) -> Tensor | None:
+        """The last labelled tensor in the memory of an unlabelled one."""
+        strided = tensor.layout == torch.strided
+        return self._last_by_storage.get(tensor.untyped_storage()._cdata) if strided else None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,7 +72,7 @@ class ChannelAxes(TorchDispatchMode):
             name = func._schema.name.removeprefix("aten::")
             for made in tree_leaves(result):
                 if isinstance(made, Tensor):
-                    self._labels[id(made)] = made, self._axes(name, args, kwargs, given, made)
+                    self._label(made, self._axes(name, args, kwargs, given, made))
         return result
 
     def _axes(
@@ -62,37 +81,95 @@ class ChannelAxes(TorchDispatchMode):
         """The channel axes of `made`, a result of the operator; given: the computed operands."""
         if name in _PUT_AT_AXIS_1:
             return frozenset([1]) if made.ndim > 1 else UNKNOWN
-        if name in _PUT_LAST:
+        if name in _PUT_LAST and not (name in _NORMS and len(args[1]) > 1):  # several axes: of a map, say [C, H, W]
             return frozenset([made.ndim - 1])
+        if name in _LOSE:
+            return UNKNOWN
         if name in _PRODUCTS:
             return self._product_axes(args[-2], args[-1], made)
         if name in _MOVES:
-            return _MOVES[name](self._axes_of(given[0]), given[0], made, args, kwargs)
+            axes = _agreed([self._axes_of(one) for one in given], given, given[0])
+            return _MOVES[name](axes, given[0], made, args, kwargs)
         if max(one.ndim for one in given) == made.ndim:  # also poolings, paddings, interpolations, concatenations
             return _agreed([self._axes_of(one) for one in given], given, made)
         return UNKNOWN
 
     def _product_axes(self, left: Tensor, right: Tensor, made: Tensor) -> Axes:
-        """Images times weights, a linear layer, puts channels last; weights times images leaves them where they are."""
-        if self._is_computed(left):
-            return UNKNOWN if self._is_computed(right) else frozenset([made.ndim - 1])  # of two computed: attention
-        return frozenset(axis + made.ndim - right.ndim for axis in self._axes_of(right))
+        """A linear layer, images times weights, puts channels last; what mixes positions leaves them where they are.
+
+        Positions are mixed by weights times images, and by attention: probabilities, whose axes are unknown, times
+        values.
+        """
+        axes = self._axes_of(right)
+        if not self._is_computed(right):
+            return frozenset([made.ndim - 1])
+        if self._is_computed(left) and (self._axes_of(left) or right.ndim - 2 in axes):
+            return UNKNOWN
+        return frozenset(axis + made.ndim - right.ndim for axis in axes)
+
+
+@torch.inference_mode(False)  # under which operators come whole that are made of others
+def channel_axes(model: nn.Module, layers: Iterable[str], image: Tensor) -> dict[str, int | None]:
+    """For each of these modules, the axis of its output that holds channels in a forward pass of an image [1, C, H, W].
+
+    None where it is unknown, and where there is no such module, it does not run, or the model fails before it.
+    """
+    axes: dict[str, int | None] = dict.fromkeys(layers)
+    modules = dict(model.named_modules())
+    image = image.clone()  # a model may overwrite its input
+    mode = ChannelAxes(image)
+
+    def keep(name: str, output: object) -> None:
+        axes[name] = mode.axis_of(output) if isinstance(output, Tensor) else None
+
+    hooks = [
+        modules[name].register_forward_hook(lambda module, _, output, name=name: keep(name, output))
+        for name in modules.keys() & axes.keys()
+    ]
+    try:
+        with torch.no_grad(), mode, suppress(Exception):
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return axes
 
 
 def _agreed(axes: Iterable[Axes], given: Sequence[Tensor], made: Tensor) -> Axes:
-    """The axes on which all operands agree that have any, aligned from the last axis as broadcasting does."""
+    """The axes on which all operands agree that have any, aligned from the last axis as broadcasting does.
+
+    Of axes that contain one another the most: split channels may meet others that have an axis more.
+    """
     aligned = (frozenset(axis + made.ndim - one.ndim for axis in own) for own, one in zip(axes, given, strict=True))
-    found = {own for own in aligned if own}
-    return found.pop() if len(found) == 1 else UNKNOWN
+    found = sorted({own for own in aligned if own}, key=len)
+    return found[-1] if found and all(own <= found[-1] for own in found) else UNKNOWN
+
+
+def _same_strides(axes: Axes, old: Tensor, new: Tensor) -> Axes:
+    """The axes of another tensor in the same memory that step through it as these do; unknown unless each is one."""
+    steps = [
+        [other for other in range(new.ndim) if new.shape[other] > 1 and new.stride(other) == old.stride(axis)]
+        for axis in axes
+        if old.shape[axis] > 1
+    ]
+    return frozenset(step[0] for step in steps) if all(len(step) == 1 for step in steps) else UNKNOWN
 
 
 def _viewed(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> Axes:
     """The axes after a view, which splits and merges neighbouring axes; unknown where channels merge with others."""
     if old.ndim == new.ndim and old.shape == new.shape:
         return axes
-    if any(old.shape[axis] == 1 for axis in axes):  # an axis of size 1 leaves no trace in a view
-        return UNKNOWN
     found: set[int] = set()
+    for axis in axes:
+        if old.shape[axis] == 1:  # known again by how many elements lie in the axes before it, and not being images
+            same = [
+                other
+                for other in range(1, new.ndim)
+                if new.shape[other] == 1 and math.prod(new.shape[:other]) == math.prod(old.shape[:axis])
+            ]
+            if len(same) != 1:
+                return UNKNOWN
+            found.update(same)
     for before, after in _groups(old.shape, new.shape):
         if axes.issuperset(before):
             found.update(after)
@@ -126,10 +203,8 @@ def _transposed(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) ->
 
 
 def _without(axes: Axes, dims: Sequence[int]) -> Axes:
-    """The axes once `dims` are gone; unknown where channels are among them."""
-    if axes.intersection(dims):
-        return UNKNOWN
-    return frozenset(axis - sum(dim < axis for dim in dims) for axis in axes)
+    """The axes that are left once `dims` are gone."""
+    return frozenset(axis - sum(dim < axis for dim in dims) for axis in axes.difference(dims))
 
 
 def _selected(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> Axes:
@@ -143,18 +218,29 @@ def _squeezed(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> A
 
 
 def _unsqueezed(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> Axes:
-    at = args[1] % new.ndim
+    at = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % new.ndim
     return frozenset(axis + (axis >= at) for axis in axes)
 
 
 def _reduced(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> Axes:
-    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return _over(axes, old, new, kwargs.get("dim", args[1] if len(args) > 1 else None))
+
+
+def _normed(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> Axes:
+    return _over(axes, old, new, kwargs.get("dim", args[2] if len(args) > 2 else None))
+
+
+def _over(axes: Axes, old: Tensor, new: Tensor, dims: Any) -> Axes:
+    """The axes after a reduction over dims; None or empty: over all."""
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = [dims]
     dims = [dim % old.ndim for dim in dims] if isinstance(dims, list | tuple) and dims else list(range(old.ndim))
-    if axes.intersection(dims):
-        return UNKNOWN
-    return axes if old.ndim == new.ndim else _without(axes, dims)
+    return axes.difference(dims) if old.ndim == new.ndim else _without(axes, dims)
+
+
+def _unfolded(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> Axes:
+    """Windows along one axis, in a new last axis; unknown where they are windows of channels."""
+    return UNKNOWN if args[1] % old.ndim in axes else axes
 
 
 def _names(text: str) -> frozenset[str]:
@@ -167,11 +253,13 @@ _PUT_AT_AXIS_1 = _names(
     miopen_batch_norm batch_norm native_group_norm pixel_shuffle pixel_unshuffle channel_shuffle
     native_channel_shuffle"""
 )
-_PUT_LAST = _names("native_layer_norm layer_norm linear _fused_rms_norm")
+_NORMS = _names("native_layer_norm _fused_rms_norm")
+_PUT_LAST = _names("linear mkldnn_linear") | _NORMS
+_LOSE = _names("as_strided as_strided_ squeeze_ t_ resize_ set_")  # the axes may be others afterwards
 _PRODUCTS = _names("mm addmm bmm baddbmm")
-_VIEWS = _names("view _unsafe_view reshape _reshape_alias view_copy flatten unflatten")
+_VIEWS = _names("view _unsafe_view _reshape_alias view_copy")
 _REDUCTIONS = _names(
-    "sum mean amax amin max min prod var std median any all argmax argmin logsumexp linalg_vector_norm norm"
+    "sum mean amax amin max min prod var std var_mean median any all argmax argmin logsumexp"
 )
 _MOVES: dict[str, Callable[[Axes, Tensor, Tensor, Any, Any], Axes]] = {
     **dict.fromkeys(_VIEWS, _viewed),
@@ -179,6 +267,8 @@ _MOVES: dict[str, Callable[[Axes, Tensor, Tensor, Any, Any], Axes]] = {
     **dict.fromkeys(_names("transpose t transpose_ swapaxes"), _transposed),
     **dict.fromkeys(_names("select unbind"), _selected),
     **dict.fromkeys(_names("squeeze squeeze_"), _squeezed),
-    **dict.fromkeys(_names("unsqueeze unsqueeze_"), _unsqueezed),
+    **dict.fromkeys(_names("unsqueeze unsqueeze_ stack"), _unsqueezed),
+    **dict.fromkeys(_names("linalg_vector_norm norm"), _normed),
+    "unfold": _unfolded,
     **dict.fromkeys(_REDUCTIONS, _reduced),
 }

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from unitvis.errors import UnitvisError, abridged, closest_names
-from unitvis.network.canonical import evaluating
 from unitvis.network.channels import ChannelAxes
 from unitvis.network.forward import as_map, call
 
@@ -111,8 +110,10 @@ class Examination:
 
             return hook
 
-        handles = [m.register_forward_pre_hook(enter(n)) for n, m in self.modules.items()]
-        handles += [m.register_forward_hook(leave(n)) for n, m in self.modules.items()]
+        hooked = {n: m for n, m in self.modules.items() if not isinstance(m, torch.jit.ScriptModule)}
+        self._sees_all_uses = len(hooked) == len(self.modules)  # TorchScript calls no functions that could be seen
+        handles = [m.register_forward_pre_hook(enter(n)) for n, m in hooked.items()]
+        handles += [m.register_forward_hook(leave(n)) for n, m in hooked.items()]
         try:
             with torch.no_grad(), uses, channel_axes:
                 call(model, image)
@@ -161,6 +162,8 @@ class Examination:
         if not chosen:
             raise UnitvisError("no layer was named; leave layers out for every convolution")
         for name in sorted(chosen):
+            if isinstance(self.modules[name], torch.jit.ScriptModule):
+                raise UnitvisError(f"layer {name!r} is TorchScript, whose output cannot be read; give the eager module")
             if self.runs.get(name, 0) != 1:
                 times = f"runs {self.runs[name]} times" if name in self.runs else "never ran"
                 raise UnitvisError(
@@ -175,16 +178,8 @@ class Examination:
         uses = self._uses.used_by_relu.get(name, [])
         linear = isinstance(self.modules[name], _LINEAR)
         feeding = [] if linear else [s for s in self._inputs[name] if isinstance(self.modules[s], _LINEAR)]
-        only_relus = bool(uses) and all(uses)
+        only_relus = self._sees_all_uses and bool(uses) and all(uses)
         return Layer(name, channels, height, width, only_relus, feeding[0] if feeding else None, axis)
-
-
-def channel_axes(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, int | None]:
-    """For each module that runs on an input [C, H, W], the axis of its output that holds channels; None if unknown."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
-    image = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
-    with evaluating(model):
-        return Examination(model, image).axes
 
 
 _LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import unitvis_kernels as uk
 from unitvis.errors import UnitvisError
 from unitvis.network.canonical import canonical_settings, evaluating
+from unitvis.network.channels import channel_axes
 from unitvis.network.device import on_device
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, model_input
 from unitvis.network.identity import describe_model
@@ -48,6 +49,7 @@ class Network:
         self.layers: list[Layer] = []  # in the order of the forward pass
         self.columns: list[slice] = []  # each layer's units among those of all
         self.fields: dict[str, ReceptiveField] = {}
+        self._found_axes: dict[str, int | None] = {}  # of channels, for layers that are read without `examine`
         self.preparation = 0.0  # seconds that finding layers and receptive fields took
 
     @torch.inference_mode(False)
@@ -108,13 +110,19 @@ class Network:
         neurons = self.unit == "neuron"
         return CanonicalPass(self.model, self.device, self.transform, axes, columns, neurons=neurons)
 
+    def channel_axes(self, layers: Sequence[str], shape: Shape) -> dict[str, int | None]:
+        """Names of layers with the axis of their channels; found by a pass of an input [C, H, W] if not known."""
+        known = self._axes(self.layers) | self._found_axes
+        if new := [name for name in layers if name not in known]:
+            image = torch.zeros(1, *shape, dtype=torch.float32, device=self.device)
+            with self.evaluating(), canonical_settings(self.device):
+                self._found_axes |= channel_axes(self.model, new, image)
+        known |= self._found_axes
+        return {name: known[name] for name in layers}
+
     def reading_maps(self, layers: Sequence[str], shape: Shape) -> CanonicalPass:
-        """Canonical passes that read the maps of layers by name; an input [C, H, W] shows the model what is not known."""
-        if not set(layers) <= {layer.name for layer in self.layers}:
-            self.examine(shape, layers)
-        wanted = {layer.name: layer for layer in self.layers}
-        axes = self._axes([wanted[name] for name in layers])
-        return CanonicalPass(self.model, self.device, self.transform, axes)
+        """Canonical passes that read the maps of layers by name, of inputs [C, H, W], whether examined or not."""
+        return CanonicalPass(self.model, self.device, self.transform, self.channel_axes(layers, shape))
 
     def _axes(self, layers: Sequence[Layer]) -> dict[str, int | None]:
         """The names of layers with the axis of their channels."""

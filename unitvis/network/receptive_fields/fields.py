@@ -45,11 +45,11 @@ def receptive_fields(model: nn.Module, layers: Iterable[str], input_size: InputS
     """
     shape = input_shape(input_size)
     copied = inference_copy(model)
-    layers = checked_layers(copied, layers, shape)
     floating = [tensor for tensor in (*copied.parameters(), *copied.buffers()) if tensor.is_floating_point()]
     like = floating[0] if floating else torch.empty(())
     # A batch of two shows operators that mix images.
     images = torch.zeros((2, *shape), dtype=like.dtype, device=like.device)
+    layers = checked_layers(copied, layers, images[:1])
     for module in copied.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not acts_as_in_training(module):
             module.forward = torch.clone  # also elementwise; tracing BatchNorm's own code takes most of the time

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError, error_text
+from unitvis.network.channels import channel_axes
 from unitvis.network.forward import as_map
-from unitvis.network.layers import channel_axes
 from unitvis.network.receptive_fields.receptive_field import InputSize
 
 
@@ -23,8 +23,8 @@ def input_shape(input_size: InputSize) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def checked_layers(model: nn.Module, layers: Iterable[str], shape: tuple[int, int, int]) -> dict[str, int | None]:
-    """Layer names with the axis of their channels, which are looked for unless `layers` is such a mapping.
+def checked_layers(model: nn.Module, layers: Iterable[str], image: Tensor) -> dict[str, int | None]:
+    """Layer names with the axis of their channels, found by a pass of an image [1, C, H, W] unless `layers` has them.
 
     Names become plain strings: NumPy's do not survive the code that a trace generates. Raises UnitvisError for a name
     that is not in `named_modules()`.
@@ -35,10 +35,10 @@ def checked_layers(model: nn.Module, layers: Iterable[str], shape: tuple[int, in
             raise UnitvisError(f"the model has no layer {layer!r}; its layers are the names of named_modules()")
     if isinstance(layers, Mapping):
         return {str(layer): axis for layer, axis in layers.items()}
-    axes = channel_axes(model, shape)
-    return {str(layer): axes.get(layer) for layer in layers}
+    return channel_axes(model, map(str, layers), image)
 
 
+@torch.inference_mode(False)  # whose tensors could not be written to outside it
 def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Copy a model into eval mode, sharing its parameters; with a dtype: on the CPU, its floating-point tensors cast.
 

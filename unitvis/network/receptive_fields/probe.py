@@ -32,9 +32,10 @@ def probe_receptive_fields(
     layer whose responses depend on chance or on other images of the batch.
     """
     shape = input_shape(input_size)
-    layers = checked_layers(model, layers, shape)
     model = inference_copy(model, torch.float64)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    with torch.device("cpu"):
+        layers = checked_layers(model, layers, image[None])
     intervals: dict[str, list[Tensor]] = {layer: [] for layer in layers}  # of rows, then of columns: [2, C, H, W]
     try:
         with torch.no_grad(), torch.device("cpu"):
