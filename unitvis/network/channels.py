@@ -255,12 +255,10 @@ _PUT_AT_AXIS_1 = _names(
 )
 _NORMS = _names("native_layer_norm _fused_rms_norm")
 _PUT_LAST = _names("linear mkldnn_linear") | _NORMS
-_LOSE = _names("as_strided as_strided_ squeeze_ t_ resize_ set_")  # the axes may be others afterwards
+_LOSE = _names("as_strided squeeze_ t_ resize_ set_")  # the axes may be others afterwards
 _PRODUCTS = _names("mm addmm bmm baddbmm")
 _VIEWS = _names("view _unsafe_view _reshape_alias view_copy")
-_REDUCTIONS = _names(
-    "sum mean amax amin max min prod var std var_mean median any all argmax argmin logsumexp"
-)
+_REDUCTIONS = _names("sum mean amax amin max min prod var std var_mean median any all argmax argmin logsumexp")
 _MOVES: dict[str, Callable[[Axes, Tensor, Tensor, Any, Any], Axes]] = {
     **dict.fromkeys(_VIEWS, _viewed),
     "permute": _permuted,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from support import brute
 from support.scans import images, scan, small_net
-from unitvis import Recorder, UnitvisError
+from unitvis import Recorder
 
 
 def test_in_place_activation_does_not_spoil_the_layer_before_it() -> None:
