@@ -25,7 +25,9 @@ def responses(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     def keep(name: str, module: nn.Module, output: object) -> None:
         if isinstance(output, Tensor) and len(output) == len(images):
             with contextlib.suppress(UnitvisError):
-                maps[name] = as_map(name, type(module), output).clone()
+                norm_of_vectors = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+                last = isinstance(module, nn.Linear) or norm_of_vectors
+                maps[name] = as_map(name, output.ndim - 1 if last else 1, output).clone()
 
     hooks = [m.register_forward_hook(lambda m, _, out, n=n: keep(n, m, out)) for n, m in model.named_modules() if n]
     with torch.no_grad():

@@ -96,6 +96,7 @@ def _project_winners(
 ) -> Iterator[Projection]:
     """Yield projections of a run's winners."""
     network = Network(model, device=device, transform=run.source.transform)
+    network.channel_axes(layers, tuple(run.manifest["input"]))  # of all layers in one pass
     with network.evaluating():
         for layer in layers:
             jobs = _jobs_by_image(run[layer], units)
@@ -212,7 +213,7 @@ class _ForwardPass:
             self.shape, self._dtype = maps.shape, maps.dtype
             self.strongest = uk.unpack(uk.spatial_argmax(maps.detach()))[1]
 
-        with network.reading_maps([layer]) as canonical:
+        with network.reading_maps([layer], network.input_shape_of(images)) as canonical:
             canonical.differentiable_maps(self._pixels, read)
         self._edge = edges[0]
         self.method = _rectify_signals(self._edge.node, layer)

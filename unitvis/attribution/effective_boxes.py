@@ -33,6 +33,7 @@ def effective_boxes(model: nn.Module, run: RunData, device: torch.device | str |
     for batch in run.source.batches(4 * COMPUTE_BATCH, ids=ids):
         images.update(zip(batch.ids.tolist(), batch.pixels, strict=True))
     sides: dict[str, int | None] = {}
+    network.channel_axes(run.layers, tuple(run.manifest["input"]))  # of all layers in one pass
     with network.evaluating():
         for name, winners in chosen.items():
             sides[name] = None
@@ -75,7 +76,7 @@ def _squared_gradients(
         channel, row, column = torch.tensor(neurons, device=maps.device).T
         responses.append(maps[torch.arange(len(neurons), device=maps.device), channel, row, column])
 
-    with network.reading_maps([layer]) as canonical:
+    with network.reading_maps([layer], network.input_shape_of(images)) as canonical:
         canonical.differentiable_maps(pixels, read)
     if not responses[0].requires_grad:
         return np.zeros((len(neurons), *images.shape[2:]))

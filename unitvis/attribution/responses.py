@@ -19,7 +19,7 @@ from unitvis.drawing.notebook import png
 from unitvis.drawing.patches import Box, whole_input
 from unitvis.errors import check_unit
 from unitvis.network.network import Network
-from unitvis.network.receptive_fields.fields import receptive_field
+from unitvis.network.receptive_fields.fields import receptive_fields
 from unitvis.sources import open_source
 from unitvis.sources.transform import Transform
 
@@ -82,8 +82,9 @@ def response_map(
     maps: list[Tensor] = []
     network = Network(model, device=device, transform=source.transform)
     pixels = source.read(0)[None]
-    field = receptive_field(network.model, layer, network.input_shape_of(pixels))
-    with network.evaluating(), network.reading_maps([layer]) as canonical:
+    shape = network.input_shape_of(pixels)
+    field = receptive_fields(network.model, network.channel_axes([layer], shape), shape)[layer]
+    with network.evaluating(), network.reading_maps([layer], shape) as canonical:
         canonical.maps(pixels, lambda _, found: maps.append(found.clone()))
     channels, _, width = maps[0].shape[1:]
     check_unit(layer, unit, channels)

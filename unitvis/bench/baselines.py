@@ -23,7 +23,7 @@ class Forward:
 
     def __init__(self, model: nn.Module, layers: Sequence[str], k: int = 9) -> None:
         self.k = k
-        self._hooks = Hooks(model, layers)
+        self._hooks = Hooks(model, dict.fromkeys(layers, 1))  # convolutions and what normalises them
 
     def __enter__(self) -> Self:
         self._hooks.__enter__()

@@ -137,7 +137,7 @@ def draw_responses(model: nn.Module, run: RunData, folder: Path, device: Device)
         levels_of.setdefault(layer, np.zeros(shape, np.uint8))[units, ranks] = levels
 
     network = Network(model, device=device, transform=run.source.transform)
-    with network.evaluating(), network.reading_maps(names) as canonical:
+    with network.evaluating(), network.reading_maps(names, tuple(run.manifest["input"])) as canonical:
         for batch in run.source.batches(COMPUTE_BATCH, ids=images):
             ids = batch.ids.tolist()
             canonical.maps(batch.pixels, read)

@@ -129,15 +129,15 @@ class Chain(nn.Module):
 
 
 class MapKeys(nn.Module):
-    """The keys of a layer's output that no chain computes. kind: the layer's class, see `as_map`."""
+    """The keys of a layer's output that no chain computes. axis: that of its channels, see `as_map`."""
 
-    def __init__(self, name: str, kind: type[nn.Module], threshold: Callable[[], Tensor | None]) -> None:
+    def __init__(self, name: str, axis: int | None, threshold: Callable[[], Tensor | None]) -> None:
         super().__init__()
-        self.name, self.kind, self.threshold = name, kind, threshold
+        self.name, self.axis, self.threshold = name, axis, threshold
 
     def forward(self, output: object) -> Tensor:
         """Return keys, int64 [N, C]."""
-        return uk.spatial_argmax(as_map(self.name, self.kind, output), self.threshold())
+        return uk.spatial_argmax(as_map(self.name, self.axis, output), self.threshold())
 
 
 class _Tracer(fx.Tracer):
@@ -154,11 +154,18 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def rewritten(model: nn.Module, layers: Mapping[str, slice], threshold: Threshold, *, one_pass: bool) -> fx.GraphModule:
+def rewritten(
+    model: nn.Module,
+    layers: Mapping[str, slice],
+    threshold: Threshold,
+    *,
+    one_pass: bool,
+    axes: Mapping[str, int | None] | None = None,
+) -> fx.GraphModule:
     """Copy a model in eval mode into one that returns the layers' keys, a tuple of int64 [N, C].
 
-    layers: names, in the order of the forward pass, and the units of each. one_pass: see `Chain`. Raises
-    NotRewrittenError for a model that `torch.fx` cannot trace.
+    layers: names, in the order of the forward pass, and the units of each. one_pass: see `Chain`. axes: of each layer's
+    channels; None: 1, as all convolutions have it. Raises NotRewrittenError for a model that `torch.fx` cannot trace.
     """
     tracer = _Tracer()
     try:
@@ -196,7 +203,7 @@ def rewritten(model: nn.Module, layers: Mapping[str, slice], threshold: Threshol
                 graph.erase_node(replaced)
     for index, (name, node) in enumerate(tapped.items()):
         if name not in keys:
-            model.add_module(f"key{index}", MapKeys(name, type(modules[name]), thresholds[name]))
+            model.add_module(f"key{index}", MapKeys(name, 1 if axes is None else axes[name], thresholds[name]))
             with graph.inserting_after(node):  # directly after it: a later operator may overwrite it in place
                 keys[name] = graph.call_module(f"key{index}", (node,))
     _return_keys(graph, [keys[name] for name in layers])

@@ -41,6 +41,7 @@ class Step:
         layers: Mapping[str, slice],
         topk: TopK,
         *,
+        axes: Mapping[str, int | None],
         dtype: torch.dtype,
         size: int,
         transform: Transform | None,
@@ -50,7 +51,7 @@ class Step:
     ) -> None:
         self.topk, self.size = topk, size
         self.how: dict[str, Any] = {}
-        self._layers, self._neurons = layers, neurons
+        self._layers, self._axes, self._neurons = layers, axes, neurons
         self._dtype, self._transform, self._device = dtype, transform, sample.device
         self._threshold = Threshold()
         self.model = model  # replaced by the copy that computes the keys
@@ -67,6 +68,7 @@ class Step:
             model,
             dict(zip((layer.name for layer in network.layers), network.columns, strict=True)),
             topk,
+            axes={layer.name: layer.channel_axis for layer in network.layers},
             dtype=HALF[precision],
             size=size,
             transform=network.transform,
@@ -127,7 +129,9 @@ class Step:
         try:
             if self._neurons:
                 raise NotRewrittenError("neurons are ranked")
-            fast = rewritten(model, self._layers, self._threshold, one_pass=self._device.type == "cuda")
+            fast = rewritten(
+                model, self._layers, self._threshold, one_pass=self._device.type == "cuda", axes=self._axes
+            )
             if layer := self._differing_layer(fast, sample, responses):
                 raise NotRewrittenError(f"rewritten, layer {layer!r} gives other responses")
         except NotRewrittenError as reason:
@@ -156,7 +160,7 @@ class Step:
     def _hooked(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The model as given, in the scan's precision, as a function from its input to keys that hooks compute."""
         self.model = _channels_last(model).to(self._dtype)
-        hooks = Hooks(self.model, list(self._layers)).__enter__()  # never removed: only the step uses this model
+        hooks = Hooks(self.model, self._axes).__enter__()  # never removed: only the step uses this model
         units = list(self._layers.values())
         return lambda batch: hooks.keys(batch, units, self._threshold.values, neurons=self._neurons)
 

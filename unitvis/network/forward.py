@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -19,27 +19,31 @@ COMPUTE_BATCH = 16  # images of a canonical forward pass
 ReadMap = Callable[[int, Tensor], None]  # takes the number of the layer and its map [N, C, H, W]
 
 
-def as_map(name: str, kind: type[nn.Module], output: object) -> Tensor:
-    """A layer's output as [N, C, H, W], a view of it.
+def as_map(name: str, axis: int | None, output: object) -> Tensor:
+    """View a layer's output as a map [N, C, H, W]; axis: which of its axes holds the channels, None if unknown.
 
-    [N, C] counts as a 1x1 map. `nn.Linear` and `nn.LayerNorm` put channels last: [N, L, C] becomes one row of L
-    positions, [N, H, W, C] a map. Anything else is refused, because its channel axis would be a guess.
+    [N, C] counts as a map of 1x1, a sequence [N, C, L] or [N, L, C] as one row of L positions. Raises UnitvisError for
+    any other output, and for an unknown axis, since units would be a guess.
     """
     if not isinstance(output, Tensor):
         raise UnitvisError(f"layer {name!r} returns {type(output).__name__}, not a tensor; name a layer inside it")
     if not output.is_floating_point():
         raise UnitvisError(f"layer {name!r} returns {output.dtype}; only floating-point responses can be ranked")
-    shape = tuple(output.shape)
+    shape = list(output.shape)
     if output.ndim == 2:
         return output[:, :, None, None]
-    channels_last = kind in (nn.Linear, nn.LayerNorm)
-    if channels_last and output.ndim == 3:
-        return output.transpose(1, 2)[:, :, None, :]
-    if output.ndim == 4:
-        return output.permute(0, 3, 1, 2) if channels_last else output
-    raise UnitvisError(
-        f"layer {name!r} returns a tensor of shape {shape}; a feature map [N, C, H, W] or a vector [N, C] is needed"
-    )
+    if output.ndim not in (3, 4):
+        raise UnitvisError(
+            f"layer {name!r} returns a tensor of shape {shape}; a feature map [N, C, H, W], a sequence or a vector "
+            f"[N, C] is needed"
+        )
+    if axis is None or not 0 < axis < output.ndim:
+        raise UnitvisError(
+            f"layer {name!r} returns a tensor of shape {shape}, and nothing tells which axis holds its channels; "
+            f"name a convolution, Linear, BatchNorm or LayerNorm before it"
+        )
+    maps = output.movedim(axis, 1)
+    return maps if output.ndim == 4 else maps[:, :, None, :]
 
 
 def call(model: nn.Module, batch: Tensor) -> None:
@@ -59,14 +63,14 @@ class _LastLayerRead(BaseException):
 
 
 class Hooks:
-    """Forward hooks on named layers for the length of a `with` block.
+    """Forward hooks on layers for the length of a `with` block. layers: their names, with the axis of their channels.
 
     `run` reads each layer's map as the layer returns it, before an in-place activation can overwrite it, and stops the
     forward pass after the last of the layers.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self._model, self._layers = model, list(layers)
+    def __init__(self, model: nn.Module, layers: Mapping[str, int | None]) -> None:
+        self._model, self._layers = model, dict(layers)
         self._handles: list[RemovableHandle] = []
         self._read: ReadMap | None = None
         self._seen: set[int] = set()
@@ -93,7 +97,7 @@ class Hooks:
                     f"layer {name!r} ran twice in one forward pass; only layers that run once can be ranked"
                 )
             self._seen.add(index)
-            self._read(index, as_map(name, type(module), output))
+            self._read(index, as_map(name, self._layers[name], output))
             if len(self._seen) == len(self._layers):
                 raise _LastLayerRead
 
@@ -132,10 +136,11 @@ class Hooks:
 class CanonicalPass:
     """Canonical forward passes that read some layers of a model in eval mode, for the length of a `with` block.
 
-    layers: names, in the order of the forward pass; columns: the units of each, counted from 0 (needed by `keys`
-    alone). The model runs as given, eager, in IEEE float32, on channels-last input, in compute batches of exactly
-    `COMPUTE_BATCH` images: convolution and matrix libraries choose another algorithm for another shape, and with it
-    other last bits. At one fixed shape an image's responses do not depend on its neighbours or its slot.
+    layers: names with the axis of their channels, in the order of the forward pass. columns: the units of each, counted
+    from 0; needed by `keys` alone. The model runs as given, eager, in IEEE float32, on channels-last input, in compute
+    batches of exactly `COMPUTE_BATCH` images: convolution and matrix libraries choose another algorithm for another
+    shape, and with it other last bits. At one fixed shape an image's responses do not depend on its neighbours or its
+    slot.
     """
 
     def __init__(
@@ -143,7 +148,7 @@ class CanonicalPass:
         model: nn.Module,
         device: torch.device,
         transform: Transform | None,
-        layers: Sequence[str],
+        layers: Mapping[str, int | None],
         columns: Sequence[slice] = (),
         *,
         neurons: bool = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from unitvis.errors import UnitvisError, abridged, closest_names
+from unitvis.network.channels import ChannelAxes
 from unitvis.network.forward import as_map, call
 
 
@@ -27,6 +28,11 @@ class Layer:
     width: int
     feeds_relu: bool  # only ReLUs use its output, so a response at or below 0 does not fire
     fed_by: str | None  # for an activation: the convolution, Linear or BatchNorm whose output it takes
+    channel_axis: int | None  # of the output as the model has it
+
+    def info(self) -> dict[str, Any]:
+        """The layer in the manifest: everything but the axis, which its maps no longer show."""
+        return {key: value for key, value in asdict(self).items() if key != "channel_axis"}
 
 
 class _OutputUses(TorchFunctionMode):
@@ -75,7 +81,8 @@ def _is_relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 class Examination:
     """Records one forward pass of an image [1, C, H, W] through the whole model.
 
-    modules: by name. runs: how often each module ran, in the order in which modules first returned.
+    modules: by name. runs: how often each module ran, in the order in which modules first returned. axes: which axis of
+    each module's output holds the channels, None where that is unknown.
     """
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
@@ -83,7 +90,9 @@ class Examination:
         self.runs: dict[str, int] = {}
         self._outputs: dict[str, object] = {}
         self._inputs: dict[str, list[str]] = {}  # the modules whose output each module takes
+        self.axes: dict[str, int | None] = {}
         self._uses = uses = _OutputUses()
+        channel_axes = ChannelAxes(image)
 
         def enter(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -97,13 +106,16 @@ class Examination:
                 self._outputs[name] = output.detach() if isinstance(output, Tensor) else output
                 if isinstance(output, Tensor):
                     uses.add(name, output)
+                    self.axes[name] = channel_axes.axis_of(output)
 
             return hook
 
-        handles = [m.register_forward_pre_hook(enter(n)) for n, m in self.modules.items()]
-        handles += [m.register_forward_hook(leave(n)) for n, m in self.modules.items()]
+        hooked = {n: m for n, m in self.modules.items() if not isinstance(m, torch.jit.ScriptModule)}
+        self._sees_all_uses = len(hooked) == len(self.modules)  # TorchScript calls no functions that could be seen
+        handles = [m.register_forward_pre_hook(enter(n)) for n, m in hooked.items()]
+        handles += [m.register_forward_hook(leave(n)) for n, m in hooked.items()]
         try:
-            with torch.no_grad(), uses:
+            with torch.no_grad(), uses, channel_axes:
                 call(model, image)
         finally:
             for handle in handles:
@@ -150,6 +162,8 @@ class Examination:
         if not chosen:
             raise UnitvisError("no layer was named; leave layers out for every convolution")
         for name in sorted(chosen):
+            if isinstance(self.modules[name], torch.jit.ScriptModule):
+                raise UnitvisError(f"layer {name!r} is TorchScript, whose output cannot be read; give the eager module")
             if self.runs.get(name, 0) != 1:
                 times = f"runs {self.runs[name]} times" if name in self.runs else "never ran"
                 raise UnitvisError(
@@ -159,11 +173,13 @@ class Examination:
 
     def layer(self, name: str) -> Layer:
         """Describe one layer; raises UnitvisError where its output is not a map (see `as_map`)."""
-        _, channels, height, width = as_map(name, type(self.modules[name]), self._outputs[name]).shape
+        axis = self.axes.get(name)
+        _, channels, height, width = as_map(name, axis, self._outputs[name]).shape
         uses = self._uses.used_by_relu.get(name, [])
         linear = isinstance(self.modules[name], _LINEAR)
         feeding = [] if linear else [s for s in self._inputs[name] if isinstance(self.modules[s], _LINEAR)]
-        return Layer(name, channels, height, width, bool(uses) and all(uses), feeding[0] if feeding else None)
+        only_relus = self._sees_all_uses and bool(uses) and all(uses)
+        return Layer(name, channels, height, width, only_relus, feeding[0] if feeding else None, axis)
 
 
 _LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm)

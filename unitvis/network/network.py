@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import unitvis_kernels as uk
 from unitvis.errors import UnitvisError
 from unitvis.network.canonical import canonical_settings, evaluating
+from unitvis.network.channels import channel_axes
 from unitvis.network.device import on_device, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, model_input
 from unitvis.network.identity import describe_model
@@ -45,6 +46,7 @@ class Network:
         self.layers: list[Layer] = []  # in the order of the forward pass
         self.columns: list[slice] = []  # each layer's units among those of all
         self.fields: dict[str, ReceptiveField] = {}
+        self._found_axes: dict[str, int | None] = {}  # of channels, for layers that are read without `examine`
         self.preparation = 0.0  # seconds that finding layers and receptive fields took
 
     @torch.inference_mode(False)
@@ -68,13 +70,7 @@ class Network:
     def find_receptive_fields(self) -> None:
         """Fill in `fields`; UnitvisError for a layer whose units are no channels."""
         start = time.perf_counter()
-        self.fields = receptive_fields(self.model, [layer.name for layer in self.layers], self.input_shape)
-        for layer in self.layers:
-            if self.fields[layer.name].channels_last:
-                raise UnitvisError(
-                    f"layer {layer.name!r} puts its channels last, [N, H, W, C] = [N, {layer.channels}, "
-                    f"{layer.height}, {layer.width}]; name a Linear, LayerNorm or convolution beside it"
-                )
+        self.fields = receptive_fields(self.model, self._axes(self.layers), self.input_shape)
         self.preparation += time.perf_counter() - start
 
     @property
@@ -107,13 +103,27 @@ class Network:
         """Canonical passes that read the layers first <= number < last (None: all) of those that were found."""
         own, start = self.columns[first:last], self.columns[first].start
         columns = [slice(one.start - start, one.stop - start) for one in own]
-        names = [layer.name for layer in self.layers[first:last]]
+        axes = self._axes(self.layers[first:last])
         neurons = self.unit == "neuron"
-        return CanonicalPass(self.model, self.device, self.transform, names, columns, neurons=neurons)
+        return CanonicalPass(self.model, self.device, self.transform, axes, columns, neurons=neurons)
 
-    def reading_maps(self, layers: list[str]) -> CanonicalPass:
-        """Canonical passes that read the maps of layers by name, whether they were found by `examine` or not."""
-        return CanonicalPass(self.model, self.device, self.transform, layers)
+    def channel_axes(self, layers: Sequence[str], shape: Shape) -> dict[str, int | None]:
+        """Names of layers with the axis of their channels; found by a pass of an input [C, H, W] if not known."""
+        known = self._axes(self.layers) | self._found_axes
+        if new := [name for name in layers if name not in known]:
+            image = torch.zeros(1, *shape, dtype=torch.float32, device=self.device)
+            with self.evaluating(), canonical_settings(self.device):
+                self._found_axes |= channel_axes(self.model, new, image)
+        known |= self._found_axes
+        return {name: known[name] for name in layers}
+
+    def reading_maps(self, layers: Sequence[str], shape: Shape) -> CanonicalPass:
+        """Canonical passes that read the maps of layers by name, of inputs [C, H, W], whether examined or not."""
+        return CanonicalPass(self.model, self.device, self.transform, self.channel_axes(layers, shape))
+
+    def _axes(self, layers: Sequence[Layer]) -> dict[str, int | None]:
+        """The names of layers with the axis of their channels."""
+        return {layer.name: layer.channel_axis for layer in layers}
 
     def check_independence(self, canonical: CanonicalPass, images: Tensor) -> Tensor:
         """Keys, int64 [n, units], of at most `COMPUTE_BATCH` images, which must come out again in reversed order.

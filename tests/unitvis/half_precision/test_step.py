@@ -38,6 +38,7 @@ def stepping(model: nn.Module, images: Tensor, device: str = "cpu", size: int = 
         model,
         dict(zip(layers, units, strict=True)),
         topk,
+        axes=dict.fromkeys(layers, 1),
         dtype=torch.float16,
         size=size,
         neurons=False,

@@ -6,7 +6,7 @@ that cannot be traced, or has an operator without a rule, is probed instead (`pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -34,21 +34,22 @@ def receptive_field(model: nn.Module, layer: str, input_size: InputSize) -> Rece
     return receptive_fields(model, [layer], input_size)[layer]
 
 
-def receptive_fields(model: nn.Module, layers: Sequence[str], input_size: InputSize) -> dict[str, ReceptiveField]:
+def receptive_fields(model: nn.Module, layers: Iterable[str], input_size: InputSize) -> dict[str, ReceptiveField]:
     """Find the receptive fields of these layers from one trace of the model in eval mode, which is left as it was.
 
+    layers: names, or a mapping from names to the axis that holds each one's channels, where that is known already.
     input_size: a side, (height, width) or (channels, height, width); without channels it is 3. A model with an
     operator that has no closed form is probed instead, and `method` and `note` say so. Raises UnitvisError for an
     unknown layer, a model that cannot run on this input, and responses that depend on chance or on their batch (active
     dropout, batch normalisation in training mode).
     """
     shape = input_shape(input_size)
-    layers = checked_layers(model, layers)
     copied = inference_copy(model)
     floating = [tensor for tensor in (*copied.parameters(), *copied.buffers()) if tensor.is_floating_point()]
     like = floating[0] if floating else torch.empty(())
     # A batch of two shows operators that mix images.
     images = torch.zeros((2, *shape), dtype=like.dtype, device=like.device)
+    layers = checked_layers(copied, layers, images[:1])
     for module in copied.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not acts_as_in_training(module):
             module.forward = torch.clone  # also elementwise; tracing BatchNorm's own code takes most of the time

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError, error_text
+from unitvis.network.channels import channel_axes
 from unitvis.network.forward import as_map
 from unitvis.network.receptive_fields.receptive_field import InputSize
 
@@ -22,18 +23,22 @@ def input_shape(input_size: InputSize) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def checked_layers(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Layer names without repeats, as plain strings: NumPy's do not survive the code that a trace generates.
+def checked_layers(model: nn.Module, layers: Iterable[str], image: Tensor) -> dict[str, int | None]:
+    """Layer names with the axis of their channels, found by a pass of an image [1, C, H, W] unless `layers` has them.
 
-    Raises UnitvisError for a name that is not in `named_modules()`.
+    Names become plain strings: NumPy's do not survive the code that a trace generates. Raises UnitvisError for a name
+    that is not in `named_modules()`.
     """
     names = dict(model.named_modules())
     for layer in layers:
         if layer not in names:
             raise UnitvisError(f"the model has no layer {layer!r}; its layers are the names of named_modules()")
-    return list(dict.fromkeys(map(str, layers)))
+    if isinstance(layers, Mapping):
+        return {str(layer): axis for layer, axis in layers.items()}
+    return channel_axes(model, map(str, layers), image)
 
 
+@torch.inference_mode(False)  # whose tensors could not be written to outside it
 def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Copy a model into eval mode, sharing its parameters; with a dtype: on the CPU, its floating-point tensors cast.
 
@@ -55,8 +60,10 @@ def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mod
         raise UnitvisError(f"the model cannot be copied to be traced ({error_text(error)})") from error
 
 
-def layer_maps(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+def layer_maps(model: nn.Module, layers: Mapping[str, int | None], images: Tensor) -> dict[str, Tensor]:
     """Run the model on images [N, C, H, W] and return the layers' outputs as maps [N, C', H', W'].
+
+    layers: names with the axis of their channels.
 
     Raises UnitvisError for a layer that does not run exactly once or does not return one map for each image.
     """
@@ -65,7 +72,7 @@ def layer_maps(model: nn.Module, layers: Sequence[str], images: Tensor) -> dict[
     def keep(name: str, module: nn.Module, output: object) -> None:
         if name in maps:
             raise UnitvisError(f"layer {name!r} runs more than once in a forward pass; its response is ambiguous")
-        found = as_map(name, type(module), output)
+        found = as_map(name, layers[name], output)
         if len(found) != len(images):
             raise UnitvisError(f"layer {name!r} gives {len(found)} maps for {len(images)} images; name a layer outside")
         maps[name] = found.clone()  # an in-place activation may overwrite the layer's own output next

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ LINES_PER_PASS = 8  # rows or columns probed in one forward pass, each in an ima
 
 
 def probe_receptive_fields(
-    model: nn.Module, layers: Sequence[str], input_size: InputSize, *, note: str = ""
+    model: nn.Module, layers: Iterable[str], input_size: InputSize, *, note: str = ""
 ) -> dict[str, ReceptiveField]:
     """Find receptive fields by setting one row or column of the input to NaN and seeing which neurons become NaN.
 
@@ -31,9 +31,11 @@ def probe_receptive_fields(
     reason for probing, kept in the result. Raises UnitvisError for a model that cannot run on this input, and for a
     layer whose responses depend on chance or on other images of the batch.
     """
-    layers, shape = checked_layers(model, layers), input_shape(input_size)
+    shape = input_shape(input_size)
     model = inference_copy(model, torch.float64)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    with torch.device("cpu"):
+        layers = checked_layers(model, layers, image[None])
     intervals: dict[str, list[Tensor]] = {layer: [] for layer in layers}  # of rows, then of columns: [2, C, H, W]
     try:
         with torch.no_grad(), torch.device("cpu"):

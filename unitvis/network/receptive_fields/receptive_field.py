@@ -58,12 +58,6 @@ class ReceptiveField:
         rows, columns = sides
         return cls(layer, input_size, (height, width), channels, size, stride, whole_image, method, note, rows, columns)
 
-    @property
-    def channels_last(self) -> bool:
-        """True for a map laid out as [N, H, W, C]: the axes taken for channels and rows are image rows and columns."""
-        (_, c, h, _), (_, c2, h2, w2) = self._rows.shape, self._columns.shape
-        return c > 1 and h == 1 and c2 == 1 and h2 > 1 and w2 == 1
-
     def boxes(self, channels: ArrayLike, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int32]:
         """Return the neurons' boxes: int32 [n, 4] left, top, right, bottom (half-open); they may leave the image.
 

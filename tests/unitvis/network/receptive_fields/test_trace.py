@@ -247,7 +247,7 @@ def test_other_types_of_weights(dtype: torch.dtype) -> None:
 
 
 def test_layers_whose_output_is_no_map_are_refused_by_name() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(2))
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Unflatten(1, (1, 2)))
     with pytest.raises(UnitvisError, match="layer '1' returns a tensor of shape"):
         receptive_field(model, "1", 9)
 
