@@ -152,7 +152,8 @@ KNOWN: list[tuple[str, Callable[[], Net], int]] = [
     ("windows", lambda: Net(windows, nn.Identity(), mix=nn.Linear(6, 5)), 3),
     ("pixel shuffle", lambda: Net(lambda net, x: net.tap(net.grow(x)), nn.PixelShuffle(2), grow=nn.Conv2d(6, 8, 1)), 1),
     ("preallocated", lambda: Net(preallocated, nn.Identity()), 1),
-    ("sum", lambda: Net(lambda net, x: net.tap(seen_whole(x) + net.mix(last(x))), nn.ReLU(), mix=nn.Linear(6, 6)), 3),
+    ("summed", lambda: Net(lambda net, x: net.tap(seen_whole(x) + net.mix(last(x))), nn.ReLU(), mix=nn.Linear(6, 6)),
+     3),
 ]  # fmt: skip
 
 UNKNOWN: list[tuple[str, Callable[[], Net]]] = [
