@@ -63,7 +63,7 @@ def test_alexnet_with_conv_argmax_wherever_it_can_be(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(uk, "conv_argmax", counted)
     monkeypatch.setattr(rewrite, "prefer", lambda *shape, **options: (True, "measured"))
-    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass: rewrite.rewritten(*a, one_pass=True))
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
     run = by_half(model, images)
     assert calls[:5] == [True, True, True, True, False]  # the last map is not stored
     brute.check(run, brute.responses(model, run.layers, images, brute.canonical_batches(images)))
@@ -100,7 +100,7 @@ class Leaving(TorchDispatchMode):
 
 def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass: rewrite.rewritten(*a, one_pass=True))
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
     transform = unitvis.Transform(mean=(0.5, 0.5, 0.5))
     one = stepping(tiny_net(), pictures(16), transform=transform)
     with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU that computes nothing
