@@ -1,5 +1,7 @@
 """topk_merge_: fold the keys of a batch, or another state, into the k strongest responses of every channel.
 
+Order: value descending, then image id ascending. `cpu.py` and `naive.py` have the same order, and must change with it.
+
 The state is int64 [C, 2k + 2], one row a channel:
 
     columns   0 .. k-1     k .. 2k-1    2k           2k+1

@@ -1,4 +1,8 @@
-"""Base classes of all image sources: ids, full batches in a fixed order, bounded prefetch, list of failures."""
+"""Base classes of all image sources: ids, full batches in a fixed order, bounded prefetch, list of failures.
+
+A new kind of source subclasses `Source` or `ItemSource` (encoded files: `encoded.EncodedSource`) in a module of its
+own, and `open_source` in `__init__.py` learns to recognise it.
+"""
 
 from __future__ import annotations
 
