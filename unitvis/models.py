@@ -36,6 +36,15 @@ class Loaded(NamedTuple):
         return {"spec": self.spec, "file": self.file, "pretrained": self.pretrained}
 
 
+def resolved(model: nn.Module | str | Loaded) -> tuple[nn.Module, Transform | None, dict[str, Any]]:
+    """The module that a module, a spec or a loaded model stands for, with its preprocessing and origin if known."""
+    if isinstance(model, str):
+        model = load(model)
+    if isinstance(model, Loaded):
+        return model.model, model.transform, model.origin()
+    return model, None, {"spec": None}
+
+
 def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = True) -> Loaded:
     """Load the model that a spec names.
 

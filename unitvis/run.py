@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,6 @@ from unitvis.errors import UnitvisError, check_unit
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 from unitvis.results.folder import check_output, read_run, write_run
-from unitvis.sources import Source
-from unitvis.state.partial import Partial
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class LayerTop(LayerArrays):
         return (Unit(self, unit) for unit in range(len(self)))
 
     def _repr_html_(self) -> str:
-        return layer_html(self, None if self.run is None else self.run)
+        return layer_html(self, self.run)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,24 +90,6 @@ class Run(RunData):
 
     tops: Mapping[str, LayerTop]
 
-    def __init__(
-        self,
-        tops: Mapping[str, LayerArrays],
-        manifest: dict[str, Any],
-        records: Mapping[int, dict[str, Any]],
-        source: Source | None = None,
-        partial: Partial | None = None,
-    ) -> None:
-        super().__init__(tops, manifest, records, source, partial)
-        self.tops = {name: self._layer(top) for name, top in tops.items()}
-
-    @classmethod
-    def of(cls, data: RunData) -> Self:
-        """Make a run of data that was read from a folder."""
-        run = cls(data.tops, data.manifest, data.records, data._source, data.partial)
-        run.folder = data.folder
-        return run
-
     def _layer(self, top: LayerArrays) -> LayerTop:
         arrays = top.values, top.images, top.positions, top.boxes, top.status
         return LayerTop(top.name, *arrays, top.info, run=self)
@@ -159,4 +138,4 @@ class Run(RunData):
 
 def load(path: str | Path, images: object = None) -> Run:
     """Read a run folder. images: the images that were scanned, if they are no longer at the manifest's path."""
-    return Run.of(read_run(path, images))
+    return read_run(Run, path, images)

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from unitvis.errors import UnitvisError, first_line
 from unitvis.network.canonical import canonical_settings
@@ -20,7 +20,7 @@ MAX_WINNERS = 8  # winners of a layer whose gradients are averaged; all their ac
 GRADIENT_SHARE = 0.9  # share of the squared gradient inside the effective box
 
 
-def effective_boxes(model: nn.Module, run: RunData, device: torch.device | str | None = None) -> dict[str, int | None]:
+def effective_boxes(network: Network, run: RunData) -> dict[str, int | None]:
     """Compute each layer's effective box (after the effective receptive field of Luo et al. 2016, section 2).
 
     Returns the side, in model-input pixels, of the smallest square centred on the neuron that holds 90% of the squared
@@ -28,7 +28,6 @@ def effective_boxes(model: nn.Module, run: RunData, device: torch.device | str |
     """
     chosen = {name: _sampled_winners(top) for name, top in run.tops.items()}
     ids = sorted({image for winners in chosen.values() for image, _, _ in winners})
-    network = Network(model, device=device, transform=run.source.transform)
     images: dict[int, Tensor] = {}
     for batch in run.source.batches(4 * COMPUTE_BATCH, ids=ids):
         images.update(zip(batch.ids.tolist(), batch.pixels, strict=True))

@@ -72,11 +72,8 @@ def response_map(
     picture into the model's input; None: that of a model given by name. Raises UnitvisError for a layer or unit that
     does not exist.
     """
-    if isinstance(model, str):
-        model = models.load(model)
-    if isinstance(model, models.Loaded):
-        transform = transform or model.transform
-        model = model.model
+    model, own_transform, _ = models.resolved(model)
+    transform = transform or own_transform
     images = image[None] if isinstance(image, np.ndarray | Tensor) else [image]
     source = open_source(images, transform)
     maps: list[Tensor] = []

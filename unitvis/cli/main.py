@@ -121,9 +121,9 @@ def _finish(
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    model = None
-    if arguments.model is not None:
-        model = models.load(arguments.model, arguments.weights, pretrained=arguments.pretrained)
+    if arguments.model is None and (arguments.weights or not arguments.pretrained):
+        raise UnitvisError("--weights and --no-pretrained need --model, the network that was scanned")
+    model = None if arguments.model is None else _load_model(arguments)
     run = merge(
         arguments.runs,
         model,

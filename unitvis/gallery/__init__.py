@@ -47,11 +47,8 @@ def gallery(
         )
     if project and model is None:
         raise UnitvisError("projections need the model; give it")
-    if isinstance(model, str):
-        model = models.load(model)
-    if isinstance(model, models.Loaded):
-        model = model.model
     if model is not None:
+        model, _, _ = models.resolved(model)
         _check_model(run, model, device)
     folder = _prepare_folder(run, Path(path))
     drawn = _earlier_drawings(run, folder, crop)

@@ -165,8 +165,9 @@ def draw_filters(model: nn.Module, run: RunData, folder: Path) -> list[str]:
     for layer, weights in found.items():
         if run[layer].info["unit"] != "channel":
             return []
+        target = layer_folder(folder, layer)
         for unit, weight in enumerate(weights):
-            signed(weight).save(unoccupied(layer_folder(folder, layer) / f"{unit}-filter.png"))
+            signed(weight).save(unoccupied(target / f"{unit}-filter.png"))
     return list(found)
 
 

@@ -68,7 +68,7 @@ class Step:
             model,
             dict(zip((layer.name for layer in network.layers), network.columns, strict=True)),
             topk,
-            axes={layer.name: layer.channel_axis for layer in network.layers},
+            axes=network.channel_axes([layer.name for layer in network.layers], network.input_shape),
             dtype=HALF[precision],
             size=size,
             transform=network.transform,

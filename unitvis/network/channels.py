@@ -262,9 +262,9 @@ _REDUCTIONS = _names("sum mean amax amin max min prod var std var_mean median an
 _MOVES: dict[str, Callable[[Axes, Tensor, Tensor, Any, Any], Axes]] = {
     **dict.fromkeys(_VIEWS, _viewed),
     "permute": _permuted,
-    **dict.fromkeys(_names("transpose t transpose_ swapaxes"), _transposed),
+    **dict.fromkeys(_names("transpose t transpose_"), _transposed),
     **dict.fromkeys(_names("select unbind"), _selected),
-    **dict.fromkeys(_names("squeeze squeeze_"), _squeezed),
+    "squeeze": _squeezed,
     **dict.fromkeys(_names("unsqueeze unsqueeze_ stack"), _unsqueezed),
     **dict.fromkeys(_names("linalg_vector_norm norm"), _normed),
     "unfold": _unfolded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +28,6 @@ class Layer:
     width: int
     feeds_relu: bool  # only ReLUs use its output, so a response at or below 0 does not fire
     fed_by: str | None  # for an activation: the convolution, Linear or BatchNorm whose output it takes
-    channel_axis: int | None  # of the output as the model has it
-
-    def info(self) -> dict[str, Any]:
-        """The layer in the manifest: everything but the axis, which its maps no longer show."""
-        return {key: value for key, value in asdict(self).items() if key != "channel_axis"}
 
 
 class _OutputUses(TorchFunctionMode):
@@ -179,7 +174,7 @@ class Examination:
         linear = isinstance(self.modules[name], _LINEAR)
         feeding = [] if linear else [s for s in self._inputs[name] if isinstance(self.modules[s], _LINEAR)]
         only_relus = self._sees_all_uses and bool(uses) and all(uses)
-        return Layer(name, channels, height, width, only_relus, feeding[0] if feeding else None, axis)
+        return Layer(name, channels, height, width, only_relus, feeding[0] if feeding else None)
 
 
 _LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm)

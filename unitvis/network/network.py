@@ -46,7 +46,7 @@ class Network:
         self.layers: list[Layer] = []  # in the order of the forward pass
         self.columns: list[slice] = []  # each layer's units among those of all
         self.fields: dict[str, ReceptiveField] = {}
-        self._found_axes: dict[str, int | None] = {}  # of channels, for layers that are read without `examine`
+        self._channel_axes: dict[str, int | None] = {}  # of the modules whose outputs were looked at so far
         self.preparation = 0.0  # seconds that finding layers and receptive fields took
 
     @torch.inference_mode(False)
@@ -59,6 +59,7 @@ class Network:
         start = time.perf_counter()
         with self.evaluating(), canonical_settings(self.device):
             examination = Examination(self.model, torch.zeros(1, *shape, dtype=torch.float32, device=self.device))
+        self._channel_axes |= examination.axes
         self.layers = [examination.layer(name) for name in examination.select(layers)]
         counts = [layer.channels * (layer.height * layer.width if unit == "neuron" else 1) for layer in self.layers]
         ends = np.cumsum(counts).tolist()
@@ -68,9 +69,9 @@ class Network:
 
     @torch.inference_mode(False)
     def find_receptive_fields(self) -> None:
-        """Fill in `fields`; UnitvisError for a layer whose units are no channels."""
+        """Fill in `fields`; UnitvisError for a layer that has none, see `receptive_fields`."""
         start = time.perf_counter()
-        self.fields = receptive_fields(self.model, self._axes(self.layers), self.input_shape)
+        self.fields = receptive_fields(self.model, self._layer_axes(), self.input_shape)
         self.preparation += time.perf_counter() - start
 
     @property
@@ -103,27 +104,24 @@ class Network:
         """Canonical passes that read the layers first <= number < last (None: all) of those that were found."""
         own, start = self.columns[first:last], self.columns[first].start
         columns = [slice(one.start - start, one.stop - start) for one in own]
-        axes = self._axes(self.layers[first:last])
+        axes = self._layer_axes(first, last)
         neurons = self.unit == "neuron"
         return CanonicalPass(self.model, self.device, self.transform, axes, columns, neurons=neurons)
 
+    def _layer_axes(self, first: int = 0, last: int | None = None) -> dict[str, int | None]:
+        return {layer.name: self._channel_axes[layer.name] for layer in self.layers[first:last]}
+
     def channel_axes(self, layers: Sequence[str], shape: Shape) -> dict[str, int | None]:
         """Names of layers with the axis of their channels; found by a pass of an input [C, H, W] if not known."""
-        known = self._axes(self.layers) | self._found_axes
-        if new := [name for name in layers if name not in known]:
+        if new := [name for name in layers if name not in self._channel_axes]:
             image = torch.zeros(1, *shape, dtype=torch.float32, device=self.device)
             with self.evaluating(), canonical_settings(self.device):
-                self._found_axes |= channel_axes(self.model, new, image)
-        known |= self._found_axes
-        return {name: known[name] for name in layers}
+                self._channel_axes |= channel_axes(self.model, new, image)
+        return {name: self._channel_axes[name] for name in layers}
 
     def reading_maps(self, layers: Sequence[str], shape: Shape) -> CanonicalPass:
         """Canonical passes that read the maps of layers by name, of inputs [C, H, W], whether examined or not."""
         return CanonicalPass(self.model, self.device, self.transform, self.channel_axes(layers, shape))
-
-    def _axes(self, layers: Sequence[Layer]) -> dict[str, int | None]:
-        """The names of layers with the axis of their channels."""
-        return {layer.name: layer.channel_axis for layer in layers}
 
     def check_independence(self, canonical: CanonicalPass, images: Tensor) -> Tensor:
         """Keys, int64 [n, units], of at most `COMPUTE_BATCH` images, which must come out again in reversed order.

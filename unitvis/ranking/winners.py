@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def winners(network: Network, topk: TopK, k: int, decided: NDArray[np.bool_]) ->
 def _layer(
     layer: Layer, field: ReceptiveField, unit: str, k: int, own: Ranked, status: NDArray[np.str_]
 ) -> LayerArrays:
-    info = layer.info() | {"unit": unit, "units": len(status)}
+    info = asdict(layer) | {"unit": unit, "units": len(status)}
     info |= {"receptive_field": _field_info(field), "effective_box": None}
     info |= {"nan": nan_info(own.nan), "infinite": infinite_info(own.values, own.images)}
     status = status.astype(f"<U{len(UNSEPARATED)}")  # of one width whatever a layer's units are

@@ -33,11 +33,15 @@ class RunData:
         source: Source | None = None,
         partial: Partial | None = None,
     ) -> None:
-        self.tops = dict(tops)
+        self.tops = {name: self._layer(top) for name, top in tops.items()}
         self.manifest, self.records = manifest, dict(records)
         self._source = source
         self.partial = partial
         self.folder: Path | None = None  # the folder it was last read from or written to
+
+    def _layer(self, top: LayerArrays) -> LayerArrays:
+        """The form in which the run holds a layer; `run.Run` has one that draws itself."""
+        return top
 
     def __getitem__(self, layer: str) -> LayerArrays:
         self.need_winners()

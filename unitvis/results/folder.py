@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import read_partial
 
 FORMAT = 1  # version of the folder's format, in the manifest
+_Data = TypeVar("_Data", bound=RunData)
 
 
 def write_run(run: RunData, folder: Path) -> Path:
@@ -70,8 +71,8 @@ def _write(run: RunData, folder: Path) -> None:
             shutil.rmtree(folder / drawn, ignore_errors=True)
 
 
-def read_run(path: str | Path, images: object = None) -> RunData:
-    """Read a run folder. images: the images that were scanned, if they are no longer at the manifest's path.
+def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Data:
+    """Read a run folder as this kind of run. images: those that were scanned, if they have left the manifest's path.
 
     Raises UnitvisError for a folder that holds no complete run.
     """
@@ -94,7 +95,7 @@ def read_run(path: str | Path, images: object = None) -> RunData:
     if images is not None:
         transform = manifest["transform"]
         source = open_source(images, Transform.from_json(transform) if transform else None)
-    run = RunData(tops, manifest, records, source, partial)
+    run = kind(tops, manifest, records, source, partial)
     run.folder = folder
     return run
 

@@ -151,7 +151,7 @@ def _finished_run(
     run.manifest["model"] |= origin
     run.manifest["failures"] = [asdict(failure) for failure in source.failures]
     run.manifest["seconds"] |= {"scan": part.seconds, "merge": time.perf_counter() - start}
-    finish_run(run, source, module, device, on_error)
+    finish_run(run, source, recorder.network, on_error)
     return run
 
 
@@ -184,10 +184,7 @@ def _checked_model(
                 f"with --model {spec}{weights}, or model="
             )
         model = models.load(spec, recorded["file"], pretrained=recorded["pretrained"])
-    elif isinstance(model, str):
-        model = models.load(model)
-    origin = model.origin() if isinstance(model, models.Loaded) else {"spec": None}
-    module = model.model if isinstance(model, models.Loaded) else model
+    module, _, origin = models.resolved(model)
     found = describe_model(module)
     wanted = {key: recorded[key] for key in found}
     refuse_differences("the model is not that of the runs (in the runs and here)", wanted, found)

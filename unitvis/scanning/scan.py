@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from unitvis.attribution.effective_boxes import effective_boxes
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
 from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import check_output
 from unitvis.results.nonfinite import refuse_odd_responses
@@ -27,7 +27,7 @@ from unitvis.run import Run, load
 from unitvis.scanning.cores import CoreSharing
 from unitvis.scanning.precision import Plan, plan
 from unitvis.scanning.progress import Progress
-from unitvis.scanning.verify import verify
+from unitvis.scanning.verify import compare_winners
 from unitvis.sources import Source, open_source
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import CHECKPOINT_SECONDS
@@ -99,12 +99,8 @@ def scan(
     folder = None if out is None else check_output(out, overwrite=overwrite, resume=resume)
     if resume and folder is None:
         raise UnitvisError("resume needs out, the folder of the scan to resume")
-    origin: dict[str, Any] = {"spec": None}
-    if isinstance(model, str):
-        model = models.load(model)
-    if isinstance(model, models.Loaded):
-        origin = model.origin()
-        transform, model = transform or model.transform, model.model
+    model, own_transform, origin = models.resolved(model)
+    transform = transform or own_transform
     source = open_source(
         images,
         transform,
@@ -162,7 +158,7 @@ def scan(
         run.manifest["model"] |= origin
         run.manifest["seconds"] |= seconds
         if own_shard is None:
-            finish_run(run, source, model, device, on_error)
+            finish_run(run, source, recorder.network, on_error)
         if folder is not None:
             run.write(folder)
             tracker.remove_checkpoints()
@@ -179,29 +175,27 @@ def _choose_plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> 
     return chosen_plan
 
 
-def finish_run(
-    run: Run, source: Source, model: nn.Module, device: torch.device | str | None, on_error: str = "skip"
-) -> None:
+def finish_run(run: Run, source: Source, network: Network, on_error: str = "skip") -> None:
     """Finish a run whose images are all ranked, by one scan or by many: second pass, and its warnings."""
     start = time.perf_counter()
     if on_error == "raise":
         refuse_odd_responses(run)
     if source.rereadable:
-        _second_pass(run, model, device)
+        _second_pass(run, network)
     run.manifest["seconds"]["second_pass"] = time.perf_counter() - start
     for message in run.manifest["warnings"]:
         warnings.warn(message)
 
 
-def _second_pass(run: Run, model: nn.Module, device: torch.device | str | None) -> None:
+def _second_pass(run: Run, network: Network) -> None:
     """Find effective boxes; after a float32 scan with few winners also verify that they reproduce."""
     if run.manifest["scan"]["precision"] == "fp32" and 2 * len(run.winners) <= run.manifest["images"]:
-        found = verify(run, model, device)
+        found = compare_winners(run, network)
         if found["wrong"]:
             raise UnitvisError(
                 f"{found['wrong']} of {found['winners']} winners differ when their images are read again "
                 f"({found['first_wrong']}); the images or the model changed during the scan, or are augmented at "
                 "random"
             )
-    for name, side in effective_boxes(model, run, device).items():
+    for name, side in effective_boxes(network, run).items():
         run.set_effective_box(name, side)

@@ -89,11 +89,16 @@ def verify(run: RunData, model: nn.Module, device: torch.device | str | None = N
         raise UnitvisError(
             f"the run was ranked in {precision}, so its values are not canonical; scan with exact or fp32"
         )
-    for record in run.records.values() if run.source.separate_originals else ():
-        run.source.check(record)
     network = Network(model, device=device, transform=run.source.transform)
     channels, height, width = run.manifest["input"]
     network.examine((channels, height, width), run.layers, run.manifest["unit"])
+    return compare_winners(run, network)
+
+
+def compare_winners(run: RunData, network: Network) -> dict[str, Any]:
+    """Compare a run's winners with their responses now; returns what `verify` does. network: with the run's layers."""
+    for record in run.records.values() if run.source.separate_originals else ():
+        run.source.check(record)
     comparison = Comparison(network, run)
     comparison.read(run.source, run.winners.tolist())
     winners, now = comparison.winners, comparison.recomputed.values.astype(np.float64)

@@ -284,3 +284,11 @@ def test_code_that_a_run_names_is_not_executed(spec: object, tmp_path: Path, mon
     with pytest.raises(UnitvisError, match="code that a run names is not executed"):
         unitvis.merge([tmp_path / "0", tmp_path / "1"], images=images())
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("options", [["--weights", "w.pt"], ["--no-pretrained"]])
+def test_options_of_the_model_need_the_model(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["merge", str(tmp_path), "-o", str(tmp_path / "merged"), *options]) == cli.USAGE
+    assert "--weights and --no-pretrained need --model" in capsys.readouterr().err
