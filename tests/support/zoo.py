@@ -334,3 +334,14 @@ WHOLE = [
     Case("global-maximum", lambda: nn.Sequential(conv_bn(3, 4, 3, 2), nn.AdaptiveMaxPool2d(1)), (15, 22)),
     Case("fully-connected", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(520, 5)), (12, 15)),
 ]
+
+
+class NormAct(nn.BatchNorm2d):
+    """Normalisation and activation in one module, as timm writes it (`BatchNormAct2d`)."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))

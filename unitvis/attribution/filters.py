@@ -33,6 +33,7 @@ def first_filters(model: nn.Module, run: RunData) -> dict[str, NDArray[np.float3
     norm = examination.following_batch_norms().get(first)
     scale = examination.modules[norm].weight if norm else None
     scaled = weights * scale.detach().sign().view(-1, 1, 1, 1) if isinstance(scale, Tensor) else weights
-    return {
-        name: filters.cpu().numpy() for name, filters in ((first, weights), (norm, scaled)) if name in run.tops and name
-    }
+    found = {first: weights}
+    if norm:
+        found |= {norm: scaled, examination.before_activation(norm) or norm: scaled}
+    return {name: filters.cpu().numpy() for name, filters in found.items() if name in run.tops}

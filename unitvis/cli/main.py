@@ -63,7 +63,8 @@ def _layers(arguments: argparse.Namespace) -> int:
     loaded = _load_model(arguments)
     size = arguments.crop or (loaded.transform and loaded.transform.crop) or (224, 224)
     network = Network(loaded.model)
-    network.examine((3, *(size if isinstance(size, tuple) else (size, size))), arguments.layer or None)
+    shape = (3, *(size if isinstance(size, tuple) else (size, size)))
+    network.examine(shape, arguments.layer or None, exclude=arguments.exclude)
     network.find_receptive_fields()
     print_layers(network)
     return DONE
@@ -78,6 +79,7 @@ def _scan(arguments: argparse.Namespace) -> int:
         arguments.images if len(arguments.images) > 1 else arguments.images[0],
         arguments.layer or None,
         arguments.k,
+        exclude=arguments.exclude,
         out=arguments.output,
         transform=given_transform(arguments, loaded.transform, "mean", "std"),
         batch_size=arguments.batch_size,

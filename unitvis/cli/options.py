@@ -60,6 +60,12 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
             help="seconds between checkpoints, the most that a kill loses (60)",
         )
 
+    def layer_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
+        )
+        sub.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave out")
+
     def run_argument(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished scan")
 
@@ -73,9 +79,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     sub = command("layers", "List layers that can be scanned, with their receptive fields.")
     model_argument(sub)
-    sub.add_argument(
-        "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
-    )
+    layer_options(sub)
     sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the input (the model's own, or 224)")
 
     sub = command("scan", "Scan images for the patches that excite every unit most, and draw them.")
@@ -87,9 +91,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="a folder, a text list of paths, tar archives ('train-{000..146}.tar'), a pack, a uint8 .npy [N, H, W, 3]",
     )
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
-    sub.add_argument(
-        "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
-    )
+    layer_options(sub)
     sub.add_argument("-k", type=int, default=9, help="patches a unit (9)")
     reading_options(sub)
     sub.add_argument("--mean", type=float, nargs=3, metavar="M", help="subtracted, of values in 0..1")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from unitvis.network.operators import CONVOLUTIONS_AND_NORMS, names
+
 # The axes that together hold the channels: several while a view has split them; none where they are unknown.
 Axes = frozenset[int]
 UNKNOWN: Axes = frozenset()
@@ -29,10 +31,13 @@ class ChannelAxes(TorchDispatchMode):
 
     Tensors are kept alive as long as the mode is, since a label belongs to a tensor by identity. A tensor into whose
     views something computed was written, such as a preallocated output, takes its label from the last of them.
+    operators: names of all that computed with the image so far, in their order.
     """
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
+        self.operators: list[str] = []
+        self._maker: dict[int, int] = {}  # by tensor: the number of the operator that made or overwrote it last
         self._labels: dict[int, tuple[Tensor, Axes]] = {}
         self._last_by_storage: dict[int, Tensor] = {}
         self._label(image, frozenset([1]))
@@ -41,6 +46,10 @@ class ChannelAxes(TorchDispatchMode):
         """The axis that holds channels; None where it is unknown."""
         axes = self._axes_of(tensor)
         return next(iter(axes)) if len(axes) == 1 else None
+
+    def operator_of(self, tensor: Tensor) -> int | None:
+        """The number of the operator that made or overwrote a tensor last; None if it does not depend on the image."""
+        return self._maker.get(id(tensor))
 
     def _label(self, tensor: Tensor, axes: Axes) -> None:
         self._labels[id(tensor)] = tensor, axes
@@ -53,7 +62,7 @@ class ChannelAxes(TorchDispatchMode):
         written = self._written_view(tensor)
         return UNKNOWN if written is None else _same_strides(self._labels[id(written)][1], written, tensor)
 
-    def _is_computed(self, tensor: object) -> bool:
+    def is_computed(self, tensor: object) -> bool:
         """Whether a tensor depends on the image; parameters and constants do not."""
         return isinstance(tensor, Tensor) and (id(tensor) in self._labels or self._written_view(tensor) is not None)
 
@@ -67,11 +76,14 @@ class ChannelAxes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = [one for one in tree_leaves((args, kwargs)) if self._is_computed(one)]
+        given = [one for one in tree_leaves((args, kwargs)) if self.is_computed(one)]
         if given:
             name = func._schema.name.removeprefix("aten::")
+            if name not in ("detach", "alias"):  # the same values
+                self.operators.append(name)
             for made in tree_leaves(result):
                 if isinstance(made, Tensor):
+                    self._maker[id(made)] = len(self.operators) - 1
                     self._label(made, self._axes(name, args, kwargs, given, made))
         return result
 
@@ -101,9 +113,9 @@ class ChannelAxes(TorchDispatchMode):
         values.
         """
         axes = self._axes_of(right)
-        if not self._is_computed(right):
+        if not self.is_computed(right):
             return frozenset([made.ndim - 1])
-        if self._is_computed(left) and (self._axes_of(left) or right.ndim - 2 in axes):
+        if self.is_computed(left) and (self._axes_of(left) or right.ndim - 2 in axes):
             return UNKNOWN
         return frozenset(axis + made.ndim - right.ndim for axis in axes)
 
@@ -243,30 +255,23 @@ def _unfolded(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> A
     return UNKNOWN if args[1] % old.ndim in axes else axes
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_PUT_AT_AXIS_1 = _names(
-    """convolution convolution_overrideable mkldnn_convolution cudnn_convolution _convolution native_batch_norm
-    _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm _batch_norm_no_update
-    miopen_batch_norm batch_norm native_group_norm pixel_shuffle pixel_unshuffle channel_shuffle
-    native_channel_shuffle"""
+_NORMS = names("native_layer_norm _fused_rms_norm")
+_PUT_AT_AXIS_1 = names("pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle") | (
+    CONVOLUTIONS_AND_NORMS - _NORMS
 )
-_NORMS = _names("native_layer_norm _fused_rms_norm")
-_PUT_LAST = _names("linear mkldnn_linear") | _NORMS
-_LOSE = _names("as_strided squeeze_ t_ resize_ set_")  # the axes may be others afterwards
-_PRODUCTS = _names("mm addmm bmm baddbmm")
-_VIEWS = _names("view _unsafe_view _reshape_alias view_copy")
-_REDUCTIONS = _names("sum mean amax amin max min prod var std var_mean median any all argmax argmin logsumexp")
+_PUT_LAST = names("linear mkldnn_linear") | _NORMS
+_LOSE = names("as_strided squeeze_ t_ resize_ set_")  # the axes may be others afterwards
+_PRODUCTS = names("mm addmm bmm baddbmm")
+_VIEWS = names("view _unsafe_view _reshape_alias view_copy")
+_REDUCTIONS = names("sum mean amax amin max min prod var std var_mean median any all argmax argmin logsumexp")
 _MOVES: dict[str, Callable[[Axes, Tensor, Tensor, Any, Any], Axes]] = {
     **dict.fromkeys(_VIEWS, _viewed),
     "permute": _permuted,
-    **dict.fromkeys(_names("transpose t transpose_"), _transposed),
-    **dict.fromkeys(_names("select unbind"), _selected),
+    **dict.fromkeys(names("transpose t transpose_"), _transposed),
+    **dict.fromkeys(names("select unbind"), _selected),
     "squeeze": _squeezed,
-    **dict.fromkeys(_names("unsqueeze unsqueeze_ stack"), _unsqueezed),
-    **dict.fromkeys(_names("linalg_vector_norm norm"), _normed),
+    **dict.fromkeys(names("unsqueeze unsqueeze_ stack"), _unsqueezed),
+    **dict.fromkeys(names("linalg_vector_norm norm"), _normed),
     "unfold": _unfolded,
     **dict.fromkeys(_REDUCTIONS, _reduced),
 }

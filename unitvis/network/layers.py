@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from unitvis.errors import UnitvisError, abridged, closest_names
 from unitvis.network.channels import ChannelAxes
 from unitvis.network.forward import as_map, call
+from unitvis.network.operators import activation_after, last_layer
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,16 @@ class Examination:
         self.runs: dict[str, int] = {}
         self._outputs: dict[str, object] = {}
         self._inputs: dict[str, list[str]] = {}  # the modules whose output each module takes
+        self._operators: dict[str, range] = {}  # the numbers of those that ran in each module
+        self._made_by: dict[str, int | None] = {}  # the number of the operator that made each module's output
         self.axes: dict[str, int | None] = {}
         self._uses = uses = _OutputUses()
-        channel_axes = ChannelAxes(image)
+        self._seen = seen = ChannelAxes(image)
 
         def enter(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 self._inputs[name] = list(uses.producers(args[0])) if args else []
+                self._operators[name] = range(len(seen.operators), len(seen.operators))
 
             return hook
 
@@ -99,9 +103,11 @@ class Examination:
             def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
                 self.runs[name] = self.runs.get(name, 0) + 1
                 self._outputs[name] = output.detach() if isinstance(output, Tensor) else output
+                self._operators[name] = range(self._operators[name].start, len(seen.operators))
                 if isinstance(output, Tensor):
                     uses.add(name, output)
-                    self.axes[name] = channel_axes.axis_of(output)
+                    self.axes[name] = seen.axis_of(output)
+                    self._made_by[name] = seen.operator_of(output)
 
             return hook
 
@@ -110,7 +116,7 @@ class Examination:
         handles = [m.register_forward_pre_hook(enter(n)) for n, m in hooked.items()]
         handles += [m.register_forward_hook(leave(n)) for n, m in hooked.items()]
         try:
-            with torch.no_grad(), uses, channel_axes:
+            with torch.no_grad(), uses, seen:
                 call(model, image)
         finally:
             for handle in handles:
@@ -125,38 +131,71 @@ class Examination:
             for source in sources
         }
 
-    def default_layers(self) -> list[str]:
-        """Names of the convolutions that ran once, in forward order; a BatchNorm that directly follows one replaces it.
+    def chosen(self, patterns: Sequence[str] | str | None, exclude: Sequence[str] | str = ()) -> list[Layer]:
+        """Describe the layers that are ranked, in forward order.
 
-        Raises UnitvisError where there is none.
+        patterns: names or shell patterns; None: `_default_names`, of which those that cannot be ranked are left out
+        with a warning. exclude: names or shell patterns of layers to leave out. Raises UnitvisError for a pattern
+        without a match, for a layer that was named and cannot be ranked, and where no layer is left.
+        """
+        excluded = self._matching(exclude)
+        if patterns is not None:
+            return [self.layer(name) for name in self._named(patterns, excluded)]
+        layers: list[Layer] = []
+        reasons: dict[str, str] = {}
+        for name in self._default_names():
+            tap = self.before_activation(name) or name
+            if excluded.intersection((name, tap)):
+                continue
+            try:
+                if tap == name and (operator := self._activation_after(name)):
+                    raise UnitvisError(
+                        f"layer {name!r} ({type(self.modules[name]).__name__}) goes on to compute {operator} and has "
+                        f"no module whose output is the value before; name {name!r} to rank what it returns"
+                    )
+                layers.append(self.layer(tap))
+            except UnitvisError as error:
+                reasons[name] = str(error)
+        if reasons:
+            *others, last = reasons
+            also = f"; left out too, for such a reason: {abridged(others)}" if others else ""
+            warnings.warn(f"left out: {reasons[last]}{also}")
+        if not layers:
+            raise UnitvisError(
+                f"the model has no convolution that can be ranked; name layers: {abridged(list(self.runs))}"
+            )
+        return layers
+
+    def _default_names(self) -> list[str]:
+        """Convolutions in forward order; a BatchNorm that directly follows one replaces it.
+
+        A warning names those that do not run, or more than once.
         """
         batch_norms = self.following_batch_norms()
-        convolutions = [n for n in self.runs if isinstance(self.modules[n], nn.Conv2d | nn.ConvTranspose2d)]
-        names = dict.fromkeys(batch_norms.get(name, name) for name in convolutions if self.runs[name] == 1)
-        repeated = [name for name in convolutions if self.runs[name] > 1]
-        if repeated:
-            warnings.warn(f"left out, because they run more than once in a forward pass: {', '.join(repeated)}")
-        if not names:
-            raise UnitvisError(f"the model has no convolution that runs once; name layers: {abridged(list(self.runs))}")
-        return list(names)
+        convolutions = [n for n, module in self.modules.items() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+        if idle := [name for name in convolutions if name not in self.runs]:
+            warnings.warn(f"left out, because they do not run in a forward pass: {abridged(idle)}")
+        order = [name for name in self.runs if name in set(convolutions)]
+        if repeated := [name for name in order if max(self.runs[name], self.runs[batch_norms.get(name, name)]) > 1]:
+            warnings.warn(f"left out, because they run more than once in a forward pass: {abridged(repeated)}")
+        return list(dict.fromkeys(batch_norms.get(name, name) for name in order if name not in set(repeated)))
 
-    def select(self, patterns: Sequence[str] | str | None) -> list[str]:
-        """Names of the layers that names or shell patterns match, in forward order; None gives `default_layers`.
-
-        Raises UnitvisError for a pattern without a match and for a layer that did not run exactly once.
-        """
-        if patterns is None:
-            return self.default_layers()
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        chosen: set[str] = set()
-        for pattern in patterns:
-            found = [pattern] if pattern in self.modules else fnmatch.filter(self.modules, pattern)
-            if not found:
+    def _matching(self, patterns: Sequence[str] | str) -> set[str]:
+        """Names that names or shell patterns match; UnitvisError for a pattern without a match."""
+        found: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matches = [pattern] if pattern in self.modules else fnmatch.filter(self.modules, pattern)
+            if not matches:
                 raise UnitvisError(f"no layer is named {pattern!r}; {closest_names(pattern, self.modules)}")
-            chosen.update(found)
-        if not chosen:
+            found.update(matches)
+        return found
+
+    def _named(self, patterns: Sequence[str] | str, excluded: set[str]) -> list[str]:
+        """Names of the layers that patterns match, in forward order; each runs exactly once."""
+        named = self._matching(patterns) - excluded
+        if not named:
             raise UnitvisError("no layer was named; leave layers out for every convolution")
-        for name in sorted(chosen):
+        for name in sorted(named):
             if isinstance(self.modules[name], torch.jit.ScriptModule):
                 raise UnitvisError(f"layer {name!r} is TorchScript, whose output cannot be read; give the eager module")
             if self.runs.get(name, 0) != 1:
@@ -164,17 +203,45 @@ class Examination:
                 raise UnitvisError(
                     f"layer {name!r} {times} in one forward pass; only layers that run once can be ranked"
                 )
-        return [name for name in self.runs if name in chosen]
+        return [name for name in self.runs if name in named]
 
     def layer(self, name: str) -> Layer:
-        """Describe one layer; raises UnitvisError where its output is not a map (see `as_map`)."""
-        axis = self.axes.get(name)
-        _, channels, height, width = as_map(name, axis, self._outputs[name]).shape
+        """Describe one layer; raises UnitvisError where its output cannot be ranked (see `as_map`)."""
+        output = self._outputs[name]
+        if isinstance(output, Tensor) and not self._seen.is_computed(output):
+            raise UnitvisError(
+                f"layer {name!r} returns a tensor of shape {list(output.shape)} that does not depend on the image, or "
+                f"not by operators of PyTorch; name another layer"
+            )
+        maps = as_map(name, self.axes.get(name), output)
+        if len(maps) != 1:
+            raise UnitvisError(
+                f"layer {name!r} returns {len(maps)} maps for one image (windows or heads folded into the batch); "
+                f"name a layer before or after it"
+            )
+        _, channels, height, width = maps.shape
         uses = self._uses.used_by_relu.get(name, [])
         linear = isinstance(self.modules[name], _LINEAR)
         feeding = [] if linear else [s for s in self._inputs[name] if isinstance(self.modules[s], _LINEAR)]
         only_relus = self._sees_all_uses and bool(uses) and all(uses)
-        return Layer(name, channels, height, width, only_relus, feeding[0] if feeding else None)
+        fed_by = self.before_activation(name) or (feeding[0] if feeding else None)
+        return Layer(name, channels, height, width, only_relus, fed_by)
+
+    def _activation_after(self, name: str) -> str | None:
+        """The operator that a module applies to its convolution or normalisation and that is not linear; or None."""
+        return activation_after(self._seen.operators, self._operators.get(name, range(0)))
+
+    def before_activation(self, name: str) -> str | None:
+        """The innermost module in a module that returns the value to which the module applies an activation at once.
+
+        None where there is no such module: the value has no name, or another operator comes between.
+        """
+        own = self._operators.get(name, range(0))
+        last = last_layer(self._seen.operators, own)
+        if last is None or activation_after(self._seen.operators, range(own.start, min(last + 2, own.stop))) is None:
+            return None
+        inside = (n for n, by in self._made_by.items() if by == last and n.startswith(name + ".") and self.runs[n] == 1)
+        return next(inside, None)
 
 
 _LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm)

@@ -50,17 +50,24 @@ class Network:
         self.preparation = 0.0  # seconds that finding layers and receptive fields took
 
     @torch.inference_mode(False)
-    def examine(self, shape: Shape, layers: Sequence[str] | str | None = None, unit: str = "channel") -> None:
+    def examine(
+        self,
+        shape: Shape,
+        layers: Sequence[str] | str | None = None,
+        unit: str = "channel",
+        exclude: Sequence[str] | str = (),
+    ) -> None:
         """Find the layers and their units by one forward pass of an input [C, H, W].
 
         layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. unit:
-        "channel", or "neuron" for every element of the maps. UnitvisError for a layer that cannot be ranked.
+        "channel", or "neuron" for every element of the maps. exclude: layers left out. UnitvisError for a layer that
+        was named and cannot be ranked; see `Examination.chosen`.
         """
         start = time.perf_counter()
         with self.evaluating(), canonical_settings(self.device):
             examination = Examination(self.model, torch.zeros(1, *shape, dtype=torch.float32, device=self.device))
         self._channel_axes |= examination.axes
-        self.layers = [examination.layer(name) for name in examination.select(layers)]
+        self.layers = examination.chosen(layers, exclude)
         counts = [layer.channels * (layer.height * layer.width if unit == "neuron" else 1) for layer in self.layers]
         ends = np.cumsum(counts).tolist()
         self.columns = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]

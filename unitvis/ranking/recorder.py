@@ -37,12 +37,12 @@ class Recorder:
                 recorder(images)
         run = recorder.result()
 
-    layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. unit:
-    "channel" ranks the largest response over positions, "neuron" every element of the map. device: None is the
-    model's own. precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what a copy of the model
-    gives in half precision, in batches of batch_size. State on the device is O(units x k); nothing is copied to the
-    host before `result`. A GPU that scans in half precision fetches a pinned batch after the call: write into one only
-    two calls later. The model is left as it was found.
+    layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. exclude:
+    names or shell patterns of layers to leave out. unit: "channel" ranks the largest response over positions, "neuron"
+    every element of the map. device: None is the model's own. precision: "fp32" is canonical (compute batches of 16);
+    "fp16" and "bf16" rank what a copy of the model gives in half precision, in batches of batch_size. State on the
+    device is O(units x k); nothing is copied to the host before `result`. A GPU that scans in half precision fetches a
+    pinned batch after the call: write into one only two calls later. The model is left as it was found.
     """
 
     make_step = Step.of  # of a scan in half precision; a subclass of Step can emulate it
@@ -53,6 +53,7 @@ class Recorder:
         layers: Sequence[str] | str | None = None,
         k: int = 9,
         *,
+        exclude: Sequence[str] | str = (),
         unit: str = "channel",
         device: torch.device | str | None = None,
         transform: Transform | None = None,
@@ -67,7 +68,7 @@ class Recorder:
         self.k, self.images = k, 0  # images: how many are in the top-k
         self.coverage = IntervalSet()  # the ids given; after `flush` all of them are in the top-k
         self.topk: TopK  # made with the first batch
-        self._layers, self._unit = layers, unit
+        self._layers, self._exclude, self._unit = layers, exclude, unit
         self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # images and ids, fewer than are computed at once
@@ -98,7 +99,7 @@ class Recorder:
     @torch.inference_mode(False)
     def prepare(self, shape: Shape) -> None:
         """For inputs [C, H, W]: find the layers and what their neurons see, and make an empty top-k for them."""
-        self.network.examine(shape, self._layers, self._unit)
+        self.network.examine(shape, self._layers, self._unit, self._exclude)
         refuse_state(self.network.units, self.k + 1, COMPUTE_BATCH, self.network.device)
         self.network.find_receptive_fields()
 

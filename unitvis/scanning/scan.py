@@ -44,6 +44,7 @@ def scan(
     layers: Sequence[str] | str | None = None,
     k: int = 9,
     *,
+    exclude: Sequence[str] | str = (),
     out: str | Path | None = None,
     transform: Transform | None = None,
     batch_size: int | None = None,
@@ -70,6 +71,7 @@ def scan(
             [N, C, H, W] already normalised, a Dataset, a DataLoader or an iterable of batches; see `open_source`.
         layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it.
         k: winners a unit.
+        exclude: names or shell patterns of layers to leave out.
         out: folder to write the run and its checkpoints into; None: the run is only returned.
         transform: turns images into the model's input; None: the preprocessing of the spec's weights.
         batch_size: images read and scanned at once (64); it does not change a float32 result.
@@ -111,7 +113,7 @@ def scan(
         allow_truncated=allow_truncated,
     )
 
-    recorder = Recorder(model, layers, k, unit=unit, device=device, transform=source.transform)
+    recorder = Recorder(model, layers, k, exclude=exclude, unit=unit, device=device, transform=source.transform)
     with Progress(folder, recorder, source, own_shard, every) as tracker:
         with recorder:
             if folder is not None and not resume:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import unitvis
+from support.zoo import NormAct
 from unitvis.attribution.filters import first_filters
 
 
@@ -16,6 +17,7 @@ from unitvis.attribution.filters import first_filters
     [
         (nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()), "0", 1),
         (nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)), "2", -1),
+        (nn.Sequential(nn.Conv2d(3, 2, 3), NormAct(2, nn.ReLU())), "1.drop", -1),
         (nn.Sequential(nn.Conv2d(3, 2, 1)), None, 0),  # 1x1: there is nothing to see
         (nn.Sequential(nn.Conv2d(3, 3, 3, groups=3)), None, 0),
     ],

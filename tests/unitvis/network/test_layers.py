@@ -49,5 +49,5 @@ def test_layers_are_chosen_by_name_or_pattern() -> None:
         scan(Twice(), pixels, "conv")
     with pytest.warns(UserWarning, match="left out.* conv"):
         assert scan(Twice(), pixels).layers == ["other"]
-    with pytest.raises(UnitvisError, match="no convolution that runs once; name layers"):
+    with pytest.raises(UnitvisError, match="no convolution that can be ranked; name layers"):
         scan(nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)), pixels)
