@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -15,9 +16,15 @@ from unitvis.files import file_name, make_folder, replacing
 from unitvis.results.arrays import SEPARATED, LayerArrays
 from unitvis.results.data import RunData
 
+Drawn = TypeVar("Drawn", bound=RunData)
+
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)  # colours of page, text and smaller text
 EMPTY, EMPTY_MARK = (238, 238, 238), (205, 205, 205)  # colours of a placeholder and of the line through it
 MAX_PIXELS_IN_MEMORY = 400_000_000  # of patches that are held at once while a run is rendered
+MAX_PATCHES = 25  # of a unit, in a tile: of a larger k only the strongest are drawn
+MAX_PAGE_PIXELS = 100_000_000  # of a picture; PNG files of more are not opened by many programs
+_SHEET_PIXELS = 32_000_000  # of a page of a layer's sheet, about; a layer with more units has several
+_MAX_NEURONS = 1024  # of a layer, on its sheet: single neurons are too many to draw them all
 
 
 def patch(run: RunData, layer: str, unit: int, rank: int, *, crop: str | None, size: int) -> Image.Image:
@@ -25,6 +32,7 @@ def patch(run: RunData, layer: str, unit: int, rank: int, *, crop: str | None, s
     top = _checked_layer(run, layer, unit)
     if not 0 <= rank < top.values.shape[1]:
         raise UnitvisError(f"there is no rank {rank}: the run keeps {top.values.shape[1]} winners, from 0")
+    run = drawable(run) if rank < MAX_PATCHES else run  # as in the tile
     cells = patches_by_winner(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
     return cells.get((unit, rank)) or placeholder(top, unit, rank, size)
 
@@ -32,44 +40,79 @@ def patch(run: RunData, layer: str, unit: int, rank: int, *, crop: str | None, s
 def tile(run: RunData, layer: str, unit: int, *, crop: str | None, size: int) -> Image.Image:
     """Draw a unit's tile; see `Run.tile`."""
     _checked_layer(run, layer, unit)
+    run = drawable(run)
     cells = patches_by_winner(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
     return compose(run[layer], unit, cells, size)
 
 
 def sheet(run: RunData, layer: str, units: Sequence[int] | None, *, crop: str | None, size: int | None) -> Image.Image:
     """Draw a page of tiles; see `Run.sheet`."""
+    run = drawable(run)
     chosen = checked_units(run, layer, units)
     size = size or _patch_size(len(chosen))
+    refuse_too_many(run, len(chosen), size)
     crop = crop_of(run, layer, crop)
     cells = patches_by_winner(run, {layer: (chosen, crop, size)})[layer]
     return _sheet(run, layer, chosen, crop, size, cells)
 
 
 def render(run: RunData, folder: Path, *, crop: str | None = None) -> list[Path]:
-    """Write sheets/LAYER.png for every layer and return the paths.
+    """Write sheets/LAYER.png for every layer, with LAYER+2.png and so on for more units; returns the paths.
 
     Each picture is opened once for as many layers as fit in memory together.
     """
     run.need_winners()
     make_folder(folder / "sheets")
+    run = drawable(run)
+    shown = {layer: _units_on_sheet(run[layer]) for layer in run}
+    patches = {layer: len(units) * run.manifest["k"] * _patch_size(len(units)) ** 2 for layer, units in shown.items()}
     written = []
-    for group in memory_groups(run, {layer: _patch_size(len(run[layer])) for layer in run}):
-        wanted = {n: (checked_units(run, n, None), crop_of(run, n, crop), _patch_size(len(run[n]))) for n in group}
+    for group in memory_groups(patches):
+        wanted = {n: (shown[n], crop_of(run, n, crop), _patch_size(len(shown[n]))) for n in group}
         cut = patches_by_winner(run, wanted)
         for layer, (units, kind, size) in wanted.items():
-            path = folder / "sheets" / f"{file_name(layer)}.png"
-            with replacing(path) as target:
-                _sheet(run, layer, units, kind, size, cut.pop(layer)).save(target, "PNG")
-            written.append(path)
+            cells = cut.pop(layer)
+            step = _units_on_page(run, size, _SHEET_PIXELS)
+            for number, start in enumerate(range(0, len(units), step), 1):
+                name = file_name(layer) + (f"+{number}" if number > 1 else "")  # no layer's: there, + is encoded
+                with replacing(folder / "sheets" / f"{name}.png") as target:
+                    _sheet(run, layer, units[start : start + step], kind, size, cells).save(target, "PNG")
+                written.append(folder / "sheets" / f"{name}.png")
     return written
 
 
-def memory_groups(run: RunData, sizes: Mapping[str, int]) -> list[list[str]]:
-    """Split the run's layers into groups whose patches, `sizes` pixels wide, fit in memory together."""
+def drawable(run: Drawn) -> Drawn:
+    """The run with as many winners of a unit as are drawn."""
+    return run.strongest(MAX_PATCHES)
+
+
+def _units_on_sheet(top: LayerArrays) -> list[int]:
+    """The units that a layer's sheet shows: all channels; of more neurons than `_MAX_NEURONS`, evenly spaced ones."""
+    if top.info["unit"] == "channel" or len(top) <= _MAX_NEURONS:
+        return list(range(len(top)))
+    return np.linspace(0, len(top) - 1, _MAX_NEURONS).round().astype(int).tolist()
+
+
+def refuse_too_many(run: RunData, units: int, size: int) -> None:
+    """Raise UnitvisError for more units than fit on a page, at `size` pixels a patch."""
+    if units > (most := _units_on_page(run, size, MAX_PAGE_PIXELS)):
+        raise UnitvisError(
+            f"{units:,} units do not fit on one page of {size} pixels a patch; name at most {most:,} (units=, --units)"
+        )
+
+
+def _units_on_page(run: RunData, size: int, pixels: int) -> int:
+    """How many units fit on a page of so many pixels, at `size` pixels a patch; at least 1."""
+    wide, high = tile_shape(run.manifest["k"], size)
+    text, margin = _text_and_margin(size)
+    return max(1, pixels // ((wide + margin) * (high + 2 * text + margin)))
+
+
+def memory_groups(pixels: Mapping[str, int]) -> list[list[str]]:
+    """Split layers into groups whose patches, so many pixels for each layer, fit in memory together."""
     groups: list[list[str]] = [[]]
     held = 0
-    for layer in run:
-        need = run[layer].values.size * sizes[layer] ** 2
+    for layer, need in pixels.items():
         if held + need > MAX_PIXELS_IN_MEMORY and groups[-1]:
             groups.append([])
             held = 0
@@ -103,7 +146,7 @@ def compose(top: LayerArrays, unit: int, cells: dict[tuple[int, int], Image.Imag
     """Put a unit's tile together from patches {(unit, rank): patch}, each `size` pixels wide."""
     k = top.values.shape[1]
     columns, gap = tile_columns(k), _gap(size)
-    image = Image.new("RGB", (_tile_side(columns, size), _tile_side(math.ceil(k / columns), size)), PAPER)
+    image = Image.new("RGB", tile_shape(k, size), PAPER)
     for rank in range(k):
         corner = (rank % columns * (size + gap), rank // columns * (size + gap))
         image.paste(cells.get((unit, rank)) or placeholder(top, unit, rank, size), corner)
@@ -115,14 +158,13 @@ def _sheet(
 ) -> Image.Image:
     """Draw a page of tiles from patches {(unit, rank): patch}, each `size` pixels wide."""
     top = run[layer]
-    k = top.values.shape[1]
-    wide, high = _tile_side(tile_columns(k), size), _tile_side(math.ceil(k / tile_columns(k)), size)
-    text, margin = max(10, size // 5), max(12, size // 3)
+    wide, high = tile_shape(top.values.shape[1], size)
+    text, margin = _text_and_margin(size)
     font, heading = ImageFont.load_default(text), ImageFont.load_default(round(1.5 * max(text, 13)))
     small = ImageFont.load_default(max(text, 12))
     columns = math.ceil(math.sqrt(len(units) * (1 if len(units) <= 9 else 1.6)))  # up to nine units make a square
     rows = math.ceil(len(units) / columns)
-    lines = _caption(run, top, crop)
+    lines = _caption(run, top, units, crop)
     caption = small.getbbox("Ag")[3] * 1.35
     head = round(margin + heading.getbbox("Ag")[3] * 1.4 + caption * len(lines) + margin / 2)
     needed = max([heading.getlength(layer), *(small.getlength(line) for line in lines)])
@@ -140,7 +182,7 @@ def _sheet(
     return page
 
 
-def _caption(run: RunData, top: LayerArrays, crop: str) -> list[str]:
+def _caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) -> list[str]:
     """The lines below a sheet's heading."""
     info, field = top.info, top.info["receptive_field"]
     height, width = run.input_size
@@ -151,9 +193,11 @@ def _caption(run: RunData, top: LayerArrays, crop: str) -> list[str]:
         f"of a response's squared gradient (the receptive field is {extent})",
         "image": f"a patch is the whole image (the receptive field is {extent})",
     }[crop]
+    drawn = "" if len(units) == len(top) else f"{len(units):,} of "
+    kept = f" (the run keeps {run.manifest['kept']:,})" if "kept" in run.manifest else ""
     lines = [
-        f"{len(top)} {info['unit']}s, map {info['height']} x {info['width']}; the {run.manifest['k']} strongest of "
-        f"{run.manifest['images']:,} images, at most one patch an image, strongest first",
+        f"{drawn}{len(top):,} {info['unit']}s, map {info['height']} x {info['width']}; the {run.manifest['k']} "
+        f"strongest{kept} of {run.manifest['images']:,} images, at most one patch an image, strongest first",
         f"{shown}; the input is {width} x {height} pixels, plain grey is outside it",
     ]
     if (~top.fired).any():
@@ -189,9 +233,16 @@ def _gap(size: int) -> int:
     return max(1, size // 24)
 
 
-def _tile_side(patches: int, size: int) -> int:
-    """Pixels of so many patches of a tile side by side."""
-    return patches * size + (patches - 1) * _gap(size)
+def tile_shape(k: int, size: int) -> tuple[int, int]:
+    """Width and height in pixels of a tile of k patches."""
+    columns = tile_columns(k)
+    wide, high = (n * size + (n - 1) * _gap(size) for n in (columns, math.ceil(k / columns)))
+    return wide, high
+
+
+def _text_and_margin(size: int) -> tuple[int, int]:
+    """Pixels of a tile's text and of the margin between tiles, on a sheet."""
+    return max(10, size // 5), max(12, size // 3)
 
 
 def _checked_layer(run: RunData, layer: str, unit: int) -> LayerArrays:

@@ -14,6 +14,7 @@ from torch import nn
 
 from unitvis import models
 from unitvis.drawing.patches import crop_of
+from unitvis.drawing.sheets import drawable
 from unitvis.errors import UnitvisError
 from unitvis.files import make_folder, replacing, unoccupied
 from unitvis.gallery import facts, pictures
@@ -50,6 +51,7 @@ def gallery(
     if model is not None:
         model, _, _ = models.resolved(model)
         _check_model(run, model, device)
+    run = drawable(run)
     folder = _prepare_folder(run, Path(path))
     drawn = _earlier_drawings(run, folder, crop)
     pictures.draw_patches(run, folder, crop)

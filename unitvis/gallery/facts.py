@@ -26,12 +26,18 @@ def index(run: RunData) -> dict[str, Any]:
     height, width = run.input_size
     return {
         "title": title(run),
-        "run": f"The {manifest['k']} strongest of {manifest['images']:,} images{_data_set_text(manifest)}, for each "
+        "run": f"The {strongest(manifest)} of {manifest['images']:,} images{_data_set_text(manifest)}, for each "
         f"unit of {len(run)} layers; the model's input is {width} x {height} pixels.",
         "across": tile_columns(manifest["k"]),
         "layers": [_layer_entry(run[layer]) for layer in run],
         "notes": NOTES,
     }
+
+
+def strongest(manifest: Mapping[str, Any]) -> str:
+    """How many winners of a unit are shown: "25 strongest", and how many the run keeps if those are more."""
+    kept = f" ({manifest['kept']:,} are kept)" if "kept" in manifest else ""
+    return f"{manifest['k']} strongest{kept}"
 
 
 def title(run: RunData) -> str:
@@ -206,7 +212,7 @@ def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]
             f"All patches are drawn at one size, whatever they cover; here that is {patch_width} input pixels.",
         ],
         ["Can an image appear twice?", "Not for one unit: each image counts once, where its response is largest."],
-        ["Which images?", f"The {manifest['k']} strongest of {manifest['images']:,}{_data_set_text(manifest)}."],
+        ["Which images?", f"The {strongest(manifest)} of {manifest['images']:,} images{_data_set_text(manifest)}."],
     ]
     if filters:
         lines.append(["What is the small square?", "The unit's weights, no photograph: grey is 0, one scale a filter."])

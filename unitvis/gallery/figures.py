@@ -34,7 +34,9 @@ def figure(
     """
     if style not in FIGURES:
         raise UnitvisError(f"a figure is one of {', '.join(FIGURES)}, not {style!r}")
+    run = sheets.drawable(run)
     named = [(layer, sheets.checked_units(run, layer, units or _default_units(run[layer]))) for layer in layers]
+    sheets.refuse_too_many(run, sum(len(chosen) for _, chosen in named), PATCH_SIZE)
     blocks = [_block(run, layer, style, chosen, crop) for layer, chosen in named]
     columns = len(blocks) if style == "lecture" else math.ceil(len(blocks) / 3)
     rows = math.ceil(len(blocks) / columns)

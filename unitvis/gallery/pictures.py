@@ -50,7 +50,7 @@ def draw_patches(run: RunData, folder: Path, crop: str | None) -> None:
     make_folder(images)
     size = run.input_size
     written: set[int] = set()
-    for group in sheets.memory_groups(run, dict.fromkeys(run, PATCH_SIZE)):
+    for group in sheets.memory_groups({layer: run[layer].values.size * PATCH_SIZE**2 for layer in run}):
         crops = {layer: crop_of(run, layer, crop) for layer in group}
         wanted = {layer: fired_winners(run, layer, range(len(run[layer]))) for layer in group}
         sprites = {layer: _Sprites(run[layer], layer_folder(folder, layer), ".jpg", quality=82) for layer in group}

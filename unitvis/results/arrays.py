@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,16 +31,21 @@ class LayerArrays:
         """Bool [units]: the k winners are exactly those of brute force."""
         return self.status == SEPARATED
 
-    @property
+    @cached_property
     def fired(self) -> NDArray[np.bool_]:
         """Bool [units, k]: the winner is not blank, and above 0 if only ReLUs use the layer's output."""
         floor = 0.0 if self.info["feeds_relu"] else -np.inf
         return (self.images >= 0) & ((self.values > floor) | (floor < 0))
 
-    @property
+    @cached_property
     def dead(self) -> NDArray[np.bool_]:
         """Bool [units]: there are responses, but the ReLU that follows turns even the strongest one into 0."""
         return (self.images[:, 0] >= 0) & ~self.fired[:, 0]
+
+    def strongest(self, count: int) -> Self:
+        """The first `count` winners of every unit."""
+        kept = {name: getattr(self, name)[:, :count] for name in ARRAYS if name != "status"}
+        return replace(self, **kept)
 
     def __len__(self) -> int:
         return len(self.values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,16 @@ class RunData:
 
     def __len__(self) -> int:
         return len(self.tops)
+
+    def strongest(self, count: int) -> Self:
+        """The run with the first `count` winners of every unit alone, if it keeps more; manifest["kept"] is then k."""
+        k = self.manifest["k"]
+        if k <= count:
+            return self
+        tops = {name: top.strongest(count) for name, top in self.tops.items()}
+        found = type(self)(tops, self.manifest | {"k": count, "kept": k}, self.records, self._source, self.partial)
+        found.folder = self.folder
+        return found
 
     @property
     def layers(self) -> list[str]:

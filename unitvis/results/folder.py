@@ -3,7 +3,7 @@
 manifest.json, top.npz and images.jsonl hold the run, and state.npz what `merge` needs (in runs of shards and merged
 runs). All other files are drawn from them and can be drawn again:
 
-sheets/LAYER.png
+sheets/LAYER.png       LAYER+2.png and so on where the units do not fit on one page
 index.html
 gallery/               script, style and data of the page
   drawn.json           which of the optional files below exist

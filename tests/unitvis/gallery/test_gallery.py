@@ -106,7 +106,7 @@ def test_the_pages_say_what_was_found(shown: tuple[unitvis.Run, Path]) -> None:
         "small squares show weights",
         "5 x 5 pixels of 45 x 33",
         "each image counts once",
-        "12 of photos",
+        "12 images of photos",
         "deconvnet (no ReLU lies below)",
     ):
         assert words in said

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import unitvis
 from support import zoos
@@ -31,6 +32,16 @@ def build(zoo: str, index: int) -> tuple[str, Callable[[], nn.Module], tuple[int
 
 def smallest(names: Sequence[str], index: int) -> str:
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[index]
+
+
+def norm_before(model: nn.Module, layer: str) -> nn.Module | None:
+    """For a module inside a BatchNorm that is handed its value before an activation: that BatchNorm."""
+    parent = model.get_submodule(layer.rpartition(".")[0])
+    return parent if isinstance(parent, nn.BatchNorm2d) else None
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 def channels_of(module: nn.Module) -> int:
@@ -70,9 +81,12 @@ def test_default_layers_have_the_units_and_values_of_a_hook(zoo: str, index: int
         assert output.shape[1] == channels_of(module)  # every convolution and BatchNorm has its channels there
         largest[layer] = output.detach().transpose(0, 1).flatten(1).amax(1)
 
-    modules = dict(model.named_modules())
-    for layer in run:
-        modules[layer].register_forward_hook(lambda m, _, out, layer=layer: keep(layer, m, out))
+    modules = {layer: norm_before(model, layer) or model.get_submodule(layer) for layer in run}
+    for layer, module in modules.items():
+        if module is model.get_submodule(layer):
+            module.register_forward_hook(lambda m, _, out, layer=layer: keep(layer, m, out))
+        else:
+            module.register_forward_pre_hook(lambda m, args, layer=layer: keep(layer, m, normed(m, args[0])))
     with torch.no_grad():
         model(image)
     for layer, values in largest.items():
