@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import urllib.parse
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
+
+_MAX_NAME = 180  # characters of a layer's file name: file systems take 255 bytes, with endings of ours
 
 
 @contextmanager
@@ -64,6 +67,11 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def file_name(layer: str) -> str:
-    """A layer's name as the name of a file: percent-encoded where a file system might mind, and no way to elsewhere."""
+    """A layer's name as the name of a file: percent-encoded where a file system might mind, and no way to elsewhere.
+
+    Of a name that is too long for a file the first part is kept, with a hash of the whole.
+    """
     name = urllib.parse.quote(layer, safe=" ")
+    if len(name) > _MAX_NAME:
+        name = f"{name[:_MAX_NAME]}~{hashlib.blake2b(layer.encode(), digest_size=8).hexdigest()}"
     return name if name.strip(".") else name.replace(".", "%2E")  # "." and ".." are folders of their own

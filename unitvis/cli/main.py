@@ -14,6 +14,7 @@ from torch import nn
 
 from unitvis import models
 from unitvis.cli.options import Command, given_reading, given_transform, parser
+from unitvis.cli.output import unfailing_output
 from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_verified
 from unitvis.drawing import sheets
 from unitvis.errors import Interrupted, UnitvisError
@@ -36,12 +37,15 @@ MAX_PATCH_SIDE = 2048  # of a patch on a sheet, in pixels
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; a UnitvisError is printed as one line on stderr, without a traceback."""
     arguments = parser(COMMANDS).parse_args(argv)
-    with warnings.catch_warnings():
+    with unfailing_output(), warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"unitvis: warning: {message}", file=sys.stderr)
         try:
             return arguments.command(arguments)
         except UnitvisError as error:
+            print(f"unitvis: {error}", file=sys.stderr)
+            return USAGE
+        except OSError as error:  # a disk, a folder or a name that the system refuses
             print(f"unitvis: {error}", file=sys.stderr)
             return USAGE
         except Interrupted as error:
@@ -50,9 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("unitvis: interrupted", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # the program that reads the output ended, as in `unitvis layers MODEL | head`
-            sys.stderr.close()
-            return DONE
 
 
 def _load_model(arguments: argparse.Namespace) -> models.Loaded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import unitvis_kernels as uk
 from unitvis.errors import UnitvisError
 from unitvis.network.canonical import canonical_settings, evaluating
 from unitvis.network.channels import channel_axes
-from unitvis.network.device import on_device, unwrapped
+from unitvis.network.device import free_memory, on_device, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, model_input
 from unitvis.network.identity import describe_model
 from unitvis.network.layers import Examination, Layer
@@ -65,7 +66,7 @@ class Network:
         """
         start = time.perf_counter()
         with self.evaluating(), canonical_settings(self.device):
-            examination = Examination(self.model, torch.zeros(1, *shape, dtype=torch.float32, device=self.device))
+            examination = Examination(self.model, self._blank_image(shape))
         self._channel_axes |= examination.axes
         self.layers = examination.chosen(layers, exclude)
         counts = [layer.channels * (layer.height * layer.width if unit == "neuron" else 1) for layer in self.layers]
@@ -73,6 +74,16 @@ class Network:
         self.columns = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         self.input_shape, self.unit, self.fields = shape, unit, {}
         self.preparation = time.perf_counter() - start
+
+    def _blank_image(self, shape: Shape) -> Tensor:
+        """Zeros [1, C, H, W]; UnitvisError where memory does not hold them."""
+        need, free = 4 * math.prod(shape), free_memory(self.device)
+        if 2 * need > free:  # the first layer's maps are larger still
+            raise UnitvisError(
+                f"an input of {shape[2]} x {shape[1]} pixels takes {need / 2**30:,.0f} GiB, and {free / 2**30:.1f} GiB "
+                f"are free; give a smaller size"
+            )
+        return torch.zeros(1, *shape, dtype=torch.float32, device=self.device)
 
     @torch.inference_mode(False)
     def find_receptive_fields(self) -> None:

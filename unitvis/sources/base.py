@@ -190,7 +190,7 @@ class Source(ABC):
             done = 0
             while done < len(numbers):
                 if not filled:
-                    buffer = torch.empty((batch_size, *pixels.shape[1:]), dtype=pixels.dtype, device=pixels.device)
+                    buffer = _room_for(batch_size, pixels)
                     order = torch.empty(batch_size, dtype=torch.int64, device="cpu")
                 take = min(batch_size - filled, len(numbers) - done)
                 _copy_pixels(buffer[filled : filled + take], pixels[done : done + take])
@@ -366,6 +366,17 @@ def id_groups(ids: Iterable[int], size: int) -> Iterator[list[int]]:
     remaining = iter(ids)
     while group := list(islice(remaining, size)):
         yield group
+
+
+def _room_for(images: int, like: Tensor) -> Tensor:
+    """An uninitialised batch of so many images like these; UnitvisError where memory does not hold it."""
+    try:
+        return torch.empty((images, *like.shape[1:]), dtype=like.dtype, device=like.device)
+    except RuntimeError as error:
+        size = images * like[0].numel() * like.element_size() / 2**30
+        raise UnitvisError(
+            f"a batch of {images:,} images takes {size:,.0f} GiB, which cannot be had; give a smaller batch size"
+        ) from error
 
 
 def _copy_pixels(to: Tensor, pixels: Tensor) -> None:
