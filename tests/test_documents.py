@@ -349,6 +349,15 @@ def test_links_inside_the_project_lead_somewhere() -> None:
             assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
 
 
+def test_the_tests_that_are_named_exist() -> None:
+    """A link to a file of tests names some of its tests."""
+    for page in PAGES:
+        for names, link in re.findall(r"\[([^]]+)\]\((\.\./tests/[^)]+\.py)\)", page.read_text(encoding="utf-8")):
+            source = (page.parent / link).read_text(encoding="utf-8")
+            for test in names.split(", "):
+                assert re.search(rf"^ *def {test}\(", source, re.M), f"{page.name}: there is no {test} in {link}"
+
+
 def test_the_readme_links_to_every_page() -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", README.read_text(encoding="utf-8"))
     assert {name(page) for page in DOCS} | {name(NOTEBOOK)} <= set(links)
