@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unitvis.errors import UnitvisError, first_line
+from unitvis.errors import first_line
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
@@ -40,7 +40,7 @@ def effective_boxes(network: Network, run: RunData) -> dict[str, int | None]:
                 pixels = network.normalise(torch.stack([images[image] for image, _, _ in winners]))
                 try:
                     squares = _squared_gradients(network, name, pixels, [neuron for _, neuron, _ in winners])
-                except (RuntimeError, UnitvisError) as error:  # no reason to stop: only drawings use the box
+                except Exception as error:  # a model may raise anything; only drawings use the box, so the scan goes on
                     warnings.warn(f"layer {name!r} has no effective box, for want of gradients ({first_line(error)})")
                     continue
                 sides[name] = _effective_side(squares, np.array([centre for *_, centre in winners]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -30,9 +30,9 @@ class Step:
     """Merges batches of at most `size` images into a top-k, computed by a rewritten copy of the model.
 
     model: in eval mode; the step changes and keeps it. layers: names, in the order of the forward pass, and the units
-    of each in `topk`. sample: model inputs, float32 [N, C, H, W], with their canonical `responses`, float32 [N, units]:
-    a rewritten copy that gives others in float32 is not used. how: manifest entries that say whether the model was
-    rewritten and captured.
+    of each in `topk`. shapes: see `Hooks`. sample: model inputs, float32 [N, C, H, W], with their canonical
+    `responses`, float32 [N, units]: a rewritten copy that gives others in float32 is not used. how: manifest entries
+    that say whether the model was rewritten and captured.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Step:
         topk: TopK,
         *,
         axes: Mapping[str, int | None],
+        shapes: Sequence[tuple[int, int, int]] = (),
         dtype: torch.dtype,
         size: int,
         transform: Transform | None,
@@ -51,7 +52,7 @@ class Step:
     ) -> None:
         self.topk, self.size = topk, size
         self.how: dict[str, Any] = {}
-        self._layers, self._axes, self._neurons = layers, axes, neurons
+        self._layers, self._axes, self._shapes, self._neurons = layers, axes, shapes, neurons
         self._dtype, self._transform, self._device = dtype, transform, sample.device
         self._threshold = Threshold()
         self.model = model  # replaced by the copy that computes the keys
@@ -69,6 +70,7 @@ class Step:
             dict(zip((layer.name for layer in network.layers), network.columns, strict=True)),
             topk,
             axes=network.channel_axes([layer.name for layer in network.layers], network.input_shape),
+            shapes=network.map_shapes,
             dtype=HALF[precision],
             size=size,
             transform=network.transform,
@@ -160,7 +162,7 @@ class Step:
     def _hooked(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The model as given, in the scan's precision, as a function from its input to keys that hooks compute."""
         self.model = _channels_last(model).to(self._dtype)
-        hooks = Hooks(self.model, self._axes).__enter__()  # never removed: only the step uses this model
+        hooks = Hooks(self.model, self._axes, self._shapes).__enter__()  # never removed: only the step uses this model
         units = list(self._layers.values())
         return lambda batch: hooks.keys(batch, units, self._threshold.values, neurons=self._neurons)
 

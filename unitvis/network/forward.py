@@ -65,12 +65,15 @@ class _LastLayerRead(BaseException):
 class Hooks:
     """Forward hooks on layers for the length of a `with` block. layers: their names, with the axis of their channels.
 
+    shapes: [C, H, W] of each layer's map, where another one is to be refused.
     `run` reads each layer's map as the layer returns it, before an in-place activation can overwrite it, and stops the
     forward pass after the last of the layers.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, int | None]) -> None:
-        self._model, self._layers = model, dict(layers)
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, int | None], shapes: Sequence[tuple[int, int, int]] = ()
+    ) -> None:
+        self._model, self._layers, self._shapes = model, dict(layers), shapes
         self._handles: list[RemovableHandle] = []
         self._read: ReadMap | None = None
         self._seen: set[int] = set()
@@ -97,7 +100,13 @@ class Hooks:
                     f"layer {name!r} ran twice in one forward pass; only layers that run once can be ranked"
                 )
             self._seen.add(index)
-            self._read(index, as_map(name, self._layers[name], output))
+            maps = as_map(name, self._layers[name], output)
+            if self._shapes and tuple(maps.shape[1:]) != self._shapes[index]:
+                raise UnitvisError(
+                    f"layer {name!r} gave maps of {list(self._shapes[index])} and now gives {list(maps.shape[1:])}; "
+                    "only layers whose maps have one size can be ranked: leave it out"
+                )
+            self._read(index, maps)
             if len(self._seen) == len(self._layers):
                 raise _LastLayerRead
 
@@ -137,10 +146,10 @@ class CanonicalPass:
     """Canonical forward passes that read some layers of a model in eval mode, for the length of a `with` block.
 
     layers: names with the axis of their channels, in the order of the forward pass. columns: the units of each, counted
-    from 0; needed by `keys` alone. The model runs as given, eager, in IEEE float32, on channels-last input, in compute
-    batches of exactly `COMPUTE_BATCH` images: convolution and matrix libraries choose another algorithm for another
-    shape, and with it other last bits. At one fixed shape an image's responses do not depend on its neighbours or its
-    slot.
+    from 0; needed by `keys` alone. shapes: see `Hooks`. The model runs as given, eager, in IEEE float32, on
+    channels-last input, in compute batches of exactly `COMPUTE_BATCH` images: convolution and matrix libraries choose
+    another algorithm for another shape, and with it other last bits. At one fixed shape an image's responses do not
+    depend on its neighbours or its slot.
     """
 
     def __init__(
@@ -151,11 +160,12 @@ class CanonicalPass:
         layers: Mapping[str, int | None],
         columns: Sequence[slice] = (),
         *,
+        shapes: Sequence[tuple[int, int, int]] = (),
         neurons: bool = False,
     ) -> None:
         self._device, self._transform = device, transform
         self._columns, self._neurons = columns, neurons
-        self._hooks = Hooks(model, layers)
+        self._hooks = Hooks(model, layers, shapes)
 
     def __enter__(self) -> Self:
         self._hooks.__enter__()

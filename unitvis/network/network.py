@@ -102,6 +102,11 @@ class Network:
         """int64 [units]: the number of each unit's layer."""
         return np.repeat(np.arange(len(self.layers)), [own.stop - own.start for own in self.columns])
 
+    @property
+    def map_shapes(self) -> list[Shape]:
+        """[C, H, W] of each layer's map."""
+        return [(layer.channels, layer.height, layer.width) for layer in self.layers]
+
     def evaluating(self) -> AbstractContextManager[None]:
         """The model in eval mode, and eager where it was compiled, for the length of a `with` block."""
         return evaluating(self.model)
@@ -123,8 +128,8 @@ class Network:
         own, start = self.columns[first:last], self.columns[first].start
         columns = [slice(one.start - start, one.stop - start) for one in own]
         axes = self._layer_axes(first, last)
-        neurons = self.unit == "neuron"
-        return CanonicalPass(self.model, self.device, self.transform, axes, columns, neurons=neurons)
+        shapes, neurons = self.map_shapes[first:last], self.unit == "neuron"
+        return CanonicalPass(self.model, self.device, self.transform, axes, columns, shapes=shapes, neurons=neurons)
 
     def _layer_axes(self, first: int = 0, last: int | None = None) -> dict[str, int | None]:
         return {layer.name: self._channel_axes[layer.name] for layer in self.layers[first:last]}

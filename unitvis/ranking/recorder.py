@@ -11,22 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unitvis.errors import UnitvisError
+import unitvis_kernels as uk
+from unitvis.errors import UnitvisError, error_text
 from unitvis.half_precision.candidates import EXTRA_CANDIDATES
 from unitvis.half_precision.step import HALF, Step, overflowing_layer
-from unitvis.network.device import refuse_state
+from unitvis.network.device import refuse_state, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
 from unitvis.network.network import Network, Shape
 from unitvis.ranking.batches import check_coverage, checked_ids, checked_images
+from unitvis.ranking.repetition import repetition_warning
+from unitvis.ranking.watch import WeightsWatch
 from unitvis.ranking.winners import ranked_run, reranked_run
 from unitvis.reranking.rerank import Scanned
+from unitvis.reranking.witness import ROUNDING, check_witness
 from unitvis.results.manifest import scan_manifest
 from unitvis.run import Run
-from unitvis.sources import open_source
+from unitvis.sources import Source, open_source
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.partial import Identity, Partial, identity
+from unitvis.state.partial import SEEN, Identity, Partial, identity
 from unitvis.state.topk import TopK
+
+LOOP_ROUNDING = (
+    1e-4  # share of a layer's largest response by which the images of a loop may give others when read again
+)
 
 
 class Recorder:
@@ -40,9 +48,13 @@ class Recorder:
     layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. exclude:
     names or shell patterns of layers to leave out. unit: "channel" ranks the largest response over positions, "neuron"
     every element of the map. device: None is the model's own. precision: "fp32" is canonical (compute batches of 16);
-    "fp16" and "bf16" rank what a copy of the model gives in half precision, in batches of batch_size. State on the
-    device is O(units x k); nothing is copied to the host before `result`. A GPU that scans in half precision fetches a
-    pinned batch after the call: write into one only two calls later. The model is left as it was found.
+    "fp16" and "bf16" rank what a copy of the model gives in half precision, in batches of batch_size. weights: "fixed"
+    refuses, at `result`, weights that were written to between calls; "moving" ranks each image by the weights that it
+    met, in float32, and no unit is separated.
+
+    State on the device is O(units x k); nothing is copied to the host before `result`. A GPU that scans in half
+    precision fetches a pinned batch after the call: write into one only two calls later. The model is left as it was
+    found.
     """
 
     make_step = Step.of  # of a scan in half precision; a subclass of Step can emulate it
@@ -59,20 +71,31 @@ class Recorder:
         transform: Transform | None = None,
         precision: str = "fp32",
         batch_size: int = 4 * COMPUTE_BATCH,
+        weights: str = "fixed",
     ) -> None:
         if not isinstance(k, int) or k < 1:
             raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
         if unit not in ("channel", "neuron"):
             raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
+        if weights not in ("fixed", "moving"):
+            raise UnitvisError(f"weights must be 'fixed' or 'moving', not {weights!r}")
         self.network = Network(model, device=device, transform=transform)
+        self._given = unwrapped(model)
+        if weights == "moving" and self.network.model is not self._given:
+            raise UnitvisError(
+                "weights='moving' ranks the model itself, and this one would be copied, because it is on another "
+                "device or not in float32; leave out device=, or move the model before"
+            )
         self.k, self.images = k, 0  # images: how many are in the top-k
         self.coverage = IntervalSet()  # the ids given; after `flush` all of them are in the top-k
         self.topk: TopK  # made with the first batch
-        self._layers, self._exclude, self._unit = layers, exclude, unit
+        self._layers, self._exclude, self._unit, self._weights = layers, exclude, unit, weights
         self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # images and ids, fewer than are computed at once
         self._begun = False
+        self._watch: WeightsWatch | None = None  # of weights that are to stay fixed, from the first call on
+        self._first: tuple[Tensor, Tensor]  # in float32: the first images and their keys
         self._canonical: CanonicalPass  # in float32, once it has begun
         self._step: Step  # in half precision, once it has begun
         self._stack = ExitStack()
@@ -94,11 +117,23 @@ class Recorder:
         """Choose how the images are computed, before the first one is."""
         if precision != "fp32" and precision not in HALF:
             raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
+        if precision != "fp32" and self._weights == "moving":
+            raise UnitvisError(f"weights='moving' needs precision='fp32': {precision} ranks with a copy of the weights")
         self.precision, self._size = precision, COMPUTE_BATCH if precision == "fp32" else batch_size
 
     @torch.inference_mode(False)
     def prepare(self, shape: Shape) -> None:
-        """For inputs [C, H, W]: find the layers and what their neurons see, and make an empty top-k for them."""
+        """For inputs [C, H, W]: find the layers and what their neurons see, and describe the model.
+
+        All that can fail because of the model fails here, before the first image is computed.
+        """
+        try:
+            self.network.description  # noqa: B018  it is kept
+        except Exception as error:
+            raise UnitvisError(
+                f"the model cannot be described for the manifest, because its state_dict() cannot be read "
+                f"({error_text(error)}); give a model whose state is tensors"
+            ) from error
         self.network.examine(shape, self._layers, self._unit, self._exclude)
         refuse_state(self.network.units, self.k + 1, COMPUTE_BATCH, self.network.device)
         self.network.find_receptive_fields()
@@ -113,6 +148,8 @@ class Recorder:
             raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
         images = checked_images(batch, self._first_shape, uint8=self.network.transform is not None)
         self._first_shape = images.shape[1:]
+        if self._weights == "fixed" and self._watch is None:
+            self._watch = WeightsWatch(self._given)
         if self.precision == "fp32":
             images = images.to(self.network.device)
         if ids is None:
@@ -129,6 +166,8 @@ class Recorder:
         if whole < len(images):
             self._waiting.append((images[whole:].clone(), ids[whole:].clone()))
         self.coverage.add(np.asarray(known, np.int64))
+        if self._weights == "moving":
+            self.flush()
 
     @torch.inference_mode(False)
     def flush(self) -> None:
@@ -139,6 +178,8 @@ class Recorder:
     def _rank(self, images: Tensor, ids: Tensor) -> None:
         """Compute at most as many images as are computed at once, and fold them into the top-k."""
         with self.network.evaluating():  # a loop may train the model meanwhile
+            if self._watch is not None:
+                self._watch.look()
             if not self._begun:
                 self._begin(images)
             if self.precision == "fp32":
@@ -146,6 +187,8 @@ class Recorder:
                 self.topk.merge(keys, ids.to(keys.device))
             else:
                 self._rank_in_half_precision(self._step, images, ids)
+            if self._watch is not None:
+                self._watch.settle()
         self.images += len(ids)
 
     def _begin(self, images: Tensor) -> None:
@@ -158,7 +201,8 @@ class Recorder:
             self.topk = TopK.empty(self.network.units, places, self.network.device)
         if self.precision == "fp32":
             self._canonical = self._stack.enter_context(self.network.reading())
-            self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])
+            first = images[:COMPUTE_BATCH].clone()
+            self._first = first, self.network.check_independence(self._canonical, first)
         else:
             self._step = self.make_step(self.network, self.topk, images, precision=self.precision, size=self._size)
         self._begun = True
@@ -179,20 +223,78 @@ class Recorder:
 
         images: whatever `scan` takes and can be read again by id, to cut patches from; after half precision also to
         compute again what can win. Without them such a run ranks what half precision said, and nothing is separated.
+        Sixteen winners are read from them and computed again: UnitvisError if they give other responses than were
+        recorded under their ids. The manifest's `witness` says so, or why it was not checked.
         """
+        self._check_recorded()
+        source = None if images is None else open_source(images, self.network.transform)
+        checked: dict[str, int] | str
+        if source is None:
+            checked = "not checked: no images were given"
+        elif not source.rereadable:
+            checked = f"not checked: a {source.kind} is read once"
+        elif self._weights == "moving":
+            checked = "not checked: the weights moved"
+        else:
+            try:  # the loop may have normalised the images otherwise, so their last bits may differ
+                checked = self.check_witness(source, rounding=LOOP_ROUNDING)
+            except UnitvisError as error:
+                raise UnitvisError(
+                    f"the images given are not those that were recorded under their ids: {error}; a loop that shuffles "
+                    "or augments must hand over ids and the very images: recorder(images, ids)"
+                ) from error
+        run = self._ranked(source)
+        run.manifest["witness"] = checked
+        if source is not None and self.precision == "fp32":
+            run.attach(source)
+        if repeated := repetition_warning(self.topk.read(), self.k):
+            warnings.warn(repeated)
+        return run
+
+    def ranked(self, source: Source | None = None) -> Run:
+        """Like `result`, without the witness and with no images to cut patches from; source: see `_ranked`."""
+        self._check_recorded()
+        return self._ranked(source)
+
+    def _ranked(self, source: Source | None) -> Run:
+        """The run of the top-k as it is. source: after half precision, to compute again what can win."""
+        if self.precision != "fp32" and source is not None:
+            return reranked_run(self.network, self.scanned, source, self._manifest("exact"))
+        decided = np.full(self.network.units, self.precision == "fp32" and self._weights == "fixed")
+        return ranked_run(self.network, self.topk, self.k, decided, self._manifest(self.precision))
+
+    def _check_recorded(self) -> None:
+        """Raise UnitvisError unless there are images, each under an id of its own, ranked by one set of weights."""
         self.flush()
         if self.images == 0:
             raise UnitvisError("no image was recorded, so there is nothing to rank")
         if len(self.coverage):  # none are known where they came on a GPU
             check_coverage(self.coverage, self.images)
-        source = None if images is None else open_source(images, self.network.transform)
-        if self.precision != "fp32" and source is not None:
-            return reranked_run(self.network, self.scanned, source, self._manifest("exact"))
-        decided = np.full(self.network.units, self.precision == "fp32")
-        run = ranked_run(self.network, self.topk, self.k, decided, self._manifest(self.precision))
-        if source is not None:
-            run.attach(source)
-        return run
+        if self._watch is None:
+            return
+        self._watch.refuse(hashes=True)
+        if self._watch.own and self.precision == "fp32":
+            images, keys = self._first
+            with self.network.evaluating(), self.network.reading() as canonical:
+                then, now = uk.unpack(keys)[0], uk.unpack(canonical.keys(images))[0]
+            slack = ROUNDING * float(then.nan_to_num(0, 0, 0).abs().max())
+            if not torch.allclose(then, now, rtol=0, atol=slack, equal_nan=True):
+                raise UnitvisError(
+                    f"the model changes itself as it runs ({min(self._watch.own)!r} was written to): the first images "
+                    "give other responses now than when they were recorded, so nothing can be ranked"
+                )
+
+    def check_witness(
+        self, source: Source, topk: TopK | None = None, *, bits: bool = False, rounding: float = ROUNDING
+    ) -> dict[str, int]:
+        """Compute some winners of a top-k (None: of the images so far) again, see `reranking.witness`."""
+        half = None if self.precision == "fp32" else self._half_responses
+        resolution = 0.0 if self.precision == "fp32" else torch.finfo(HALF[self.precision]).eps
+        topk = self.topk if topk is None else topk
+        with self.network.evaluating():
+            return check_witness(
+                self.network, topk, self.k, source, bits=bits, rounding=rounding, half=half, resolution=resolution
+            )
 
     @property
     def scanned(self) -> Scanned:
@@ -205,7 +307,7 @@ class Recorder:
     def _half_responses(self, images: Tensor) -> Any:
         if not self._begun:  # the scan was another process's
             self._begin(images)
-        return self._step.responses(images)
+        return np.concatenate([self._step.responses(part) for part in torch.split(images, self._size)])
 
     def _manifest(self, precision: str) -> dict[str, Any]:
         return {
@@ -214,6 +316,7 @@ class Recorder:
             "images": self.images,
             "coverage": self.coverage.ranges.tolist(),
             "failures": [],
+            **({"weights": "moving"} if self._weights == "moving" else {}),
             "seconds": {"preparation": self.network.preparation},
         }
 
@@ -224,22 +327,30 @@ class Recorder:
             how |= {"candidates": self.k + EXTRA_CANDIDATES, **(self._step.how if self._begun else {})}
         return scan_manifest(self.network, self.k, self.precision, how)
 
-    def partial(self, seconds: float = 0.0, **entries: Any) -> Run:
+    def partial(self, seconds: float = 0.0, read_from: Source | None = None, **entries: Any) -> Run:
         """A run with what `merge` needs of the images so far, and no winners yet; their ids must be known.
 
-        seconds: of scanning. entries: of the manifest, in place of a recorder's own.
+        seconds: of scanning. read_from: source of the images. entries: of the manifest, in place of a recorder's own.
         """
         manifest = self.about() | {"partial": True, "shard": None, "failures": []} | entries
         failures = {failure["id"]: failure["reason"] for failure in manifest["failures"]}
-        part = self.snapshot(identity(manifest), failures, seconds)
+        part = self.snapshot(identity(manifest), failures, seconds, read_from)
         counted = {"images": self.images, "coverage": part.coverage.ranges.tolist()}
         return Run({}, manifest | counted | {"seconds": {"preparation": self.network.preparation}}, {}, partial=part)
 
-    def snapshot(self, identity: Identity, failures: Mapping[int, str], seconds: float) -> Partial:
-        """All that was recorded so far, taken at once: one copy from the device."""
+    def snapshot(
+        self, identity: Identity, failures: Mapping[int, str], seconds: float, read_from: Source | None = None
+    ) -> Partial:
+        """All that was recorded so far, taken at once: one copy from the device. read_from: see `partial`."""
         self.flush()
         check_coverage(self.coverage, self.images)
-        return Partial(identity, self.topk.to("cpu"), self.coverage.copy(), failures, seconds)
+        if self._weights == "moving":
+            raise UnitvisError("responses of weights that move cannot be merged; record with weights='fixed'")
+        if self._watch is not None:
+            self._watch.refuse(hashes=False)
+        topk = self.topk.to("cpu")
+        seen = np.zeros(0, SEEN) if read_from is None else read_from.noted(topk.images())
+        return Partial(identity, topk, self.coverage.copy(), failures, seconds, seen)
 
     def restore(self, part: Partial) -> None:
         """Go on from a snapshot; only before the first image, after `prepare`."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from unitvis.network.layers import Layer
 from unitvis.network.network import Network
 from unitvis.network.receptive_fields.receptive_field import ReceptiveField
+from unitvis.ranking.repetition import repetition_warning
 from unitvis.reranking.bound import EXCEEDING_PROBABILITY
 from unitvis.reranking.rerank import Scanned, rerank
 from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED, LayerArrays
@@ -25,9 +26,12 @@ from unitvis.state.topk import Ranked, TopK
 
 def ranked_run(network: Network, topk: TopK, k: int, decided: NDArray[np.bool_], manifest: Mapping[str, Any]) -> Run:
     """The run of a top-k; see `winners`. manifest: of the scan, to which the layers and their warnings are added."""
-    tops = winners(network, topk, k, decided)
+    ranked = topk.read()
+    tops = winners(network, ranked, k, decided)
     layers = {name: top.info for name, top in tops.items()}
     warned = [sentence for top in tops.values() if (sentence := saturation_warning(top))]
+    if repeated := repetition_warning(ranked, k):
+        warned.append(repeated)
     return Run(tops, {**manifest, "layers": layers, "warnings": warned}, {})
 
 
@@ -43,13 +47,12 @@ def reranked_run(network: Network, scanned: Scanned, source: Source, manifest: M
     return run
 
 
-def winners(network: Network, topk: TopK, k: int, decided: NDArray[np.bool_]) -> Mapping[str, LayerArrays]:
+def winners(network: Network, ranked: Ranked, k: int, decided: NDArray[np.bool_]) -> Mapping[str, LayerArrays]:
     """The k winners of every unit, by layer.
 
-    topk: k places a unit or more; those beyond k tell whether the k-th shares its value, and count as responses.
+    ranked: k places a unit or more; those beyond k tell whether the k-th shares its value, and count as responses.
     decided: bool [units], the first k places are exactly brute force's.
     """
-    ranked = topk.read()
     found = {}
     for layer, units in zip(network.layers, network.columns, strict=True):
         own = ranked.of(units)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import unitvis_kernels as uk
-from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.reranking.bound import upper_bound
 from unitvis.reranking.pairs import ResponsePairs
+from unitvis.reranking.rereading import read_again
 from unitvis.sources import Source
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.sampling import sample
@@ -130,7 +130,7 @@ class Reranking:
         columns = slice(self._network.columns[first].start, self._network.columns[last - 1].stop)
         topk = self.topk.of(columns)
         with self._network.reading(first, last) as canonical:
-            for batch in self._source.batches(COMPUTE_BATCH, ids=ids.tolist()):
+            for batch in read_again(self._source, ids):
                 keys = canonical.keys(batch.pixels, topk.threshold())
                 topk.merge(keys, batch.ids.to(keys.device))
                 self.pairs.take(keys, batch.ids, columns.start)
@@ -139,7 +139,7 @@ class Reranking:
     def compute_sample(self) -> None:
         """The images with the smallest hashes of their ids, in all layers, in both precisions."""
         ids = sample(self._scanned.coverage.ranges)
-        batches = self._source.batches(COMPUTE_BATCH, ids=ids.tolist())
+        batches = read_again(self._source, ids)
         self._half_sample = np.concatenate([self._scanned.responses(batch.pixels) for batch in batches])
         self._canonical_sample = np.concatenate(self.compute(ids, np.full(len(ids), len(self._network.layers))))
 
@@ -203,8 +203,7 @@ class Reranking:
         self.compute(ids, depths)
 
     def compute_all(self, layer: int) -> None:
-        """Every image that can be read, up to a layer: all units up to there are decided."""
-        failed = np.array([failure.id for failure in self._source.failures], np.int64)
-        ids = np.setdiff1d(np.arange(self._source.length or 0), failed)
+        """Every image that was scanned, up to a layer: all units up to there are decided."""
+        ids = np.concatenate([np.arange(*ends) for ends in self._scanned.coverage.ranges.tolist()])
         self.compute(ids, np.full(len(ids), layer + 1))
         self.decided |= self.layer_of <= layer

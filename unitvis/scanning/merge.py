@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from unitvis import models
 from unitvis.errors import UnitvisError
+from unitvis.network.device import fingerprint
 from unitvis.network.identity import describe_model
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import check_output
@@ -22,7 +24,7 @@ from unitvis.scanning.scan import finish_run
 from unitvis.sources import Source, open_source, reopen_source
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.partial import Partial, refuse_differences
+from unitvis.state.partial import Partial, joined_seen, refuse_differences
 
 
 @torch.inference_mode(False)
@@ -72,7 +74,7 @@ def merge(
         run = _partial_run(merged, manifest, [failures[id] for id in merged.failures])
         run.records = {id: records[id] for id in merged.candidates.tolist() if id in records}
     else:
-        run = _finished_run(merged, manifest, records, model, images, device, on_error)
+        run = _finished_run(merged, parts, manifest, records, model, images, device, on_error)
     if folder is not None:
         run.write(folder)
     return run
@@ -84,11 +86,15 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     order = sorted(parts, key=lambda name: -len(parts[name].coverage))
     first = order[0]
     merged, seconds = parts[first], parts[first].seconds
-    topk, coverage, failures = merged.topk.to("cpu"), merged.coverage, dict(merged.failures)
+    topk, coverage, failures, seen = merged.topk.to("cpu"), merged.coverage, dict(merged.failures), merged.seen
     for name in order[1:]:
         part = parts[name]
         refuse_differences(f"{first} and {name} cannot be merged", merged.identity, part.identity)
         failures |= part.failures
+        try:
+            seen = joined_seen(seen, part.seen)
+        except UnitvisError as error:
+            raise UnitvisError(f"{first} and {name} cannot be merged: {error}") from error
         shared = coverage & part.coverage
         if len(shared) == len(part.coverage):
             continue
@@ -102,7 +108,8 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     failed = np.array(sorted(failures), np.int64)
     # An image that one run could not read and another one could is no failure.
     failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}
-    return Partial(merged.identity, topk, coverage, failures, seconds)
+    seen = seen[np.isin(seen["id"], topk.images())]
+    return Partial(merged.identity, topk, coverage, failures, seconds, seen)
 
 
 def missing_ids(part: Partial, images: int | None) -> IntervalSet:
@@ -118,6 +125,7 @@ def _partial_run(part: Partial, manifest: dict[str, Any], failures: list[dict[st
 
 def _finished_run(
     part: Partial,
+    parts: Mapping[str, Partial],
     manifest: dict[str, Any],
     records: Mapping[int, dict[str, Any]],
     model: nn.Module | str | models.Loaded | None,
@@ -143,16 +151,39 @@ def _finished_run(
         recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         recorder.restore(part)
         source.add_failures(part.failures)
+        checked = _check_same_images(recorder, source, parts, manifest["fingerprint"])
         undecided = manifest["precision"] == "exact" and recorder.precision != "fp32"
-        run = recorder.result(source if undecided else None)
+        run = recorder.ranked(source if undecided else None)
     run.attach(source, records)
     run.partial = part
+    run.manifest["witness"] = checked
     run.manifest |= {"precision": manifest["precision"], "plan": manifest["plan"]}
     run.manifest["model"] |= origin
     run.manifest["failures"] = [asdict(failure) for failure in source.failures]
     run.manifest["seconds"] |= {"scan": part.seconds, "merge": time.perf_counter() - start}
     finish_run(run, source, recorder.network, on_error)
     return run
+
+
+def _check_same_images(
+    recorder: Recorder, source: Source, parts: Mapping[str, Partial], then: Mapping[str, str]
+) -> dict[str, int]:
+    """Compute some winners of each part again; UnitvisError that names a part which other images made.
+
+    then: the fingerprint of the parts. Returns the sums of what `check_witness` does.
+    """
+    sums: Counter[str] = Counter()
+    bits = fingerprint(recorder.network.device) == then
+    for name, part in parts.items():
+        try:
+            source.note(part.seen)
+            sums.update(recorder.check_witness(source, part.topk, bits=bits))
+        except UnitvisError as error:
+            raise UnitvisError(
+                f"{name} was not made of the images in {source.describe()['path'] or source.kind!r}: {error}; give the "
+                "images that were scanned (--images, images=), or scan that shard again"
+            ) from error
+    return dict(sums)
 
 
 def _reopened_source(manifest: dict[str, Any], images: object) -> Source:

@@ -48,6 +48,7 @@ class Progress:
         self.ids = None if shard is None else shard.ids(source.length, source.kind)
         self.earlier_seconds = 0.0  # seconds of scanning in earlier attempts
         self.checkpoint_seconds = 0.0  # seconds that checkpoints took
+        self.witness: dict[str, int] | None = None  # what `check_witness` found when the scan was resumed
         self._identity: Identity | None = None
         self._signals = Signals()
 
@@ -75,6 +76,7 @@ class Progress:
             self._recorder.restore(part)
             self._source.add_failures(part.failures)
             self.earlier_seconds = part.seconds
+            self._check_same_images(part)
             return False
         if not (self._folder / "manifest.json").exists():
             return False
@@ -92,6 +94,17 @@ class Progress:
         channels, height, width = found["input"]
         self._recorder.prepare((channels, height, width))
         refuse_differences(what, found, self.identity)
+
+    def _check_same_images(self, part: Partial) -> None:
+        """Raise UnitvisError where the images are not those of the checkpoint, as far as some winners tell."""
+        try:
+            self._source.note(part.seen)
+            self.witness = self._recorder.check_witness(self._source, bits=True)
+        except UnitvisError as error:
+            raise UnitvisError(
+                f"the scan in {self._folder} cannot be resumed, because its images have changed: {error}; restore "
+                "them, or start again with --overwrite"
+            ) from error
 
     @property
     def identity(self) -> Identity:
@@ -148,7 +161,7 @@ class Progress:
 
     def snapshot(self) -> Partial:
         """State of the scan so far, taken at once."""
-        return self._recorder.snapshot(self.identity, self._source.failure_reasons, self.seconds)
+        return self._recorder.snapshot(self.identity, self._source.failure_reasons, self.seconds, self._source)
 
     @property
     def seconds(self) -> float:

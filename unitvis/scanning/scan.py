@@ -149,16 +149,17 @@ def scan(
             failures = [asdict(failure) for failure in source.failures]
             if own_shard is not None:
                 about = {"source": source.describe(), "shard": str(own_shard), "failures": failures}
-                run = recorder.partial(tracker.seconds, **about)
+                run = recorder.partial(tracker.seconds, source, **about)
                 run.attach(source)
             else:
-                run = recorder.result(source if precision == "exact" else None)
-                if precision != "exact":
-                    run.attach(source)
+                run = recorder.ranked(source if precision == "exact" else None)
+                run.attach(source)
                 run.manifest["failures"] = failures
         run.manifest |= {"precision": precision, "plan": chosen_plan.line}
         run.manifest["model"] |= origin
         run.manifest["seconds"] |= seconds
+        if tracker.witness is not None:
+            run.manifest["witness"] = tracker.witness
         if own_shard is None:
             finish_run(run, source, recorder.network, on_error)
         if folder is not None:

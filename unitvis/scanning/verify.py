@@ -89,6 +89,8 @@ def verify(run: RunData, model: nn.Module, device: torch.device | str | None = N
         raise UnitvisError(
             f"the run was ranked in {precision}, so its values are not canonical; scan with exact or fp32"
         )
+    if run.manifest.get("weights") == "moving":
+        raise UnitvisError("the weights moved while the run was recorded, so its values cannot be computed again")
     network = Network(model, device=device, transform=run.source.transform)
     channels, height, width = run.manifest["input"]
     network.examine((channels, height, width), run.layers, run.manifest["unit"])

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.transform import Box, Transform
+from unitvis.state.partial import SEEN
 
 Picture = tuple[Image.Image, Callable[[Box], Box]]  # and the map of a box in model-input pixels to pixels of that image
 Chunks = Iterator[tuple[Sequence[int], Tensor]]  # ids and pixels of some images
@@ -157,6 +158,13 @@ class Source(ABC):
             raise UnitvisError(f"{changed}: {error}") from error
         if not same:
             raise UnitvisError(f"{changed}: its content has changed; restore it, or {self._remedy}")
+
+    def noted(self, ids: NDArray[np.int64]) -> NDArray[np.void]:
+        """Digest and size, `state.partial.SEEN` [n], of those images that were read and are noted; nothing is read."""
+        return np.zeros(0, SEEN)
+
+    def note(self, seen: NDArray[np.void]) -> None:  # noqa: B027  a source that notes nothing takes nothing over
+        """Take over what `noted` gave in another process: an image that is not the same raises when it is read."""
 
     def value_range(self, ids: Iterable[int]) -> tuple[float, float]:
         """Smallest and largest finite value of these images if `picture` needs them, otherwise 0 and 1."""
@@ -295,6 +303,21 @@ class ImageInfoTable:
         row = self._rows[id]
         return ImageInfo(row["digest"].tobytes(), int(row["width"]), int(row["height"])) if row["width"] else None
 
+    def noted(self, ids: NDArray[np.int64]) -> NDArray[np.void]:
+        """`SEEN` [n] of those images that were read."""
+        rows = self._rows[ids]
+        read = rows["width"] > 0
+        found = np.zeros(read.sum(), SEEN)
+        found["id"] = ids[read]
+        for name in self.ROW.names or ():
+            found[name] = rows[name][read]
+        return found
+
+    def note(self, seen: NDArray[np.void]) -> None:
+        """Take over `SEEN` [n], of images of this table."""
+        for name in self.ROW.names or ():
+            self._rows[name][seen["id"]] = seen[name]
+
 
 class ItemSource(Source):
     """Source that reads images one at a time; each may fail alone, and must be unchanged when it is read again."""
@@ -328,6 +351,16 @@ class ItemSource(Source):
             else:
                 self._infos[id] = info
                 yield [id], pixels[None]
+
+    def noted(self, ids: NDArray[np.int64]) -> NDArray[np.void]:
+        """Digest and size of those images that were read."""
+        return self._infos.noted(ids)
+
+    def note(self, seen: NDArray[np.void]) -> None:
+        """Take over digests and sizes; UnitvisError for an image that there is not."""
+        for id in seen["id"][[0, -1]].tolist() if len(seen) else ():  # they ascend
+            self._checked_id(id)
+        self._infos.note(seen)
 
     def _check_unchanged(self, id: int, digest: bytes) -> bytes:
         """Return the digest; UnitvisError if the image was read before with another one."""

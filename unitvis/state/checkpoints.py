@@ -59,7 +59,7 @@ class Checkpoints:
     def read(self, parse: Callable[[Arrays], _Parsed]) -> _Parsed | None:
         """What `parse` makes of the newest whole checkpoint, None without one; UnitvisError where none is whole.
 
-        `parse` may raise anything for arrays that are no checkpoint.
+        `parse` may raise anything for arrays that are no checkpoint, and UnitvisError for those of another version.
         """
         damaged = None
         for path in (self._path, self._previous):
@@ -67,6 +67,8 @@ class Checkpoints:
                 continue
             try:
                 parsed = parse(read_arrays(path))
+            except UnitvisError as error:
+                raise UnitvisError(f"{path} {error}; start again with --overwrite") from error
             except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything
                 damaged = damaged or f"{path} is damaged ({' '.join(str(error).split())})"
                 continue

@@ -18,6 +18,9 @@ from unitvis.state.interval_set import IntervalSet
 from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
+FORMAT = 2  # version of the arrays
+# Of an image that was read: hash of its bytes or pixels, original width and height.
+SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Partial:
     coverage: IntervalSet  # ids whose responses are in the top-k
     failures: Mapping[int, str]  # ids that could not be used, with the reason
     seconds: float  # of scanning so far
+    seen: NDArray[np.void]  # SEEN [images]: of the images that hold a place, where their source noted them
 
     @property
     def candidates(self) -> NDArray[np.int64]:
@@ -39,23 +43,29 @@ class Partial:
         """Everything as arrays, for an npz file without pickle."""
         reasons = sorted(set(self.failures.values()))
         number = {reason: n for n, reason in enumerate(reasons)}
-        about = {"identity": self.identity, "reasons": reasons, "seconds": self.seconds}
+        about = {"format": FORMAT, "identity": self.identity, "reasons": reasons, "seconds": self.seconds}
         return {
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
             "state": self.topk.tensor.numpy(),
             "coverage": self.coverage.ranges,
             "failed": np.array(list(self.failures), np.int64),
             "reason": np.array([number[reason] for reason in self.failures.values()], np.int64),
+            "seen": self.seen,
         }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
-        """What `arrays` gave; raises nearly anything for others."""
+        """What `arrays` gave; UnitvisError for another version's arrays, and nearly anything for others."""
         about = json.loads(arrays["about"].tobytes())
+        if (version := about.get("format", 1)) != FORMAT:
+            raise UnitvisError(f"has format {version}, and this version of unitvis reads format {FORMAT}")
+        if arrays["seen"].dtype != SEEN or arrays["seen"].ndim != 1:
+            raise ValueError(f"the table of images is {arrays['seen'].dtype}")
         reasons = [about["reasons"][number] for number in arrays["reason"].tolist()]
         failures = dict(zip(arrays["failed"].tolist(), reasons, strict=True))
         topk = TopK(torch.from_numpy(arrays["state"]))
-        return cls(about["identity"], topk, IntervalSet(arrays["coverage"]), failures, about["seconds"])
+        coverage = IntervalSet(arrays["coverage"])
+        return cls(about["identity"], topk, coverage, failures, about["seconds"], arrays["seen"])
 
     def write(self, path: Path) -> None:
         """As an npz file, on the disk when this returns."""
@@ -66,8 +76,18 @@ def read_partial(path: Path) -> Partial:
     """What `Partial.write` wrote; every byte is checked against the file's checksums. UnitvisError if it is not so."""
     try:
         return Partial.from_arrays(read_arrays(path))
+    except UnitvisError as error:
+        raise UnitvisError(f"{path} {error}") from error
     except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything
         raise UnitvisError(f"{path} is damaged ({' '.join(str(error).split())})") from error
+
+
+def joined_seen(one: NDArray[np.void], other: NDArray[np.void]) -> NDArray[np.void]:
+    """The union of two SEEN tables, by id; UnitvisError where they have an image with another content each."""
+    seen = np.unique(np.concatenate([one, other]))  # by id, then by digest
+    for id in seen["id"][1:][seen["id"][1:] == seen["id"][:-1]].tolist():
+        raise UnitvisError(f"image {id} had another content in each; scan one of them again")
+    return seen
 
 
 def identity(manifest: Mapping[str, Any]) -> Identity:

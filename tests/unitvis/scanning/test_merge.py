@@ -179,6 +179,40 @@ def test_runs_of_other_scans_are_refused(options: dict[str, object], message: st
         merge([*shards(3)[:2], other])
 
 
+def drawn(folder: Path, seed: int) -> Path:
+    """Forty pictures, whose names do not depend on the seed."""
+    folder.mkdir()
+    for number in range(40):
+        pixels = np.random.default_rng([seed, number]).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return folder
+
+
+def test_shards_of_other_pixels_under_the_same_names_are_refused(tmp_path: Path) -> None:
+    options = {"transform": unitvis.Transform(), "progress": False}
+    mine, others = drawn(tmp_path / "mine", 0), drawn(tmp_path / "others", 1)
+    one, two = (unitvis.scan(net(), mine, shard=(number, 2), **options) for number in (1, 2))
+    foreign = unitvis.scan(net(), others, shard="2/2", **options)
+    assert unitvis.merge([one, two], net()).manifest["witness"]["images"] == 32
+    with pytest.raises(UnitvisError, match=r"run 2 was not made of the images in '.*mine': '20.png' is no longer"):
+        unitvis.merge([one, foreign], net())
+    with pytest.raises(UnitvisError, match=r"run 1 was not made of the images in .*others"):
+        unitvis.merge([one, foreign], net(), images=others)
+    with pytest.raises(UnitvisError, match=r"cannot be merged: image \d+ had another content in each"):
+        unitvis.merge([one, two, foreign], net(), partial=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_shards_of_another_array_are_refused(precision: str) -> None:
+    other = images().flip(0)
+    parts = [
+        unitvis.scan(net(), pixels, ["0", "2"], shard=(number, 2), precision=precision, progress=False)
+        for number, pixels in ((1, images()), (2, other))
+    ]
+    with pytest.raises(UnitvisError, match=r"run 2 was not made of the images in 'array': 'image \d+' gave .* now"):
+        merge(parts)
+
+
 def test_what_a_merge_needs() -> None:
     with pytest.raises(UnitvisError, match="nothing to merge"):
         merge([])

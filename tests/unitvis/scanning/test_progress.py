@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -29,6 +31,7 @@ from unitvis.scanning.progress import Progress
 from unitvis.sources import FileSource
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import Partial
+from unitvis.state.sampling import smallest_hashes
 
 COUNT = 70
 TRANSFORM = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
@@ -96,6 +99,10 @@ def test_a_scan_that_crashed_goes_on_to_the_same_bytes(
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["images.jsonl", "manifest.json", "top.npz"]
     good = [id for id in range(COUNT) if id not in (0, 31, 69)]
     done = good[: (batches - 1) * batch_size]  # a failure before the last of them is known as well
+    if done:  # sixteen winners, to see whether the images are the same
+        witness = asked.pop(0)
+        assert set(witness) <= set(done)
+        assert len(witness) == min(len(done), 16)
     assert asked[0] == [id for id in range(COUNT) if id not in done and (id in good or id > max(done, default=-1))]
 
 
@@ -196,6 +203,65 @@ def test_a_finished_run_is_not_scanned_again(folder: Path, tmp_path: Path, monke
     assert again["0"].values.tobytes() == first["0"].values.tobytes()
     assert result(tmp_path / "run") == before
     assert again.source.length == COUNT
+
+
+def redrawn(path: Path) -> bytes:
+    """Replace a picture by another one; returns what it was."""
+    before = path.read_bytes()
+    pixels = np.random.default_rng(999).integers(0, 256, (12, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return before
+
+
+def test_files_that_changed_since_are_never_paired_with_old_values(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(folder, tmp_path / "whole")
+    out = unfinished(folder, tmp_path / "run", monkeypatch)
+    saved = checkpoint(out)
+    assert saved is not None
+    assert saved.seen["id"].tolist() == saved.candidates.tolist()
+    winners = np.unique(saved.topk.read().images[:, :9])
+    witness = smallest_hashes(winners, 16).tolist()
+    path = folder / f"{witness[5]:03}.png"
+    before = redrawn(path)
+    with pytest.raises(UnitvisError, match=rf"cannot be resumed, because its images .*'{path.name}' is no longer the"):
+        scan(folder, out, resume=True)
+    path.write_bytes(before)
+    shutil.copytree(out, tmp_path / "again")
+    scan(folder, out, resume=True)
+    assert result(out) == result(tmp_path / "whole")
+
+    records = {record["id"]: record for record in read_records(tmp_path / "whole")}
+    other = next(id for id in winners.tolist() if id not in witness and id in records)  # a winner to the end
+    redrawn(folder / f"{other:03}.png")
+    with suppress(UnitvisError):  # the second pass may read it
+        scan(folder, tmp_path / "again", resume=True)
+        assert {record["id"]: record for record in read_records(tmp_path / "again")} == records
+        run = unitvis.load(tmp_path / "again")
+        with pytest.raises(UnitvisError, match=f"{other:03}.png' is no longer the file that was scanned"):
+            run.source.check(run.records[other])
+
+
+def read_records(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_array_that_changed_since_is_refused(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "x.npy", tmp_path / "run"
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 12, 12, 3), np.uint8)
+    np.save(path, pixels)
+    unfinished(path, out, monkeypatch, precision=precision)
+    np.save(path, pixels[:, ::-1])
+    with pytest.raises(UnitvisError, match=r"its images have changed: 'image \d+' gave .* now; restore them, or start"):
+        scan(path, out, resume=True, precision=precision)
+    np.save(path, pixels)
+    run = scan(path, out, resume=True, precision=precision)
+    assert run.manifest["witness"]["images"] == 16
+    assert run.manifest["images"] == COUNT
 
 
 def cut(path: Path) -> None:
@@ -421,7 +487,7 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("owner", "during"),
-    [(Recorder, "result"), (sys.modules["unitvis.scanning.scan"], "finish_run"), (unitvis.Run, "write")],
+    [(Recorder, "ranked"), (sys.modules["unitvis.scanning.scan"], "finish_run"), (unitvis.Run, "write")],
 )
 def test_after_the_last_image_the_first_signal_ends_it(
     owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,115 @@
+"""The witness: a few winners whose images are read and computed again, to tell whether the images are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unitvis.errors import UnitvisError
+from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
+from unitvis.network.network import Network
+from unitvis.reranking.pairs import ResponsePairs
+from unitvis.reranking.rereading import read_again
+from unitvis.sources import Source
+from unitvis.state.sampling import smallest_hashes
+from unitvis.state.topk import Ranked, TopK
+
+WITNESSES = COMPUTE_BATCH  # images that are computed again
+ROUNDING = 1e-5  # share of a layer's largest response by which another device may change a float32 response
+HALF_ROUNDINGS = 16  # steps of half precision, at a unit's largest response, by which another pass may change one
+
+HalfResponses = Callable[[Tensor], NDArray[np.float64]]  # images as they were read -> [N, units]
+
+
+def check_witness(
+    network: Network,
+    topk: TopK,
+    k: int,
+    source: Source,
+    *,
+    bits: bool,
+    rounding: float = ROUNDING,
+    half: HalfResponses | None = None,
+    resolution: float = 0.0,
+) -> dict[str, int]:
+    """Compute 16 winners of a top-k again, those whose ids have the smallest hashes, and compare all their places.
+
+    network: in eval mode, its layers known. k: places of winners. bits: values and positions must be bit-equal, unless
+    the network's own bits depend on the place in a batch or the number of threads; otherwise values may differ by
+    `rounding` of the layer's largest. half: computes responses in half precision, where the top-k holds such; then an
+    image is refused if more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the unit's
+    largest.
+
+    Returns {"images": computed, "responses": compared, "equal": bit-equal}. Raises UnitvisError about the first image
+    that is absent, has changed, or gives other responses.
+    """
+    ranked = topk.read()
+    winners = np.unique(ranked.images[:, :k])
+    ids = smallest_hashes(winners[winners >= 0], WITNESSES)
+    if not len(ids):
+        return {"images": 0, "responses": 0, "equal": 0}
+    [batch] = read_again(source, ids)
+    if (shape := network.input_shape_of(batch.pixels)) != network.input_shape:
+        raise UnitvisError(f"the images give inputs of {list(shape)}, and {list(network.input_shape)} were recorded")
+    unit, rank = np.nonzero(np.isin(ranked.images, ids))
+    pairs = ResponsePairs(ranked.images[unit, rank], unit)
+    unit, rank = unit[pairs.order], rank[pairs.order]
+    then = ranked.values[unit, rank]
+    if half is None:
+        with network.reading() as canonical:
+            keys = canonical.keys(batch.pixels)
+            bits = bits and _settled(canonical, batch.pixels, keys)
+        pairs.take(keys, batch.ids)
+        now = pairs.values
+        equal = (now.view(np.int32) == then.view(np.int32)) & (pairs.positions == ranked.positions[unit, rank])
+        wrong = ~equal & (bits | ~_close(then, now, rounding * _largest_of_layers(network, ranked)[unit]))
+    else:
+        now = half(batch.pixels)[np.searchsorted(ids, pairs.images), unit].astype(np.float32)
+        equal = (now == then) | ~(np.isfinite(now) | np.isfinite(then))  # NaN and overflow are recorded as infinity
+        far = ~equal & ~_close(then, now, HALF_ROUNDINGS * resolution * _largest(ranked.values)[unit])
+        at = np.searchsorted(ids, pairs.images)
+        wrong = far & (np.bincount(at, far) > np.bincount(at) / 2)[at]
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        layer = network.layers[network.layer_of[unit[first]]].name
+        raise UnitvisError(
+            f"{source.name(int(pairs.images[first]))!r} gave {then[first]:.9g} in layer {layer!r} when it was recorded "
+            f"and gives {now[first]:.9g} now"
+        )
+    return {"images": len(ids), "responses": len(equal), "equal": int(equal.sum())}
+
+
+def _settled(canonical: CanonicalPass, images: Tensor, keys: Tensor) -> bool:
+    """Whether the bits of responses depend neither on an image's place in its batch nor on the number of threads."""
+    padded = torch.cat([images, images.new_zeros((COMPUTE_BATCH - len(images), *images.shape[1:]))])
+    if not torch.equal(canonical.keys(padded.flip(0)).flip(0)[: len(images)], keys):
+        return False
+    threads = torch.get_num_threads()
+    if keys.device.type != "cpu" or threads == 1:
+        return True
+    torch.set_num_threads(1)
+    try:
+        return torch.equal(canonical.keys(images), keys)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _close(then: NDArray[Any], now: NDArray[Any], slack: NDArray[np.float64]) -> NDArray[np.bool_]:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.abs(now.astype(np.float64) - then) <= slack
+
+
+def _largest(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """float64 [units]: the largest magnitude among the finite values [units, places]."""
+    return np.where(np.isfinite(values), np.abs(values), 0).max(axis=1).astype(np.float64)
+
+
+def _largest_of_layers(network: Network, ranked: Ranked) -> NDArray[np.float64]:
+    """float64 [units]: the largest magnitude in each unit's layer."""
+    largest = _largest(ranked.values)
+    return np.concatenate([np.full(own.stop - own.start, largest[own].max()) for own in network.columns])
