@@ -1,19 +1,81 @@
-"""Identity of a model, for a manifest."""
+"""Identity of a network, for a manifest: its tensors, its modules, and what its layers compute from fixed noise."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+NOISE_IMAGES = 2
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+Description = dict[str, Any]
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Describe a model as {"class": name, "parameters": number, "weights": hexadecimal hash of the state dict}."""
+def describe_model(model: nn.Module, counters: Collection[str] = ()) -> Description:
+    """Describe a model by its class, number of parameters, and hashes of its state and of its modules.
+
+    counters: names of buffers that a forward pass changes, such as a number of calls, which are left out. Returns
+    {"class": name, "parameters": number, "weights": hexadecimal, "modules": hexadecimal}.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"class": type(model).__name__, "parameters": parameters, "weights": digest.hexdigest()}
+    for name, value in sorted(model.state_dict().items()):
+        if name not in counters:
+            for leaf in tree_leaves(value):  # state that is no tensor: quantised weights, extra state
+                digest.update(f"{name} {_outline(leaf)}".encode())
+                if isinstance(leaf, Tensor):
+                    digest.update(_plain(leaf).view(torch.uint8).numpy().data)
+    return {**outline(model), "weights": digest.hexdigest(), "modules": _modules_hash(model)}
+
+
+def outline(model: nn.Module) -> Description:
+    """The part of a description that costs nothing: {"class": name, "parameters": number}."""
+    return {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def noise(shape: tuple[int, int, int]) -> Tensor:
+    """The same images for every version of every library: float32 [`NOISE_IMAGES`, C, H, W], uniform in -2..2."""
+    number = torch.arange(NOISE_IMAGES * math.prod(shape), dtype=torch.float64, device="cpu")
+    return (number.square().mul(_GOLDEN_RATIO).frac() * 4 - 2).float().view(NOISE_IMAGES, *shape)
+
+
+def numbers_of(maps: Tensor) -> list[float] | None:
+    """Five numbers that tell a layer's maps [N, C, H, W] apart: largest magnitude, mean, root mean square, two sums.
+
+    The sums weight every element by pseudo-random numbers in -1..1 and are divided by the number of elements. None for
+    maps with NaN or infinity.
+    """
+    values = maps.detach().double().cpu().flatten()
+    number = torch.arange(len(values), dtype=torch.float64)
+    weights = [(number.square() * _GOLDEN_RATIO).frac() * 2 - 1, (number * _GOLDEN_RATIO).frac() * 2 - 1]
+    sums = [float(values @ weight) / len(values) for weight in weights]
+    found = [float(values.abs().max()), float(values.mean()), float(values.square().mean().sqrt()), *sums]
+    return found if all(map(math.isfinite, found)) else None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor's values on the CPU, flat; of quantised and sparse ones those that they stand for."""
+    tensor = tensor.detach().cpu()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    return (tensor.to_dense() if tensor.layout != torch.strided else tensor).contiguous().flatten()
+
+
+def _outline(leaf: object) -> str:
+    return f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, Tensor) else _without_addresses(repr(leaf))
+
+
+def _modules_hash(model: nn.Module) -> str:
+    """Hash of the words in a model's repr, sorted, since sets are printed in any order."""
+    words = sorted(re.findall(r"[^\s(){}\[\],]+", _without_addresses(repr(model))))
+    return hashlib.blake2b(" ".join(words).encode(), digest_size=16).hexdigest()
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r"\bat 0x[0-9a-f]+", "", text)

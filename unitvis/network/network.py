@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from unitvis.errors import UnitvisError
 from unitvis.network.canonical import canonical_settings, evaluating
 from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
-from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, model_input
-from unitvis.network.identity import describe_model
+from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, Hooks, model_input
+from unitvis.network.identity import describe_model, noise, numbers_of, outline
 from unitvis.network.layers import Examination, Layer
 from unitvis.network.receptive_fields.fields import receptive_fields
 from unitvis.network.receptive_fields.receptive_field import ReceptiveField
@@ -48,6 +47,7 @@ class Network:
         self.columns: list[slice] = []  # each layer's units among those of all
         self.fields: dict[str, ReceptiveField] = {}
         self._channel_axes: dict[str, int | None] = {}  # of the modules whose outputs were looked at so far
+        self._description: dict[str, Any] | None = None  # once it was asked for after `examine`
         self.preparation = 0.0  # seconds that finding layers and receptive fields took
 
     @torch.inference_mode(False)
@@ -72,7 +72,7 @@ class Network:
         counts = [layer.channels * (layer.height * layer.width if unit == "neuron" else 1) for layer in self.layers]
         ends = np.cumsum(counts).tolist()
         self.columns = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        self.input_shape, self.unit, self.fields = shape, unit, {}
+        self.input_shape, self.unit, self.fields, self._description = shape, unit, {}, None
         self.preparation = time.perf_counter() - start
 
     def _blank_image(self, shape: Shape) -> Tensor:
@@ -171,7 +171,32 @@ class Network:
         warnings.warn("on this device the last bits of responses depend on an image's place in its batch")
         return keys
 
-    @cached_property
+    @property
     def description(self) -> dict[str, Any]:
-        """The model in the manifest: class, number of parameters, hash of its tensors."""
-        return describe_model(self.model)
+        """The model in the manifest: class and number of parameters, and once it was examined what identifies it.
+
+        See `describe_model`; `responses` has five numbers for each layer. Buffers that a pass changes do not count.
+        """
+        if self._description is None:
+            if not self.layers:
+                return outline(self.model)
+            self._description = self._describe()
+        return self._description
+
+    @torch.inference_mode(False)
+    def _describe(self) -> dict[str, Any]:
+        names, responses = [layer.name for layer in self.layers], {}
+
+        def read(index: int, maps: Tensor) -> None:
+            responses[names[index]] = numbers_of(maps)
+
+        hooks = Hooks(self.model, self._layer_axes(), self.map_shapes)
+        with torch.no_grad(), self.evaluating(), canonical_settings(self.device), hooks:
+            before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+            hooks.run(noise(self.input_shape).to(self.device), read)
+            counters = [name for name, buffer in self.model.named_buffers() if not _same(before.get(name), buffer)]
+        return {**describe_model(self.model, counters), "responses": responses}
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())

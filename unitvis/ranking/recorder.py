@@ -127,14 +127,16 @@ class Recorder:
 
         All that can fail because of the model fails here, before the first image is computed.
         """
+        self.network.examine(shape, self._layers, self._unit, self._exclude)
         try:
             self.network.description  # noqa: B018  it is kept
+        except UnitvisError:
+            raise
         except Exception as error:
             raise UnitvisError(
                 f"the model cannot be described for the manifest, because its state_dict() cannot be read "
-                f"({error_text(error)}); give a model whose state is tensors"
+                f"({error_text(error)}); give a model whose state can be read"
             ) from error
-        self.network.examine(shape, self._layers, self._unit, self._exclude)
         refuse_state(self.network.units, self.k + 1, COMPUTE_BATCH, self.network.device)
         self.network.find_receptive_fields()
 

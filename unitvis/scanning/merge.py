@@ -16,7 +16,7 @@ from torch import nn
 from unitvis import models
 from unitvis.errors import UnitvisError
 from unitvis.network.device import fingerprint
-from unitvis.network.identity import describe_model
+from unitvis.network.identity import outline
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import check_output
 from unitvis.run import Run, load
@@ -78,6 +78,9 @@ def merge(
     if folder is not None:
         run.write(folder)
     return run
+
+
+ANOTHER_MODEL = "the model is not that of the runs (in the runs and here)"
 
 
 def merge_partials(parts: Mapping[str, Partial]) -> Partial:
@@ -148,6 +151,8 @@ def _finished_run(
     ) as recorder:
         channels, height, width = manifest["input"]
         recorder.prepare((channels, height, width))
+        wanted = {key: value for key, value in manifest["model"].items() if key in recorder.network.description}
+        refuse_differences(ANOTHER_MODEL, {"model": wanted}, {"model": recorder.network.description})
         recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         recorder.restore(part)
         source.add_failures(part.failures)
@@ -216,7 +221,6 @@ def _checked_model(
             )
         model = models.load(spec, recorded["file"], pretrained=recorded["pretrained"])
     module, _, origin = models.resolved(model)
-    found = describe_model(module)
-    wanted = {key: recorded[key] for key in found}
-    refuse_differences("the model is not that of the runs (in the runs and here)", wanted, found)
+    found = outline(module)
+    refuse_differences(ANOTHER_MODEL, {"model": {key: recorded[key] for key in found}}, {"model": found})
     return module, origin

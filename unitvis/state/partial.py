@@ -18,6 +18,8 @@ from unitvis.state.interval_set import IntervalSet
 from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
+RESPONSES = "model.responses"  # entry that has numbers for each layer of what it computes from fixed noise
+_ROUNDING = 1e-5  # share of a layer's largest response by which other hardware or threads may change its numbers
 FORMAT = 2  # version of the arrays
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -94,7 +96,9 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     """What of a manifest two scans must share to be parts of one; where the images lie may differ."""
     shared = {key: manifest[key] for key in ("input", "k", "unit", "transform", "fingerprint")}
     shared["precision"] = manifest["scan"]["precision"]
-    model = {key: manifest["model"][key] for key in ("class", "parameters", "weights")}
+    described = manifest["model"]
+    keys = ("class", "parameters", "weights", "modules", "responses")
+    model = {key: described[key] for key in keys if key in described}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
     # Where the images lie, and files beside them that are no images, may differ.
     source = {key: value for key, value in manifest["source"].items() if key not in ("path", "others")}
@@ -103,7 +107,10 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
 
 def differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
     """What is not equal in two identities, as sentences: `k is 9 and 5`."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
+    if name == RESPONSES and isinstance(one, Mapping) and isinstance(other, Mapping):
+        if changed := [layer for layer in one if layer in other and not _same_numbers(one[layer], other[layer])]:
+            yield f"the network computes something else in {abridged(changed)}"
+    elif isinstance(one, Mapping) and isinstance(other, Mapping):
         for key in [*one, *(key for key in other if key not in one)]:
             inside = f"{name}.{key}" if name else key
             yield from differences(one.get(key, "nothing"), other.get(key, "nothing"), inside)
@@ -115,6 +122,16 @@ def refuse_differences(what: str, one: Identity, other: Identity) -> None:
     """UnitvisError that names what differs, if anything does."""
     if different := list(differences(one, other)):
         raise UnitvisError(f"{what}: {abridged(different)}")
+
+
+def _same_numbers(one: Any, other: Any) -> bool:
+    """Whether a layer's numbers, the largest magnitude first, are equal up to rounding; for anything else, equality."""
+    if not all(
+        isinstance(value, list) and value and all(isinstance(v, float) for v in value) for value in (one, other)
+    ):
+        return one == other
+    slack = _ROUNDING * max(abs(one[0]), abs(other[0]))
+    return len(one) == len(other) and all(abs(a - b) <= slack for a, b in zip(one, other, strict=True))
 
 
 def _shown(value: Any) -> str:

@@ -220,7 +220,7 @@ def test_what_a_merge_needs() -> None:
         merge([whole()])
     with pytest.raises(UnitvisError, match="do not say where their model is; give model="):
         unitvis.merge(shards(3), images=images())
-    with pytest.raises(UnitvisError, match=r"the model is not that of the runs .*: weights is"):
+    with pytest.raises(UnitvisError, match=r"the model is not that of the runs .*: model.weights is"):
         unitvis.merge(shards(3), net(1), images=images())
     with pytest.raises(UnitvisError, match="the images came from a array, which has no path"):
         unitvis.merge(shards(3), net())

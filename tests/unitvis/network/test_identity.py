@@ -1,0 +1,141 @@
+"""What tells two networks apart: tensors, modules, and what layers compute from fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import unitvis
+from support.scans import images, scan
+from unitvis import UnitvisError
+from unitvis.network.network import Network
+from unitvis.state.partial import differences
+
+
+class Net(nn.Module):
+    """Two convolutions with a function between them, of which no module tells."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = F.relu, padding: str = "zeros") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3, padding=1, padding_mode=padding)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+class Counting(Net):
+    """A network that counts its calls, and one that keeps its last mean, in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.mean()
+        return super().forward(x)
+
+
+def description(model: nn.Module) -> dict[str, object]:
+    network = Network(model.eval())
+    network.examine((3, 12, 12))
+    return network.description
+
+
+EDITS = {
+    "gelu": lambda: Net(F.gelu),
+    "leaky": lambda: Net(lambda x: F.leaky_relu(x, 0.001)),
+    "circular": lambda: Net(padding="circular"),
+    "scaled": lambda: Net(lambda x: 1.001 * F.relu(x)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_the_same_weights_in_another_network_are_told_apart(edit: str) -> None:
+    other = EDITS[edit]()
+    assert all(torch.equal(a, b) for a, b in zip(Net().state_dict().values(), other.state_dict().values(), strict=True))
+    told = list(differences({"model": description(Net())}, {"model": description(other)}))
+    assert "the network computes something else in second" in told
+    assert list(differences({"model": description(Net())}, {"model": description(Net())})) == []
+
+
+@pytest.mark.parametrize("edit", ["gelu", "circular"])
+def test_another_network_is_neither_resumed_nor_merged_nor_drawn(edit: str, tmp_path: Path) -> None:
+    pixels = images(20, 12)
+    np.save(tmp_path / "pixels.npy", pixels.mul(40).add(128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
+    source = {"images": tmp_path / "pixels.npy", "transform": unitvis.Transform(), "progress": False}
+    run = unitvis.scan(Net(), out=tmp_path / "run", **source)
+    with pytest.raises(UnitvisError, match=r"holds the run of another scan .*computes something else in second"):
+        unitvis.scan(EDITS[edit](), out=tmp_path / "run", resume=True, **source)
+    with pytest.raises(UnitvisError, match=r"not the one that was scanned .*computes something else in second"):
+        unitvis.gallery(run, tmp_path / "gallery", EDITS[edit]())
+    shards = [unitvis.scan(Net(), shard=(number, 2), **source) for number in (1, 2)]
+    with pytest.raises(UnitvisError, match=r"not that of the runs .*computes something else in second"):
+        unitvis.merge(shards, EDITS[edit]())
+    other = unitvis.scan(EDITS[edit](), shard=(2, 2), **source)
+    with pytest.raises(UnitvisError, match=r"run 1 and run 2 cannot be merged.*computes something else in second"):
+        unitvis.merge([shards[0], other], Net())
+    assert np.array_equal(unitvis.merge(shards, Net())["second"].images, run["second"].images)
+
+
+def test_buffers_that_a_pass_changes_do_not_count() -> None:
+    model = Counting()
+    then = description(model)
+    model.calls += 5
+    assert list(differences({"model": then}, {"model": description(model)})) == []
+    model.first.bias.data[0] += 1
+    assert any("weights" in told for told in differences({"model": then}, {"model": description(model)}))
+
+
+class WithExtraState(Net):
+    def __init__(self, state: object) -> None:
+        super().__init__()
+        self.state = state
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+    def set_extra_state(self, state: object) -> None:
+        self.state = state
+
+
+def test_state_that_is_no_tensor_counts() -> None:
+    assert description(WithExtraState({"a": 1}))["weights"] == description(WithExtraState({"a": 1}))["weights"]
+    assert description(WithExtraState({"a": 1}))["weights"] != description(WithExtraState({"a": 2}))["weights"]
+    assert scan(WithExtraState(Path("x")).eval(), images(4, 12)).layers == ["first", "second"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_dynamically_quantised_model_is_scanned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 5)).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert scan(quantised, images(4, 12)).layers == ["0"]
+    other = torch.ao.quantization.quantize_dynamic(
+        nn.Sequential(model[0], nn.Flatten(), nn.Linear(400, 5)).eval(), {nn.Linear}, dtype=torch.qint8
+    )
+    assert description(quantised)["weights"] != description(other)["weights"]
+
+
+def test_the_order_of_sets_and_addresses_do_not_count() -> None:
+    class Odd(nn.Conv2d):
+        names = ""
+
+        def extra_repr(self) -> str:
+            return f"{{{self.names}}} {object()}"
+
+    one, other = Odd(3, 2, 3), Odd(3, 2, 3)
+    other.load_state_dict(one.state_dict())
+    one.names, other.names = "'a', 'b', 'c'", "'c', 'a', 'b'"  # as another process prints a set
+    assert repr(one) != repr(other)
+    assert description(nn.Sequential(one)) == description(nn.Sequential(other))
+    other.names = "'a', 'b', 'd'"
+    assert description(nn.Sequential(one)) != description(nn.Sequential(other))
