@@ -26,6 +26,7 @@ from torch import Tensor
 
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, constexpr, jit, next_power_of_2, tl
+from unitvis_kernels.arguments import require_tensors
 from unitvis_kernels.epilogue import ACTIVATIONS, _activate
 from unitvis_kernels.geometry import ConvGeometry
 from unitvis_kernels.keys import BLANK, POSITION_MASK, TL_NAN_KEY, TL_POSITION_MASK
@@ -294,6 +295,7 @@ def conv_argmax(
     one pass copies a weight that is not channels_last, and x and the weight if C is no multiple of 4 (groups 1), at
     each call; pad both with channels of zeros to save the copies. Raises ValueError for anything else.
     """
+    require_tensors("conv_argmax", x=x, weight=weight, bias=bias)
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"conv_argmax takes float32, float16 or bfloat16 [N, C, H, W], not {x.dtype} {tuple(x.shape)}")
     if weight.ndim != 4 or weight.dtype != x.dtype or not weight.numel():

@@ -112,11 +112,11 @@ def conv_argmax(
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     # All three are tensors: a GPU divides by a plain number through its reciprocal, which rounds otherwise. Rows of
     # constants instead of three vectorise, and an image at a time, always in the same memory, stays in the cache.
-    N, H, W, _ = x.shape
-    scale, shift, width = (torch.tensor(v, dtype=torch.float32, device=x.device) for v in ([255.0] * 3, mean, std))
+    N, H, W, C = x.shape
+    scale, shift, width = (torch.tensor(v, dtype=torch.float32, device=x.device) for v in ([255.0] * C, mean, std))
     scale, shift, width = scale.repeat(W), shift.repeat(W), width.repeat(W)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    buffer = torch.empty(H, W * 3, dtype=torch.float32, device=x.device)
-    for image, normalised in zip(x.reshape(N, H, W * 3), y.view(N, H, W * 3), strict=True):
+    buffer = torch.empty(H, W * C, dtype=torch.float32, device=x.device)
+    for image, normalised in zip(x.reshape(N, H, W * C), y.view(N, H, W * C), strict=True):
         normalised.copy_(buffer.copy_(image).div_(scale).sub_(shift).div_(width))
     return y.permute(0, 3, 1, 2)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, jit, next_power_of_2, tl
+from unitvis_kernels.arguments import require_tensors
 from unitvis_kernels.keys import BLANK, POSITION_MASK, TL_BLANK, pack_block
 from unitvis_kernels.layout import memory_format
 from unitvis_kernels.spatial_argmax import splits_for
@@ -220,6 +221,7 @@ def epilogue(
     NaN winning, its zero +0.0. On a GPU channels_last takes one pass; another layout runs in PyTorch, in several
     passes. Raises ValueError for anything else.
     """
+    require_tensors("epilogue", x=x, bias=bias)
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"epilogue takes float32, float16 or bfloat16 [N, C, H, W], not {x.dtype} {tuple(x.shape)}")
     if not 0 < x.shape[2] * x.shape[3] <= POSITION_MASK:

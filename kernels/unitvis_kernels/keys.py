@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from unitvis_kernels._triton import constexpr, jit, tl
+from unitvis_kernels.arguments import require_tensors
 
 POSITION_MASK = 2**31 - 1
 BLANK = -(2**63)
@@ -44,6 +45,7 @@ TL_NAN_HIGH = constexpr(NAN_KEY >> 32)
 
 def pack(values: Tensor, positions: Tensor) -> Tensor:
     """Keys, int64, of float values and int64 positions in 0 .. 2^31 - 1. -0.0 packs as +0.0; every NaN as `NAN_KEY`."""
+    require_tensors("pack", values=values, positions=positions)
     bits = (values.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 into +0.0
     ordered = bits ^ ((bits >> 31) & POSITION_MASK)
     keys = (ordered.long() << 32) | (POSITION_MASK - positions)
@@ -52,6 +54,7 @@ def pack(values: Tensor, positions: Tensor) -> Tensor:
 
 def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     """(values float32, positions int64) of keys int64; NaN and -1 for a blank."""
+    require_tensors("unpack", keys=keys)
     ordered = (keys >> 32).int()
     values = (ordered ^ ((ordered >> 31) & POSITION_MASK)).view(torch.float32)
     positions = POSITION_MASK - (keys & POSITION_MASK)

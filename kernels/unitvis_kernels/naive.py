@@ -90,6 +90,6 @@ def conv_argmax(
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """(x / 255 - mean) / std of uint8 [N, H, W, 3] as [N, 3, H, W]: float32, rounded to `dtype` at the end."""
+    """(x / 255 - mean) / std of uint8 [N, H, W, C] as [N, C, H, W]: float32, rounded to `dtype` at the end."""
     y = (x.float() / torch.tensor(255.0) - torch.tensor(mean)) / torch.tensor(std)
     return y.to(dtype).permute(0, 3, 1, 2)

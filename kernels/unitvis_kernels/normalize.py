@@ -12,13 +12,14 @@ from torch import Tensor
 
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, jit, tl
+from unitvis_kernels.arguments import require_tensors
 
 BLOCKS_PER_PROGRAM = 4
 
 
 @jit
 def _normalize_kernel(
-    x,  # [E] uint8: [N, H, W, 3] flattened
+    x,  # [E] uint8: [N, H, W, 3] flattened, or [N, H, W, 1], of whose channel there are three means and stds
     y,  # [E] float32 | float16 | bfloat16, in the same order
     E,
     mean0,
@@ -49,7 +50,11 @@ def plan(x: Tensor, mean: Sequence[float], std: Sequence[float], y: Tensor) -> L
         return None
     options: dict[str, Any] = {"BLOCKS": BLOCKS_PER_PROGRAM, "BE": 2048, "num_warps": 4, "num_stages": 1}
     programs = 3 * -(-x.numel() // (3 * BLOCKS_PER_PROGRAM * options["BE"]))
-    return Launch(_normalize_kernel, (programs,), (x, y, x.numel(), *mean, *std), options)
+    return Launch(_normalize_kernel, (programs,), (x, y, x.numel(), *_three(mean), *_three(std)), options)
+
+
+def _three(values: Sequence[float]) -> Sequence[float]:
+    return values if len(values) == 3 else [*values] * 3
 
 
 @torch.library.custom_op("unitvis::normalize", mutates_args=())
@@ -65,7 +70,7 @@ def _(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 def launch(
     x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, y: Tensor | None = None
 ) -> Tensor:
-    """[N, 3, H, W] by the kernel, into y [N, H, W, 3] if given; by `cpu.normalize` where there is no kernel."""
+    """[N, C, H, W] by the kernel, into y [N, H, W, C] if given; by `cpu.normalize` where there is no kernel."""
     y = x.new_empty(x.shape, dtype=dtype) if y is None else y
     planned = plan(x, mean, std, y)
     if planned is None:
@@ -79,15 +84,19 @@ if HAS_TRITON:
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """(x / 255 - mean) / std of uint8 [N, H, W, 3] as channels_last [N, 3, H, W] in float32, float16 or bfloat16.
+    """(x / 255 - mean) / std of uint8 [N, H, W, C] as channels_last [N, C, H, W] in float32, float16 or bfloat16.
+
+    C is 3, or 1 for grey images; there is one mean and one std a channel.
 
     The arithmetic is IEEE float32 in that order on every device, rounded once to `dtype`: the same bits everywhere. On
     a GPU contiguous batches take one pass; other strides run in PyTorch. Raises ValueError for anything else.
     """
-    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3:
-        raise ValueError(f"normalize takes uint8 [N, H, W, 3], not {x.dtype} {tuple(x.shape)}")
-    if len(mean) != 3 or len(std) != 3 or not all(std):
-        raise ValueError(f"normalize needs 3 means and 3 stds other than 0, not {list(mean)} and {list(std)}")
+    require_tensors("normalize", x=x)
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
+        raise ValueError(f"normalize takes uint8 [N, H, W, 3] or [N, H, W, 1], not {x.dtype} {tuple(x.shape)}")
+    if not len(mean) == len(std) == x.shape[3] or not all(std):
+        needed = f"{x.shape[3]} means and {x.shape[3]} stds other than 0"
+        raise ValueError(f"normalize needs {needed}, not {list(mean)} and {list(std)}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"normalize gives float32, float16 or bfloat16, not {dtype}")
     return _normalize(x, mean, std, dtype)

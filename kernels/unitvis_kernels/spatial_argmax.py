@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, TARGET_PROGRAMS, Launch, jit, next_power_of_2, tl
+from unitvis_kernels.arguments import require_tensors
 from unitvis_kernels.keys import BLANK, POSITION_MASK, pack_block
 from unitvis_kernels.layout import memory_format
 
@@ -179,6 +180,7 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
     channel's floor, the position may be given as 2^31 - 1 instead of being looked for; a floor of NaN is none. Raises
     ValueError for another dtype, rank or an empty map.
     """
+    require_tensors("spatial_argmax", x=x, floor=floor)
     if x.ndim != 4:
         raise ValueError(f"spatial_argmax takes maps [N, C, H, W], not a tensor of shape {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):

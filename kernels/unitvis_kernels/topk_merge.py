@@ -26,6 +26,7 @@ from torch import Tensor
 
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, constexpr, jit, next_power_of_2, tl
+from unitvis_kernels.arguments import require_tensors
 from unitvis_kernels.keys import BLANK, TL_BLANK, TL_BLANK_HIGH, TL_NAN_HIGH, TL_NAN_KEY, unpack
 
 NO_ID = 2**63 - 1  # the first NaN id where there is none; above every id
@@ -232,6 +233,7 @@ def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
     already keeps its larger key, so that a repeated batch changes no place (its NaNs are counted again). A NaN takes
     no place and is counted. Does not synchronise a GPU. Raises ValueError for shapes or dtypes that do not fit.
     """
+    require_tensors("topk_merge_", state=state, keys=keys, ids=ids)
     for name, tensor in (("state", state), ("keys", keys), ("ids", ids)):
         if tensor.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, not {tensor.dtype}")
@@ -248,6 +250,7 @@ def topk_merge_states_(state: Tensor, other: Tensor) -> None:
 
     An image that both states hold takes one place (see `topk_merge_`), but its NaNs are counted twice.
     """
+    require_tensors("topk_merge_states_", state=state, other=other)
     m = (other.shape[1] - 2) // 2
     topk_merge_(state, other[:, :m].T, other[:, m : 2 * m].T)
     state[:, -2] += other[:, -2]
@@ -256,6 +259,7 @@ def topk_merge_states_(state: Tensor, other: Tensor) -> None:
 
 def topk_read(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(values float32, ids int64, positions int64), each [C, k], best first; NaN, -1 and -1 where blank."""
+    require_tensors("topk_read", state=state)
     k = (state.shape[1] - 2) // 2
     values, positions = unpack(state[:, :k])
     return values, state[:, k : 2 * k].clone(), positions

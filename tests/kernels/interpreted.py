@@ -228,5 +228,7 @@ def test_normalize(dtype: torch.dtype) -> None:
     x = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 3).reshape(1, 16, 16, 3)  # each byte, each channel
     x = torch.cat([x, x.flip(1)]).repeat(1, 3, 9, 1)[:, :, :141].contiguous()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    y = torch.full(x.shape, NAN, dtype=dtype)
-    assert same(normalize.launch(x, mean, std, dtype, y), naive.normalize(x, mean, std, dtype))
+    for pixels, channels in ((x, 3), (x[..., :1].contiguous(), 1)):
+        y = torch.full(pixels.shape, NAN, dtype=dtype)
+        want = naive.normalize(pixels, mean[:channels], std[:channels], dtype)
+        assert same(normalize.launch(pixels, mean[:channels], std[:channels], dtype, y), want)

@@ -94,12 +94,22 @@ def test_normalize_rounds_as_float32_does() -> None:
         assert torch.equal(uk.normalize(x.flip(2)[:, 1:], MEAN, STD, dtype), y.to(dtype).flip(3)[:, :, 1:])
 
 
+def test_normalize_of_grey_images() -> None:
+    x = torch.arange(256, dtype=torch.uint8).reshape(2, 8, 16, 1)
+    for dtype in (torch.float32, torch.float16):
+        y = uk.normalize(x, MEAN[:1], STD[:1], dtype)
+        assert torch.equal(y, naive.normalize(x, MEAN[:1], STD[:1], dtype))
+        assert torch.equal(y[:, 0], uk.normalize(x.expand(-1, -1, -1, 3), MEAN, STD, dtype)[:, 0])
+
+
 def test_normalize_refuses() -> None:
     x = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
     for bad, value in (
         ((x.float(), MEAN, STD), "float32"),
         ((x[..., :2], MEAN, STD), r"\(1, 2, 2, 2\)"),
         ((x, MEAN[:2], STD), r"\[0.485, 0.456\]"),
+        ((x, MEAN[:1], STD[:1]), "needs 3 means"),
+        ((x[..., :1], MEAN, STD), "needs 1 means"),
         ((x, MEAN, (1, 0, 1)), r"\[1, 0, 1\]"),
         ((x, MEAN, STD, torch.float64), "float64"),
     ):

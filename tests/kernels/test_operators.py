@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -224,3 +225,23 @@ def test_operators_compile_and_keep_to_fake_tensors() -> None:
     torch.compile(step, fullgraph=True, backend="aot_eager")(x, compiled)
     assert torch.equal(eager, compiled)
     assert uk.spatial_argmax(x.to("meta")).shape == (2, 3)
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    x, ids = torch.zeros(2, 3, 4, 4), torch.arange(2)
+    keys, state = uk.spatial_argmax(x), uk.topk_state(3, 2)
+    array = np.zeros((2, 3, 4, 4), np.float32)
+    for call, message in (
+        (lambda: uk.spatial_argmax(array), r"spatial_argmax takes x as a tensor, not ndarray; .*torch.from_numpy\("),
+        (lambda: uk.topk_merge_(state, keys, [0, 1]), r"topk_merge_ takes ids as a tensor, not list; .*torch.tensor\("),
+        (lambda: uk.topk_merge_(state, keys.numpy(), ids), "takes keys as a tensor, not ndarray"),
+        (lambda: uk.epilogue(x, bias=[0.0] * 3), "epilogue takes bias as a tensor, not list"),
+        (lambda: uk.conv_argmax(x, array), "conv_argmax takes weight as a tensor, not ndarray"),
+        (lambda: uk.normalize(array, [0.5], [0.5]), "normalize takes x as a tensor"),
+        (lambda: uk.unpack(keys.tolist()), "unpack takes keys as a tensor"),
+        (lambda: uk.pack(array, ids), "pack takes values as a tensor"),
+        (lambda: uk.topk_read(state.tolist()), "topk_read takes state as a tensor"),
+        (lambda: uk.topk_merge_states_(state, state.numpy()), "topk_merge_states_ takes other as a tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()

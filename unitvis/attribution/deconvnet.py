@@ -21,6 +21,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 import unitvis_kernels as uk
+from unitvis import models
 from unitvis.drawing.colours import GREY, signed
 from unitvis.drawing.patches import Box, cut
 from unitvis.errors import UnitvisError, check_unit, first_line
@@ -62,7 +63,7 @@ class Projection:
 
 
 def project(
-    model: nn.Module,
+    model: nn.Module | str | models.Loaded,
     images: object,
     layers: Sequence[str] | str | None = None,
     units: Iterable[int] | int | None = None,
@@ -72,22 +73,24 @@ def project(
 ) -> Iterator[Projection]:
     """Yield projections in any order, computed in batches as the iterator advances.
 
-    images: a run, to project its winners that fired; or any images that `scan` takes, to project each unit's strongest
-    response to each image. layers: names; None: all of the run's. units: a number or numbers; None: all. ReLU6 and a
-    clamp from 0 count as ReLU, without their upper bound: the signal starts at 1, whatever the response was. Any other
-    activation has its ordinary gradient, and `method` says so. Raises UnitvisError for a layer or unit that does not
-    exist, and for a network without gradients.
+    model: may be a spec such as "torchvision:alexnet", which brings its transform. images: a run, to project its
+    winners that fired; or any images that `scan` takes, to project each unit's strongest response to each image.
+    layers: names; None: all of the run's. units: a number or numbers; None: all. ReLU6 and a clamp from 0 count as
+    ReLU, without their upper bound: the signal starts at 1, whatever the response was. Any other activation has its
+    ordinary gradient, and `method` says so. Raises UnitvisError for a layer or unit that does not exist, and for a
+    network without gradients.
     """
     if isinstance(units, int | np.integer):
         units = [int(units)]
     chosen = None if units is None else list(units)
+    model, own_transform, _ = models.resolved(model)
     if isinstance(images, RunData):
         run = images
         names = [layers] if isinstance(layers, str) else run.layers if layers is None else list(layers)
         return _project_winners(model, run, names, chosen, device)
     if layers is None:
         raise UnitvisError("name the layer to project from; only a run knows its layers")
-    source = open_source(images, transform)
+    source = open_source(images, transform or own_transform)
     return _project_images(model, source, [layers] if isinstance(layers, str) else list(layers), chosen, device)
 
 

@@ -7,19 +7,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from unitvis import models
 from unitvis.network.canonical import evaluating
 from unitvis.network.layers import Examination
 from unitvis.results.data import RunData
 
 
-def first_filters(model: nn.Module, run: RunData) -> dict[str, NDArray[np.float32]]:
+def first_filters(model: nn.Module | str | models.Loaded, run: RunData) -> dict[str, NDArray[np.float32]]:
     """Get the filters {layer: [channels, C, h, w]} of the first convolution that runs.
 
     layer: that convolution or the BatchNorm that follows it, whichever the run has. A channel with a negative BatchNorm
     weight has the sign of its filter changed, as that of its response. Empty where the run has neither, and for a
     convolution that is grouped, is 1x1, or has other input channels than the image.
     """
-    channels = run.manifest["input"][0]
+    model, channels = models.resolved(model)[0], run.manifest["input"][0]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model):
         examination = Examination(model, torch.zeros(1, *run.manifest["input"], device=device))

@@ -54,7 +54,7 @@ def bench(
     crop = transform.crop or 224
     size = crop if isinstance(crop, tuple) else (crop, crop)
     network = Network(model, device=device, transform=transform)
-    network.examine((3, *size))
+    network.examine((network.input_channels(*size), *size))
     network.find_receptive_fields()
     with network.evaluating():
         contenders = Bench(network)
@@ -83,7 +83,7 @@ class Bench:
         self.model, self.device = network.model, network.device
         # The images have the size of the model's input, so nothing is resized or cropped.
         self.transform = replace(network.transform or Transform(), resize=None, crop=None)
-        self.shape = network.input_shape
+        self.shape = network.input_shape  # [C, H, W]
         self.layers = [layer.name for layer in network.layers]
         self.half = fastest_half(self.device)
 
@@ -107,7 +107,7 @@ class Bench:
         """Run a baseline over the images, in batches of 64; canonical: of 16, with canonical settings."""
         with torch.inference_mode(), kind(self.model, self.layers, K) as hooks:
             for start, pixels in batches(images, COMPUTE_BATCH if canonical else READ_BATCH):
-                batch = self.transform.normalize(pixels.to(self.device))
+                batch = self.transform.normalize(pixels.to(self.device), channels=self.shape[0])
                 ids = torch.arange(start, start + len(batch), device=self.device)
                 if canonical:
                     with canonical_settings(self.device):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unitvis import models
-from unitvis.cli.options import Command, given_reading, given_transform, parser
+from unitvis.cli.options import Command, given_reading, given_transform, parser, with_joined_numbers
 from unitvis.cli.output import unfailing_output
 from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_verified
 from unitvis.drawing import sheets
@@ -36,7 +36,7 @@ MAX_PATCH_SIDE = 2048  # of a patch on a sheet, in pixels
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; a UnitvisError is printed as one line on stderr, without a traceback."""
-    arguments = parser(COMMANDS).parse_args(argv)
+    arguments = parser(COMMANDS).parse_args(with_joined_numbers(sys.argv[1:] if argv is None else argv))
     with unfailing_output(), warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"unitvis: warning: {message}", file=sys.stderr)
@@ -63,8 +63,9 @@ def _load_model(arguments: argparse.Namespace) -> models.Loaded:
 def _layers(arguments: argparse.Namespace) -> int:
     loaded = _load_model(arguments)
     size = arguments.crop or (loaded.transform and loaded.transform.crop) or (224, 224)
+    height, width = size if isinstance(size, tuple) else (size, size)
     network = Network(loaded.model)
-    shape = (3, *(size if isinstance(size, tuple) else (size, size)))
+    shape = (network.input_channels(height, width), height, width)
     network.examine(shape, arguments.layer or None, exclude=arguments.exclude)
     network.find_receptive_fields()
     print_layers(network)

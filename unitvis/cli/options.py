@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         sub.add_argument("--allow-truncated", action="store_true", help="decode files that end early as far as they go")
         sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
         sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
+        sub.add_argument(
+            "--images-ending",
+            action="append",
+            metavar="ENDING",
+            help="which files of a folder or of archives are images: .jpg, .seg.png, '' for names without an ending",
+        )
         sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
         sub.add_argument(
             "--checkpoint-every",
@@ -94,8 +101,9 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     layer_options(sub)
     sub.add_argument("-k", type=int, default=9, help="patches a unit (9)")
     reading_options(sub)
-    sub.add_argument("--mean", type=float, nargs=3, metavar="M", help="subtracted, of values in 0..1")
-    sub.add_argument("--std", type=float, nargs=3, metavar="S", help="divided by")
+    one_or_three = "three numbers, or one for all channels (also of a network for grey images)"
+    sub.add_argument("--mean", type=_numbers, metavar="M [M M]", help=f"subtracted, of values in 0..1; {one_or_three}")
+    sub.add_argument("--std", type=_numbers, metavar="S [S S]", help=f"divided by; {one_or_three}")
     sub.add_argument("--batch-size", type=int, metavar="N", help="images read at once; does not change the result")
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
@@ -171,8 +179,40 @@ def given_transform(arguments: argparse.Namespace, known: Transform | None, *mor
 
 def given_reading(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `scan` and `pack` for reading, checkpoints, overwriting and resuming."""
-    names = ("on_error", "max_failures", "decoder", "scaled", "allow_truncated", "workers", "overwrite", "resume")
-    return {name: getattr(arguments, name) for name in names} | {"every": arguments.checkpoint_every}
+    names = "on_error max_failures decoder scaled allow_truncated images_ending workers overwrite resume"
+    return {name: getattr(arguments, name) for name in names.split()} | {"every": arguments.checkpoint_every}
+
+
+def with_joined_numbers(argv: Sequence[str]) -> list[str]:
+    """Arguments in which the numbers after --mean and --std, up to three, are one argument: "--mean=.5,.5,.5".
+
+    For argparse an option has a fixed number of values, or takes all that follow, paths of images too.
+    """
+    joined, rest = [], list(argv)
+    while rest:
+        joined.append(rest.pop(0))
+        if joined[-1] in ("--mean", "--std"):
+            numbers = list(takewhile(_is_number, rest[:3]))
+            if numbers:
+                joined[-1] += "=" + ",".join(numbers)
+                del rest[: len(numbers)]
+    return joined
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Parse ".5" or ".485,.456,.406"."""
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(map(_is_number, parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three")
+    return tuple(map(float, parts))
 
 
 def _size(text: str) -> int | tuple[int, int]:

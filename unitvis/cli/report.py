@@ -10,7 +10,8 @@ from unitvis.gallery import MAX_UNITS
 from unitvis.network.network import Network
 from unitvis.results.nonfinite import odd_responses
 from unitvis.run import Run
-from unitvis.sources import PackSource
+from unitvis.sources import PackSource, Source
+from unitvis.sources.image_names import others_in_words
 
 
 def print_run(run: Run) -> None:
@@ -19,7 +20,15 @@ def print_run(run: Run) -> None:
         _print_result(run)
     else:
         print(f"{run.manifest['images']:,} images; `unitvis merge` makes a run of all shards")
+    if run.tops or run.manifest["shard"]:  # a partial merge has opened no images
+        _print_others(run.source)
     _print_failures(run.manifest["failures"], "the manifest")
+
+
+def _print_others(source: Source) -> None:
+    """Print how many files beside the images were left alone, by their endings."""
+    if source.others:
+        print(f"{others_in_words(source.others)} left alone; --images-ending reads others")
 
 
 def _print_failures(failures: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -59,13 +68,15 @@ def _input_sentence(manifest: Mapping[str, Any]) -> str:
         return f"input: {channels} x {height} x {width}, values as they came"
     given = [name for name in ("mean", "std") if transform[name] is not None]
     values = ", ".join(f"{name} {' '.join(f'{one:g}' for one in transform[name])}" for name in given)
-    return f"input: {width} x {height} pixels, pixels / 255, {values or 'no mean or std'}"
+    colours = ", grey" if channels == 1 else ""
+    return f"input: {width} x {height} pixels{colours}, pixels / 255, {values or 'no mean or std'}"
 
 
 def print_pack(packed: PackSource) -> None:
     """Print a pack's path and size, and the images that could not be packed."""
     images, height, width, _ = packed.describe()["shape"]
     print(f"{packed.path}: {images:,} images, {width} x {height} pixels")
+    _print_others(packed)
     failures = [{"name": packed.name(id), "reason": reason} for id, reason in packed.unusable.items()]
     _print_failures(failures, Path(packed.path).with_suffix(".json").name)
 

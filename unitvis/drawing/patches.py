@@ -129,7 +129,13 @@ def open_pictures(run: RunData, images: list[int]) -> Iterator[tuple[int, Any, A
     for image in images:
         if image in run.records:
             run.source.check(run.records[image])
-        yield image, *run.source.picture(image, value_range)
+        picture, to_picture = run.source.picture(image, value_range)
+        yield image, as_seen(picture, run.manifest["input"][0]), to_picture
+
+
+def as_seen(picture: Image.Image, channels: int) -> Image.Image:
+    """A picture in the colours that a model with so many input channels sees: grey for one."""
+    return picture.convert("L").convert("RGB") if channels == 1 else picture
 
 
 def _value_range(run: RunData) -> tuple[float, float]:

@@ -30,9 +30,9 @@ class Step:
     """Merges batches of at most `size` images into a top-k, computed by a rewritten copy of the model.
 
     model: in eval mode; the step changes and keeps it. layers: names, in the order of the forward pass, and the units
-    of each in `topk`. shapes: see `Hooks`. sample: model inputs, float32 [N, C, H, W], with their canonical
-    `responses`, float32 [N, units]: a rewritten copy that gives others in float32 is not used. how: manifest entries
-    that say whether the model was rewritten and captured.
+    of each in `topk`. shapes: see `Hooks`. channels: of the model's input. sample: model inputs, float32 [N, C, H, W],
+    with their canonical `responses`, float32 [N, units]: a rewritten copy that gives others in float32 is not used.
+    how: manifest entries that say whether the model was rewritten and captured.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class Step:
         neurons: bool,
         sample: Tensor,
         responses: Tensor,
+        channels: int = 3,
     ) -> None:
         self.topk, self.size = topk, size
         self.how: dict[str, Any] = {}
         self._layers, self._axes, self._shapes, self._neurons = layers, axes, shapes, neurons
-        self._dtype, self._transform, self._device = dtype, transform, sample.device
+        self._dtype, self._transform, self._channels, self._device = dtype, transform, channels, sample.device
         self._threshold = Threshold()
         self.model = model  # replaced by the copy that computes the keys
         self._keys = self._prepare(model, sample, responses)
@@ -74,6 +75,7 @@ class Step:
             dtype=HALF[precision],
             size=size,
             transform=network.transform,
+            channels=network.input_shape[0],
             neurons=network.unit == "neuron",
             sample=compute_batch(network.normalise(images))[: len(images)],
             responses=uk.unpack(keys)[0],
@@ -114,7 +116,7 @@ class Step:
     def _input(self, images: Tensor) -> Tensor:
         """The model's input in half precision, [N, C, H, W] in channels-last layout."""
         if images.dtype == torch.uint8 and self._transform is not None:
-            return self._transform.normalize(images, self._dtype)
+            return self._transform.normalize(images, self._dtype, channels=self._channels)
         return images.to(self._dtype, memory_format=torch.channels_last)
 
     def _padded(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

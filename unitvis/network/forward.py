@@ -146,10 +146,10 @@ class CanonicalPass:
     """Canonical forward passes that read some layers of a model in eval mode, for the length of a `with` block.
 
     layers: names with the axis of their channels, in the order of the forward pass. columns: the units of each, counted
-    from 0; needed by `keys` alone. shapes: see `Hooks`. The model runs as given, eager, in IEEE float32, on
-    channels-last input, in compute batches of exactly `COMPUTE_BATCH` images: convolution and matrix libraries choose
-    another algorithm for another shape, and with it other last bits. At one fixed shape an image's responses do not
-    depend on its neighbours or its slot.
+    from 0; needed by `keys` alone. shapes: see `Hooks`. channels: of the model's input. The model runs as given, eager,
+    in IEEE float32, on channels-last input, in compute batches of exactly `COMPUTE_BATCH` images: convolution and
+    matrix libraries choose another algorithm for another shape, and with it other last bits. At one fixed shape an
+    image's responses do not depend on its neighbours or its slot.
     """
 
     def __init__(
@@ -161,9 +161,10 @@ class CanonicalPass:
         columns: Sequence[slice] = (),
         *,
         shapes: Sequence[tuple[int, int, int]] = (),
+        channels: int = 3,
         neurons: bool = False,
     ) -> None:
-        self._device, self._transform = device, transform
+        self._device, self._transform, self._channels = device, transform, channels
         self._columns, self._neurons = columns, neurons
         self._hooks = Hooks(model, layers, shapes)
 
@@ -191,15 +192,18 @@ class CanonicalPass:
             self._hooks.run(pixels.clone(), read)  # a clone: a model may overwrite its input
 
     def _compute_batch(self, images: Tensor) -> Tensor:
-        batch = model_input(images, self._transform, self._device)
+        batch = model_input(images, self._transform, self._device, self._channels)
         normalised_here = images.dtype == torch.uint8  # and so in channels-last memory that nobody else holds
         return batch if normalised_here and len(images) == COMPUTE_BATCH else compute_batch(batch)
 
 
-def model_input(images: Tensor, transform: Transform | None, device: torch.device) -> Tensor:
-    """float32 [N, C, H, W] on a device, from uint8 [N, H, W, 3], which is normalised, or from normalised floats."""
+def model_input(images: Tensor, transform: Transform | None, device: torch.device, channels: int) -> Tensor:
+    """float32 [N, C, H, W] on a device, from uint8 [N, H, W, 3], which is normalised, or from normalised floats.
+
+    channels: of the input that is made of pixels, see `Transform.normalize`.
+    """
     if images.dtype == torch.uint8 and transform is not None:
-        return uk.normalize(images.to(device), *transform.mean_and_std, torch.float32)
+        return transform.normalize(images.to(device), channels=channels)
     return images.to(device, torch.float32)
 
 

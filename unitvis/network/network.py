@@ -21,6 +21,7 @@ from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, Hooks, model_input
 from unitvis.network.identity import describe_model, noise, numbers_of, outline
+from unitvis.network.inputs import input_channels, refuse_channels_last
 from unitvis.network.layers import Examination, Layer
 from unitvis.network.receptive_fields.fields import receptive_fields
 from unitvis.network.receptive_fields.receptive_field import ReceptiveField
@@ -48,6 +49,7 @@ class Network:
         self.fields: dict[str, ReceptiveField] = {}
         self._channel_axes: dict[str, int | None] = {}  # of the modules whose outputs were looked at so far
         self._description: dict[str, Any] | None = None  # once it was asked for after `examine`
+        self._channels: int | None = None  # of the model's input; None: not looked at yet
         self.preparation = 0.0  # seconds that finding layers and receptive fields took
 
     @torch.inference_mode(False)
@@ -113,15 +115,27 @@ class Network:
 
     def normalise(self, images: Tensor) -> Tensor:
         """The model's input, float32 [N, C, H, W] on the device, of images as they were read."""
-        return model_input(images, self.transform, self.device)
+        channels = self.input_shape_of(images)[0]
+        return model_input(images, self.transform, self.device, channels)
 
     def input_shape_of(self, images: Tensor) -> Shape:
-        """[C, H, W] of the model's input for images as they were read: uint8 [N, H, W, 3] or float [N, C, H, W]."""
+        """[C, H, W] of the model's input for images as they were read: uint8 [N, H, W, 3] or float [N, C, H, W].
+
+        Pixels become as many channels as the model takes: colours, or grey. UnitvisError for floats with their channels
+        last.
+        """
         if images.dtype == torch.uint8:
-            _, height, width, channels = images.shape
-        else:
-            _, channels, height, width = images.shape
+            _, height, width, _ = images.shape
+            return self.input_channels(height, width), height, width
+        _, channels, height, width = images.shape
+        refuse_channels_last(self.model, (channels, height, width))
         return channels, height, width
+
+    def input_channels(self, height: int, width: int) -> int:
+        """Number of channels of the model's input, see `inputs.input_channels`; found once."""
+        if self._channels is None:
+            self._channels = input_channels(self.model, height, width, self.device)
+        return self._channels
 
     def reading(self, first: int = 0, last: int | None = None) -> CanonicalPass:
         """Canonical passes that read the layers first <= number < last (None: all) of those that were found."""
@@ -129,7 +143,10 @@ class Network:
         columns = [slice(one.start - start, one.stop - start) for one in own]
         axes = self._layer_axes(first, last)
         shapes, neurons = self.map_shapes[first:last], self.unit == "neuron"
-        return CanonicalPass(self.model, self.device, self.transform, axes, columns, shapes=shapes, neurons=neurons)
+        channels = self.input_shape[0]
+        return CanonicalPass(
+            self.model, self.device, self.transform, axes, columns, shapes=shapes, channels=channels, neurons=neurons
+        )
 
     def _layer_axes(self, first: int = 0, last: int | None = None) -> dict[str, int | None]:
         return {layer.name: self._channel_axes[layer.name] for layer in self.layers[first:last]}
@@ -144,7 +161,8 @@ class Network:
 
     def reading_maps(self, layers: Sequence[str], shape: Shape) -> CanonicalPass:
         """Canonical passes that read the maps of layers by name, of inputs [C, H, W], whether examined or not."""
-        return CanonicalPass(self.model, self.device, self.transform, self.channel_axes(layers, shape))
+        axes = self.channel_axes(layers, shape)
+        return CanonicalPass(self.model, self.device, self.transform, axes, channels=shape[0])
 
     def check_independence(self, canonical: CanonicalPass, images: Tensor) -> Tensor:
         """Keys, int64 [n, units], of at most `COMPUTE_BATCH` images, which must come out again in reversed order.

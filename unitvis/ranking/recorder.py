@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import unitvis_kernels as uk
+from unitvis import models
 from unitvis.errors import UnitvisError, error_text
 from unitvis.half_precision.candidates import EXTRA_CANDIDATES
 from unitvis.half_precision.step import HALF, Step, overflowing_layer
@@ -45,12 +46,13 @@ class Recorder:
                 recorder(images)
         run = recorder.result()
 
-    layers: names or shell patterns; None: every convolution, after the BatchNorm that directly follows it. exclude:
-    names or shell patterns of layers to leave out. unit: "channel" ranks the largest response over positions, "neuron"
-    every element of the map. device: None is the model's own. precision: "fp32" is canonical (compute batches of 16);
-    "fp16" and "bf16" rank what a copy of the model gives in half precision, in batches of batch_size. weights: "fixed"
-    refuses, at `result`, weights that were written to between calls; "moving" ranks each image by the weights that it
-    met, in float32, and no unit is separated.
+    model: a module, or a spec such as "torchvision:alexnet", which brings its transform. layers: names or shell
+    patterns; None: every convolution, after the BatchNorm that directly follows it. exclude: names or shell patterns of
+    layers to leave out. unit: "channel" ranks the largest response over positions, "neuron" every element of the map.
+    device: None is the model's own. precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what
+    a copy of the model gives in half precision, in batches of batch_size. weights: "fixed" refuses, at `result`,
+    weights that were written to between calls; "moving" ranks each image by the weights that it met, in float32, and no
+    unit is separated.
 
     State on the device is O(units x k); nothing is copied to the host before `result`. A GPU that scans in half
     precision fetches a pinned batch after the call: write into one only two calls later. The model is left as it was
@@ -61,7 +63,7 @@ class Recorder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | models.Loaded,
         layers: Sequence[str] | str | None = None,
         k: int = 9,
         *,
@@ -79,7 +81,8 @@ class Recorder:
             raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
         if weights not in ("fixed", "moving"):
             raise UnitvisError(f"weights must be 'fixed' or 'moving', not {weights!r}")
-        self.network = Network(model, device=device, transform=transform)
+        model, own_transform, self._origin = models.resolved(model)
+        self.network = Network(model, device=device, transform=transform or own_transform)
         self._given = unwrapped(model)
         if weights == "moving" and self.network.model is not self._given:
             raise UnitvisError(
@@ -327,7 +330,10 @@ class Recorder:
         how: dict[str, Any] = {"precision": self.precision, "batch_size": self._size}
         if self.precision != "fp32":
             how |= {"candidates": self.k + EXTRA_CANDIDATES, **(self._step.how if self._begun else {})}
-        return scan_manifest(self.network, self.k, self.precision, how)
+        manifest = scan_manifest(self.network, self.k, self.precision, how)
+        if self._origin["spec"] is not None:
+            manifest["model"] |= self._origin
+        return manifest
 
     def partial(self, seconds: float = 0.0, read_from: Source | None = None, **entries: Any) -> Run:
         """A run with what `merge` needs of the images so far, and no winners yet; their ids must be known.

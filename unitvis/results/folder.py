@@ -29,8 +29,7 @@ from unitvis.errors import UnitvisError
 from unitvis.files import replacing
 from unitvis.results.arrays import ARRAYS, LayerArrays
 from unitvis.results.data import RunData
-from unitvis.sources import open_source
-from unitvis.sources.transform import Transform
+from unitvis.sources import open_as_described
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import read_partial
 
@@ -91,10 +90,7 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
         records = {record["id"]: record for record in map(json.loads, lines)}
     except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UnitvisError(f"{folder} is not a whole run ({error}); scan again with --overwrite") from error
-    source = None
-    if images is not None:
-        transform = manifest["transform"]
-        source = open_source(images, Transform.from_json(transform) if transform else None)
+    source = None if images is None else open_as_described(images, manifest["source"], manifest["transform"])
     run = kind(tops, manifest, records, source, partial)
     run.folder = folder
     return run

@@ -21,10 +21,9 @@ from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import check_output
 from unitvis.run import Run, load
 from unitvis.scanning.scan import finish_run
-from unitvis.sources import Source, open_source, reopen_source
-from unitvis.sources.transform import Transform
+from unitvis.sources import Source, open_as_described, reopen_source
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.partial import Partial, joined_seen, refuse_differences
+from unitvis.state.partial import Partial, joined_seen, refuse_differences, same_images
 
 
 @torch.inference_mode(False)
@@ -196,10 +195,9 @@ def _reopened_source(manifest: dict[str, Any], images: object) -> Source:
     transform = manifest["transform"]
     if images is None:
         return reopen_source(manifest["source"], transform)
-    decoding = manifest["source"].get("decoding", {})
-    source = open_source(images, Transform.from_json(transform) if transform else None, **decoding)
+    source = open_as_described(images, manifest["source"], transform)
     if manifest["source"]["kind"] != "recorder":
-        found, wanted = ({**what, "path": None} for what in (source.describe(), manifest["source"]))
+        found, wanted = (same_images(what) for what in (source.describe(), manifest["source"]))
         refuse_differences("the images are not those of the runs", wanted, found)
     return source
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,7 @@ from unitvis.sources.names import Names
 from unitvis.sources.packed import BAKED_FIELDS, FORMAT, FORMAT_KEY, pack_source, pixels_hash, read_about, tables_hash
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, Arrays, Checkpoints, check_seconds
-from unitvis.state.partial import refuse_differences
+from unitvis.state.partial import refuse_differences, same_images
 
 try:
     import fcntl
@@ -46,6 +46,7 @@ def pack(
     decoder: str = "pillow",
     scaled: bool = False,
     allow_truncated: bool = False,
+    images_ending: str | Sequence[str] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -61,7 +62,7 @@ def pack(
         images: a folder, a text list or tar archives.
         path: FILE.npy.
         transform: its resize, crop and interpolation are applied; mean and std are not, each scan gives its own.
-        on_error, max_failures, decoder, scaled, allow_truncated, workers, progress: as for `scan`.
+        on_error, max_failures, decoder, scaled, allow_truncated, images_ending, workers, progress: as for `scan`.
         overwrite: replace a pack at `path`.
         resume: continue from the last checkpoint, also after a crash.
         every: seconds between checkpoints; SIGINT and SIGTERM write one and raise `Interrupted`.
@@ -78,6 +79,7 @@ def pack(
         decoder=decoder,
         scaled=scaled,
         allow_truncated=allow_truncated,
+        images_ending=images_ending,
     )
     if not isinstance(source, EncodedSource) or source.describe()["path"] is None:
         raise UnitvisError(
@@ -101,6 +103,7 @@ def pack(
             packing.finish()
     packed = pack_source(str(target), source.transform, on_error=on_error)
     assert packed is not None  # noqa: S101  it is finished
+    packed.others = source.others
     return packed
 
 
@@ -158,9 +161,8 @@ class _Packing:
 
     def _refuse_other_pack(self, what: str, about: Mapping[str, Any]) -> None:
         """Raise UnitvisError unless `about` has this pack's source and transform."""
-        ignored = {"path": None, "others": None}  # files beside the images, such as the pack itself, may come and go
         there, here = (
-            {"source": one["source"] | ignored, "transform": one["transform"]} for one in (about, self._about())
+            {"source": same_images(one["source"]), "transform": one["transform"]} for one in (about, self._about())
         )
         refuse_differences(f"{what} (then and now)", there, json.loads(json.dumps(here)))
 

@@ -57,6 +57,8 @@ def scan(
     decoder: str = "pillow",
     scaled: bool = False,
     allow_truncated: bool = False,
+    images_ending: str | Sequence[str] | None = None,
+    entry: str | int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     every: float = CHECKPOINT_SECONDS,
@@ -84,6 +86,8 @@ def scan(
             raises UnitvisError.
         max_failures: number of images that may be unreadable; one more raises UnitvisError. None: any number.
         decoder, scaled, allow_truncated: how files are decoded, see `Decoding`.
+        images_ending: which files of a folder or of archives are images, as ".jpg"; see `open_source`.
+        entry: key or number of the image in the items of a dataset or the batches of a loop; None: it is found.
         overwrite: replace a run in `out`.
         resume: continue from the checkpoint in `out`; a finished run is returned as it is.
         every: seconds between checkpoints; SIGINT and SIGTERM write one and raise `Interrupted`.
@@ -111,6 +115,8 @@ def scan(
         decoder=decoder,
         scaled=scaled,
         allow_truncated=allow_truncated,
+        images_ending=images_ending,
+        entry=entry,
     )
 
     recorder = Recorder(model, layers, k, exclude=exclude, unit=unit, device=device, transform=source.transform)

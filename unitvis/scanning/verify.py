@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from unitvis import models
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
@@ -75,8 +76,10 @@ class Comparison:
         )
 
 
-def verify(run: RunData, model: nn.Module, device: torch.device | str | None = None) -> dict[str, Any]:
-    """Compute every winner of a run again.
+def verify(
+    run: RunData, model: nn.Module | str | models.Loaded, device: torch.device | str | None = None
+) -> dict[str, Any]:
+    """Compute every winner of a run again. model: the one that was scanned, or its spec.
 
     Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal, under another one
     the value must lie within 1e-5 of the layer's largest. Raises UnitvisError for a run ranked in half precision.
@@ -91,7 +94,7 @@ def verify(run: RunData, model: nn.Module, device: torch.device | str | None = N
         )
     if run.manifest.get("weights") == "moving":
         raise UnitvisError("the weights moved while the run was recorded, so its values cannot be computed again")
-    network = Network(model, device=device, transform=run.source.transform)
+    network = Network(models.resolved(model)[0], device=device, transform=run.source.transform)
     channels, height, width = run.manifest["input"]
     network.examine((channels, height, width), run.layers, run.manifest["unit"])
     return compare_winners(run, network)

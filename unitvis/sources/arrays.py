@@ -18,7 +18,7 @@ from unitvis.sources.transform import Box, Transform
 
 
 class ArraySource(Source):
-    """Images of one array: uint8 [N, H, W, 3], to be transformed, or float [N, C, H, W], already normalised.
+    """Images of one array: uint8 [N, H, W, 3 or 1], to be transformed, or float [N, C, H, W], already normalised.
 
     A memory-mapped array is read row by row; a tensor stays on its device. Do not change the array while it is in use.
     """
@@ -74,40 +74,45 @@ class ArraySource(Source):
 
 
 def check_pixels(value: object, ndim: int, what: str) -> None:
-    """Raise UnitvisError unless `value` has `ndim` dimensions and is uint8 [..., H, W, 3] or float [..., C, H, W].
+    """Raise UnitvisError unless `value` has `ndim` dimensions and is uint8 [..., H, W, 3 or 1] or float [..., C, H, W].
 
-    what: names the value in the message.
+    what: names the value in the message. Whether floats have their channels first can be told with the model alone, see
+    `input_channels`.
     """
     n = "N, " if ndim == 4 else ""
     wanted = f"uint8 [{n}H, W, 3] or normalised float [{n}C, H, W]"
     if not isinstance(value, Tensor | np.ndarray):
         raise UnitvisError(f"{what} is {type(value).__name__}, not a tensor or array; {wanted} is needed")
-    shape = list(value.shape)
-    real = value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
-    hint = ""
-    if value.ndim == ndim and min(shape[-3:]) > 0:
-        channels_last = shape[-1] in (1, 3, 4) and min(shape[-3:-1]) > 4
-        if real and not channels_last:
-            return
-        if value.dtype in (np.uint8, torch.uint8):
-            if shape[-1] == 3:
-                return
-            hint = ", channels last" if shape[-3] == 3 else ", three channels"
-        elif real:
-            hint = ", channels first"
+    if is_pixels(value, ndim):
+        return
+    shape, hint = list(value.shape), ""
+    if value.ndim == ndim and min(shape[-3:]) > 0 and value.dtype in (np.uint8, torch.uint8):
+        hint = ", channels last" if shape[-3] in (1, 3) else ", three channels"
     raise UnitvisError(f"{what} is {value.dtype} {shape}, not an image; {wanted} is needed{hint}")
+
+
+def is_pixels(value: Tensor | np.ndarray, ndim: int) -> bool:
+    """True for uint8 [..., H, W, 3 or 1] and float [..., C, H, W] with `ndim` dimensions."""
+    if value.ndim != ndim or min(value.shape[-3:]) < 1:
+        return False
+    if value.dtype in (np.uint8, torch.uint8):
+        return value.shape[-1] in (1, 3)
+    return value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
 
 
 def as_pixels(value: object, ndim: int, what: str) -> Tensor:
     """Convert to a tensor, uint8 or float32, after `check_pixels`.
 
-    A tensor keeps its device; a numpy array is copied, to native byte order and writable memory.
+    A tensor keeps its device; a numpy array is copied, to native byte order and writable memory. Grey uint8
+    [..., H, W, 1] becomes [..., H, W, 3].
     """
     check_pixels(value, ndim, what)
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value, np.uint8 if value.dtype == np.uint8 else np.float32, order="C"))
     pixels: Tensor = value.detach()  # type: ignore[attr-defined]
-    return pixels if pixels.dtype == torch.uint8 else pixels.float()
+    if pixels.dtype != torch.uint8:
+        return pixels.float()
+    return pixels if pixels.shape[-1] == 3 else pixels.repeat_interleave(3, -1)
 
 
 def resize_and_crop(pixels: Tensor, transform: Transform | None) -> Tensor:

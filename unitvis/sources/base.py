@@ -76,6 +76,7 @@ class Source(ABC):
     separate_originals = False  # True: the files that `record` describes are not those that pixels are read from
     length: int | None  # number of images; None while it is unknown
     kind: str  # name of the kind of source, in messages and the manifest
+    others: Mapping[str, int] = {}  # files beside the images that are not read: number by the ending of their names
     max_failures: int | None = None  # one more failure stops the scan; None: any number
     _changed_message = "is no longer the image that was scanned"  # follows the name of a changed image
     _remedy = "scan again"

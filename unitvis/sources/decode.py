@@ -21,9 +21,16 @@ from PIL import (
     PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    features,
 )
+from PIL import __version__ as PILLOW
 
 from unitvis.errors import ImageError
+
+try:
+    from PIL.AvifImagePlugin import AvifImageFile
+except ImportError:  # Pillow before 11.3
+    AvifImageFile = None  # type: ignore[assignment, misc]
 
 Size = tuple[int, int]  # width, height
 _Result = TypeVar("_Result")
@@ -33,7 +40,7 @@ MAX_SCANS = 500  # of a progressive JPEG, which has about ten; thousands would k
 
 # Accepted formats: (name, first bytes, Pillow plugin). A hostile file must not reach other decoders (PostScript, PDF,
 # camera and game formats). The first bytes choose the decoder, never the file's name.
-_FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
+_FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile] | None], ...] = (
     ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
     ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
     ("WebP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
@@ -41,6 +48,13 @@ _FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile]], ...] =
     ("GIF", re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImagePlugin.TiffImageFile),
     ("PPM", re.compile(rb"P[1-6]\s"), PpmImagePlugin.PpmImageFile),
+    # the brand comes first, or after mif1 (an image file of some codec) among the compatible brands
+    ("AVIF", re.compile(rb"....ftyp(avi[fs]|m(if|sf)1....(....){0,16}?avi[fs])", re.DOTALL), AvifImageFile),
+)
+_OPTIONAL = {"AVIF": "avif", "WebP": "webp"}  # formats that Pillow may be built without, and its names for them
+_UNREADABLE = (  # formats that Pillow does not decode, named in the reason
+    ("HEIC", re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)),
+    ("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n")),
 )
 
 _TURN_UPRIGHT = {  # EXIF orientation -> how to turn the pixels
@@ -184,11 +198,17 @@ def _open_image(data: bytes, allow_truncated: bool = False) -> Iterator[ImageFil
         raise ImageError("empty file")
     kinds = [(name, plugin) for name, magic, plugin in _FORMATS if magic.match(data)]
     if not kinds:
-        raise ImageError("not an image (JPEG, PNG, WebP, BMP, GIF, TIFF or PPM)")
+        if other := next((name for name, magic in _UNREADABLE if magic.match(data)), None):
+            raise ImageError(f"{other}, which is not decoded; convert it to JPEG or PNG")
+        raise ImageError("not an image (JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF or PPM)")
     name, plugin = kinds[0]
+    if plugin is None or (name in _OPTIONAL and not features.check(_OPTIONAL[name])):
+        wanted = "pillow>=11.3" if plugin is None else f"one that was built with {name}"
+        raise ImageError(f"{name}, which this Pillow ({PILLOW}) cannot decode; install {wanted}")
     try:
-        if name == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-            raise ImageError(f"{scans} JPEG scans; more than {MAX_SCANS} are refused")
+        many = name == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS  # counted with what is none, but fast
+        if many and jpeg_scans(data, MAX_SCANS + 1) > MAX_SCANS:
+            raise ImageError(f"more than {MAX_SCANS} JPEG scans; such a file is refused")
         if name == "JPEG" and allow_truncated:
             data += b"\xff\xd9"  # end marker that a truncated file lacks: libjpeg then fills the rest
         image = plugin(io.BytesIO(data), "")
@@ -200,6 +220,27 @@ def _open_image(data: bytes, allow_truncated: bool = False) -> Iterator[ImageFil
         text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", " ".join(str(error).split())) or type(error).__name__
         too_large = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
         raise ImageError(text if too_large else f"broken {name}: {text[:200]}") from error
+
+
+# A marker: 0xff, any number of times, and a byte that is neither 0 (which stands for 0xff in coded data) nor 0xff.
+_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+# Markers of segments that every decoder skips by their length: frames, tables, scans, application data, comments. Of
+# any other marker no length is believed: it could hide scans.
+_WITH_LENGTH = frozenset((*range(0xC0, 0xC8), *range(0xC9, 0xD0), *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE))
+
+
+def jpeg_scans(data: bytes, most: int) -> int:
+    """Number of scans of a JPEG up to its end of image, or `most`; what follows, or is a preview in EXIF, is none."""
+    scans, place = 0, 2
+    while scans < most and (found := _MARKER.search(data, place)):
+        marker, place = found[1][0], found.end()
+        if marker == _END_OF_IMAGE:
+            break
+        scans += marker == _START_OF_SCAN
+        if marker in _WITH_LENGTH:
+            place += int.from_bytes(data[place : place + 2], "big")
+    return scans
 
 
 def _refuse_bomb(image: ImageFile.ImageFile) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,8 +25,8 @@ MAX_BYTES = 1 << 29  # of one file, which is read whole; no image within the lim
 class EncodedSource(ItemSource):
     """Named image files; a pass over them reads each file once, hashes its bytes and decodes them from memory.
 
-    other_files: number of files beside them whose names are not those of images; they are not read. infos: hashes and
-    sizes that the files must have; None: they are noted as the files are read.
+    others: number of files beside them that are not read, by the ending of their names. endings: those that the user
+    chose for images. infos: hashes and sizes that the files must have; None: they are noted as the files are read.
     """
 
     _changed_message = "is no longer the file that was scanned"
@@ -39,15 +39,21 @@ class EncodedSource(ItemSource):
         *,
         on_error: str = "skip",
         decoding: Decoding | None = None,
-        other_files: int = 0,
+        others: Mapping[str, int] | None = None,
+        endings: Sequence[str] | None = None,
         infos: ImageInfoTable | None = None,
     ) -> None:
-        self.kind, self.other_files = kind, other_files
+        self.kind, self.others, self._endings = kind, others or {}, endings
         super().__init__(transform, len(names), on_error, infos)
         self._transform, self._decoding = require_transform(transform), decoding or Decoding()
         self._names = names
         self._may_decode = threading.Event()
         self._may_decode.set()
+
+    @property
+    def other_files(self) -> int:
+        """Number of files beside the images that are not read."""
+        return sum(self.others.values())
 
     @contextmanager
     def pause_decoding(self) -> Iterator[None]:
@@ -78,9 +84,12 @@ class EncodedSource(ItemSource):
         return {"id": id, "name": self.name(id), **size, "hash": info.digest.hex()}
 
     def describe(self) -> dict[str, Any]:
-        """Describe the files: kind, path, number of images and of others, hash of the names, `Decoding` options."""
-        names = {"images": self.length, "names": self._names.hash(), "others": self.other_files}
-        return {"kind": self.kind, "path": self._origin(), **names, "decoding": self._decoding.to_json()}
+        """Describe the files: kind, path, number of images and of others, hash of the names, options for reading."""
+        described: dict[str, Any] = {"kind": self.kind, "path": self._origin(), "images": self.length}
+        described |= {"names": self._names.hash(), "others": self.other_files, "decoding": self._decoding.to_json()}
+        if self._endings is not None:
+            described["images_ending"] = list(self._endings)
+        return described
 
     @abstractmethod
     def _origin(self) -> str | list[str] | None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.encoded import MAX_BYTES, EncodedSource
-from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, load_listing, save_listing
+from unitvis.sources.image_names import ImageNames, others_in_words
+from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing
 from unitvis.sources.transform import Transform
-
-IMAGE_NAME = re.compile(rb"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|p[bgpn]m)$", re.IGNORECASE)
 
 
 class FileSource(EncodedSource):
@@ -44,45 +43,39 @@ class FileSource(EncodedSource):
             raise ImageError(error.strerror or type(error).__name__) from error
 
 
-def is_image_name(name: str) -> bool:
-    """True if a file of this name in a folder counts as an image."""
-    return bool(IMAGE_NAME.search(os.fsencode(name)))
-
-
-def folder_source(folder: str, transform: Transform | None, **options: Any) -> FileSource:
-    """Open all images below a folder, sorted by relative path; images are known by the ending of their names."""
+def folder_source(
+    folder: str, transform: Transform | None, *, endings: Sequence[str] | None = None, **options: Any
+) -> FileSource:
+    """Open all images below a folder, sorted by relative path; endings: of their names, see `ImageNames`."""
     root = os.fsencode(os.path.abspath(folder))
-    names, others = _saved_listing(root) or _new_listing(root)
+    names, chosen = _saved_listing(root, endings) or _new_listing(root, endings)
     if not names:
-        found = f"{others} other files" if others else "nothing"
-        raise UnitvisError(f"no image (.jpg .png .webp .bmp .gif .tif .ppm) below {folder!r}, which holds {found}")
-    return FileSource("folder", os.fsdecode(root), root, names, transform, other_files=others, **options)
+        found = others_in_words(chosen.others) if chosen.others else "nothing"
+        wanted = ".jpg .png .webp .avif .bmp .gif .tif .ppm" if endings is None else " ".join(map(repr, endings))
+        raise UnitvisError(f"no image ({wanted}) below {folder!r}, which holds {found}")
+    if chosen.warning:
+        warnings.warn(chosen.warning)
+    path = os.fsdecode(root)
+    return FileSource("folder", path, root, names, transform, others=chosen.others, endings=endings, **options)
 
 
-def _new_listing(root: bytes) -> tuple[Names, int]:
+def _new_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, ImageNames]:
     """List the names of all images below, and count the other files; a long listing is saved for the next run."""
-    others, folders, start = 0, dict[bytes, _Stamp](), time.time_ns()
-
-    def images() -> Iterator[bytes]:
-        nonlocal others
-        for name in _walk(root, folders):
-            if IMAGE_NAME.search(name):
-                yield name
-            else:
-                others += 1
-
-    names = Names(images())
+    folders, start = dict[bytes, _Stamp](), time.time_ns()
+    chosen = ImageNames(endings)
+    names = Names(filter(chosen.take, _walk(root, folders)))
     newest = max(changed for _, _, changed in folders.values())
-    if len(names) + others >= MIN_SAVED_NAMES and start - newest > SETTLE_NS:
+    if len(names) + chosen.others.total() >= MIN_SAVED_NAMES and start - newest > SETTLE_NS:
         inside = {f"folder_{key}": value for key, value in Names(folders).arrays().items()}
         stamps = np.array(list(folders.values()), np.int64)
-        save_listing("folder", root, {**names.arrays(), **inside, "stamps": stamps, "others": np.array(others)})
-    return names, others
+        found = {**names.arrays(), **inside, "stamps": stamps, "chosen": chosen.array()}
+        save_listing("folder", listing_key([root], endings), found)
+    return names, chosen
 
 
-def _saved_listing(root: bytes) -> tuple[Names, int] | None:
+def _saved_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, ImageNames] | None:
     """Load the listing of an earlier run; None if any folder has changed since (its time changes with its names)."""
-    saved = load_listing("folder", root)
+    saved = load_listing("folder", listing_key([root], endings))
     if saved is None:
         return None
     try:
@@ -90,7 +83,7 @@ def _saved_listing(root: bytes) -> tuple[Names, int] | None:
         same = all(
             _stamp(os.path.join(root, folders[i])) == tuple(row) for i, row in enumerate(saved["stamps"].tolist())
         )
-        return (Names.from_arrays(saved), int(saved["others"])) if same else None
+        return (Names.from_arrays(saved), ImageNames.restored(saved["chosen"])) if same else None
     except (OSError, KeyError):
         return None
 

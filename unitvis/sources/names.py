@@ -8,7 +8,7 @@ import os
 import tempfile
 import zipfile
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 MIN_SAVED_NAMES = 20_000  # a shorter listing is not saved: making it again takes a moment
 SETTLE_NS = 2_000_000_000  # ns; after a change as recent as that, another one may leave the time stamp as it is
-_LISTING_FORMAT = b"2"  # part of a saved listing's file name
+_LISTING_FORMAT = b"3"  # part of a saved listing's file name
 
 
 class Names:
@@ -50,6 +50,12 @@ class Names:
         names = cls(())
         names._block, names._starts = arrays["names"].tobytes(), arrays["starts"].astype(np.int64)
         return names
+
+
+def listing_key(parts: Iterable[bytes], endings: Sequence[str] | None) -> bytes:
+    """Key of a listing: what was listed, and the endings of images if they were chosen."""
+    chosen = b"" if endings is None else b"\0".join([b"", b"endings", *(ending.encode() for ending in endings)])
+    return b"\0".join(parts) + chosen
 
 
 def load_listing(kind: str, key: bytes) -> dict[str, NDArray[np.generic]] | None:

@@ -138,7 +138,7 @@ class PackSource(Source):
         options: dict[str, Any] = {"decoding": Decoding(**source["decoding"]), "infos": self._infos}
         if not tar:  # no new listing is needed: a missing file fails when it is read
             return FileSource(source["kind"], path, root, self._names, self.transform, **options)
-        found = tar_source(path, self.transform, **options)
+        found = tar_source(path, self.transform, endings=source.get("images_ending"), **options)
         if found.describe()["names"] != source["names"]:
             raise UnitvisError(
                 f"the archives {abridged(archives)} are no longer those that were packed; restore them, or pack again"

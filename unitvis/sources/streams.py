@@ -16,13 +16,14 @@ from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.arrays import as_pixels, picture_from_pixels, pixel_hash, resize_and_crop, size_of
 from unitvis.sources.base import Chunks, ImageInfo, ItemSource, Picture, Source, require_transform
 from unitvis.sources.decode import to_rgb
+from unitvis.sources.entries import ImageEntry, is_batch
 from unitvis.sources.transform import Transform
 
 _HASHED_VALUES = 4096  # number of values of an image that are hashed, to notice a change when it is read again
 
 
 class DatasetSource(ItemSource):
-    """Images of a map-style dataset or any sequence; the image is the item, or its first entry.
+    """Images of a map-style dataset or any sequence; the image is the item, or one of its entries (see `ImageEntry`).
 
     A PIL image or uint8 [H, W, 3] is transformed; float [C, H, W] is taken as already normalised. Items are read by the
     caller's thread, as most datasets expect (a DataLoader has its own workers). An exception of the dataset is that
@@ -33,9 +34,12 @@ class DatasetSource(ItemSource):
     threads = False
     _changed_message = "is no longer the image that was scanned (a dataset must not augment at random)"
 
-    def __init__(self, dataset: Any, transform: Transform | None, *, on_error: str = "skip") -> None:
+    def __init__(
+        self, dataset: Any, transform: Transform | None, *, on_error: str = "skip", entry: str | int | None = None
+    ) -> None:
         super().__init__(transform, len(dataset), on_error)
-        self._dataset = dataset
+        self._dataset, self._given_entry = dataset, entry
+        self._entry = ImageEntry(entry, ndim=3)
 
     def picture(self, id: int, value_range: tuple[float, float] = (0.0, 1.0)) -> Picture:
         """PIL image or uint8 array: the original; float: the model's input, see `Source.picture`."""
@@ -54,8 +58,9 @@ class DatasetSource(ItemSource):
         return {"id": id, "name": self.name(id), **size, "hash": pixel_hash(pixels)}
 
     def describe(self) -> dict[str, Any]:
-        """Describe the dataset: kind, class, number of images."""
-        return {"kind": self.kind, "path": None, "images": self.length, "class": type(self._dataset).__name__}
+        """Describe the dataset: kind, class, number of images, the entry of its items that was given."""
+        described = {"kind": self.kind, "path": None, "images": self.length, "class": type(self._dataset).__name__}
+        return described if self._given_entry is None else described | {"entry": self._given_entry}
 
     def _hash(self, id: int) -> str:
         return pixel_hash(self._load(id)[0])
@@ -72,7 +77,7 @@ class DatasetSource(ItemSource):
     def _image(self, id: int) -> object:
         """Read the image of one item, not yet transformed; ImageError with what the dataset raised."""
         try:
-            return first_entry(self._dataset[id])
+            return self._entry(self._dataset[id])
         except UnitvisError:
             raise
         except Exception as error:  # a dataset may raise anything for one image
@@ -84,14 +89,21 @@ class LoaderSource(DatasetSource):
 
     kind = "DataLoader"
 
-    def __init__(self, loader: DataLoader[Any], transform: Transform | None, *, on_error: str = "skip") -> None:
-        super().__init__(loader.dataset, transform, on_error=on_error)
-        self._loader = loader
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        transform: Transform | None,
+        *,
+        on_error: str = "skip",
+        entry: str | int | None = None,
+    ) -> None:
+        super().__init__(loader.dataset, transform, on_error=on_error, entry=entry)
+        self._loader, self._entry = loader, ImageEntry(entry, ndim=4)
         self._size: int = getattr(loader.batch_sampler, "batch_size", 1)
 
     def _image(self, id: int) -> object:
         try:
-            return as_pixels(first_entry(self._loader.collate_fn([self._dataset[id]])), 4, "the batch")[0]
+            return as_pixels(self._entry(self._loader.collate_fn([self._dataset[id]])), 4, "the batch")[0]
         except UnitvisError:
             raise
         except Exception as error:
@@ -102,7 +114,8 @@ class LoaderSource(DatasetSource):
             yield from super()._chunks(ids, batch_size, workers)
             return
         start, total = 0, len(self._dataset)
-        for pixels in _checked_batches(self._loader, self.kind):
+        for count, batch in enumerate(_read_in_order(self._loader, self.kind)):
+            pixels = as_pixels(self._entry(batch), 4, f"batch {count} of the {self.kind}")
             stop = min(start + self._size, total)
             if len(pixels) != stop - start:
                 raise UnitvisError(
@@ -120,14 +133,25 @@ class LoaderSource(DatasetSource):
 
 
 class StreamSource(Source):
-    """Images of an iterable of batches, which is read once: ids are ordinals, and no image can be read again."""
+    """Images of an iterable of batches, or of PIL images, which is read once: ids are ordinals.
+
+    The batch or picture is what the iterable yields, or one of its entries (see `ImageEntry`).
+    """
 
     kind = "stream"
     rereadable = False
 
-    def __init__(self, batches: Iterable[Any], transform: Transform | None, *, on_error: str = "skip") -> None:
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        transform: Transform | None,
+        *,
+        on_error: str = "skip",
+        entry: str | int | None = None,
+    ) -> None:
         super().__init__(transform, None, on_error)
         self._stream: Iterable[Any] | None = batches
+        self._batch_entry, self._image_entry = ImageEntry(entry, ndim=4), ImageEntry(entry, ndim=3)
 
     def read(self, id: int) -> Tensor:
         """Raise UnitvisError: a stream is read once."""
@@ -163,14 +187,33 @@ class StreamSource(Source):
         if stream is None:
             raise UnitvisError("the stream has been read; give a new one")
         start = 0
-        for pixels in _checked_batches(stream, self.kind):
+        for count, item in enumerate(_read_in_order(stream, self.kind)):
+            try:
+                pixels = self._pixels(item, f"batch {count} of the {self.kind}")
+            except ImageError as error:
+                self._note_failure(start, str(error))
+                start += 1
+                continue
             if len(pixels):
-                yield range(start, start + len(pixels)), resize_and_crop(pixels, self.transform)
+                yield range(start, start + len(pixels)), pixels
                 start += len(pixels)
         self.length = start
 
+    def _pixels(self, item: Any, what: str) -> Tensor:
+        """Resized and cropped pixels of a batch, or of a picture as a batch of one; what: names it in messages."""
+        if is_batch(item):
+            return resize_and_crop(as_pixels(self._batch_entry(item), 4, what), self.transform)
+        if isinstance(item, list) and sum(isinstance(one, Image.Image) for one in item) > 1:
+            raise UnitvisError(f"{what} is a list of pictures; yield them one at a time, or as an array [N, H, W, 3]")
+        image = self._image_entry(item)
+        if isinstance(image, Image.Image):
+            return torch.from_numpy(require_transform(self.transform)(image))[None]
+        return as_pixels(image, 4, what)
 
-def loader_source(loader: DataLoader[Any], transform: Transform | None, *, on_error: str = "skip") -> Source:
+
+def loader_source(
+    loader: DataLoader[Any], transform: Transform | None, *, on_error: str = "skip", entry: str | int | None = None
+) -> Source:
     """Open a DataLoader; UnitvisError if it shuffles, drops or repeats images."""
     dataset: Any = loader.dataset
     batching: Any = loader.batch_sampler
@@ -193,32 +236,21 @@ def loader_source(loader: DataLoader[Any], transform: Transform | None, *, on_er
     if not iterable and len(sampler) != len(dataset):
         raise UnitvisError(f"the DataLoader draws {len(sampler)} of {len(dataset)} images; give it a Subset")
     kind = StreamSource if iterable or batching is None else LoaderSource
-    return kind(loader, transform, on_error=on_error)
+    return kind(loader, transform, on_error=on_error, entry=entry)
 
 
-def first_entry(item: Any) -> Any:
-    """Return the first entry of a tuple, list or dict, and anything else as it is; UnitvisError if it is empty."""
-    if isinstance(item, Mapping):
-        item = list(item.values())
-    if isinstance(item, tuple | list):
-        if not item:
-            raise UnitvisError("an item is empty; an image, or a tuple whose first entry is the image, is needed")
-        return item[0]
-    return item
-
-
-def _checked_batches(stream: Iterable[Any], kind: str) -> Iterator[Tensor]:
-    """Yield each batch as a checked tensor, uint8 [N, H, W, 3] or float32 [N, C, H, W]."""
+def _read_in_order(stream: Iterable[Any], kind: str) -> Iterator[Any]:
+    """Yield what an iterable yields; UnitvisError with its number for whatever it raises."""
     count = 0
-    batches = iter(stream)
+    items = iter(stream)
     while True:
         try:
-            batch = next(batches)
+            item = next(items)
         except StopIteration:
             return
         except Exception as error:
             raise UnitvisError(f"the {kind} failed after {count} batches: {_error_in_one_line(error)}") from error
-        yield as_pixels(first_entry(batch), 4, f"batch {count} of the {kind}")
+        yield item
         count += 1
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 import time
+import warnings
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +22,8 @@ from numpy.typing import NDArray
 from unitvis.errors import ImageError, UnitvisError, abridged, first_line
 from unitvis.sources.decoding import Decoding
 from unitvis.sources.encoded import MAX_BYTES, EncodedSource
-from unitvis.sources.files import IMAGE_NAME
-from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, load_listing, save_listing
+from unitvis.sources.image_names import ImageNames, others_in_words
+from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing
 from unitvis.sources.transform import Transform
 
 _MAX_OPEN_SHARDS = 64  # file descriptors kept open at once
@@ -37,14 +38,15 @@ _NOT_A_PLAIN_FILE = -1  # in place of the size of a link or a sparse member
 class TarSource(EncodedSource):
     """Members of tar archives whose names end as those of images, in the order of the shards and of their members.
 
-    The name of an image is SHARD.tar/MEMBER. Every image of a WebDataset sample counts; its other entries (.cls, .json)
-    are not read.
+    The name of an image is SHARD.tar/MEMBER. A member that was written again keeps its place and has its last content,
+    as after extraction. Every image of a WebDataset sample counts unless endings are given; its other entries (.cls,
+    .json) are not read.
     """
 
     def __init__(
         self, path: str | list[str], shards: Sequence[str], index: Index, transform: Transform | None, **options: Any
     ) -> None:
-        super().__init__("tar", index.names, transform, other_files=index.other_members, **options)
+        super().__init__("tar", index.names, transform, others=index.chosen.others, **options)
         self.path, self._shards, self._index = path, shards, index
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = Lock()
@@ -107,7 +109,8 @@ class Index:
     offsets: NDArray[np.int64]  # [images], in bytes from the start of the shard
     sizes: NDArray[np.int64]  # [images], in bytes
     ends: NDArray[np.int64]  # [shards], one past the last id in each
-    other_members: int  # number of members that are not images by their names
+    chosen: ImageNames  # has counted the members that are not images by their names
+    rewritten: list[str]  # names of images that were written more than once
 
 
 def is_tar_name(path: str) -> bool:
@@ -141,8 +144,17 @@ def _brace_names(inside: str, pattern: str) -> tuple[int, Iterable[str]]:
     return len(names), names
 
 
-def tar_source(path: str | list[str], transform: Transform | None, *, decoding: Decoding, **options: Any) -> TarSource:
+def tar_source(
+    path: str | list[str],
+    transform: Transform | None,
+    *,
+    decoding: Decoding,
+    endings: Sequence[str] | None = None,
+    **options: Any,
+) -> TarSource:
     """Open the images in tar archives; path: one path, with or without braces, or a list of such.
+
+    endings: of the images' names, see `ImageNames`.
 
     With allow_truncated, of an archive that ends early the whole members are read. Raises UnitvisError if an archive is
     missing, compressed, damaged or named twice, or if none holds an image.
@@ -154,48 +166,92 @@ def tar_source(path: str | list[str], transform: Transform | None, *, decoding: 
     if len(set(shards)) < len(shards):
         twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
         raise UnitvisError(f"the archive {twice!r} is named twice")
-    index = _shard_index(shards, decoding.allow_truncated)
+    index = _shard_index(shards, decoding.allow_truncated, endings)
+    others = index.chosen.others
     if not len(index.names):
-        raise UnitvisError(f"no image in {given[0]!r}, which holds {index.other_members} other members")
+        found = others_in_words(others).replace("file", "member")
+        raise UnitvisError(f"no image in {given[0]!r}, which holds {found}")
+    if index.rewritten:
+        warnings.warn(
+            f"{len(index.rewritten):,} members were written more than once, and the last of each counts, as in "
+            f"extraction: {abridged([repr(name) for name in index.rewritten])}"
+        )
+    if index.chosen.warning:
+        warnings.warn(index.chosen.warning)
     absolute = [os.path.abspath(one) for one in given]
-    return TarSource(
-        absolute[0] if isinstance(path, str) else absolute, shards, index, transform, decoding=decoding, **options
-    )
+    origin = absolute[0] if isinstance(path, str) else absolute
+    return TarSource(origin, shards, index, transform, decoding=decoding, endings=endings, **options)
 
 
-def _shard_index(shards: list[str], allow_truncated: bool) -> Index:
+def _shard_index(shards: list[str], allow_truncated: bool, endings: Sequence[str] | None) -> Index:
     """Load the index of an earlier run if the archives have not changed since, otherwise read all their headers."""
-    key = "\0".join([str(allow_truncated), *shards]).encode("utf-8", "surrogateescape")
+    key = listing_key([str(allow_truncated).encode(), *map(os.fsencode, shards)], endings)
     status = [os.stat(shard) for shard in shards]
     stamps = np.array([(one.st_size, one.st_mtime_ns) for one in status], np.int64)
     saved = load_listing("tar", key)
     if saved is not None and np.array_equal(saved["stamps"], stamps):
         members = {name: saved[name].astype(np.int64) for name in ("offsets", "sizes", "ends")}
-        return Index(Names.from_arrays(saved), **members, other_members=int(saved["others"]))
-    offsets, sizes, ends = array("q"), array("q"), array("q")
-    others = 0
+        chosen = ImageNames.restored(saved["chosen"])
+        return Index(Names.from_arrays(saved), **members, chosen=chosen, rewritten=saved["rewritten"].tolist())
+    offsets, sizes, hashes, ends = array("q"), array("q"), array("q"), array("q")
+    chosen = ImageNames(endings)
+
+    root = os.path.dirname(shards[0]) if len(shards) == 1 else os.path.commonpath(shards)
+    prefixes = [os.fsencode(os.path.relpath(shard, root)) + b"/" for shard in shards]
 
     def images() -> Iterator[bytes]:
-        nonlocal others
-        root = os.path.dirname(shards[0]) if len(shards) == 1 else os.path.commonpath(shards)
-        for shard in shards:
-            prefix = os.fsencode(os.path.relpath(shard, root)) + b"/"
+        for shard, prefix in zip(shards, prefixes, strict=True):
             for member, name in _members(shard, allow_truncated):
                 hidden = any(part[:1] == b"." for part in name.split(b"/") if part not in (b".", b".."))
-                if hidden or not IMAGE_NAME.search(name):  # macOS puts a hidden ._NAME beside NAME
-                    others += 1
+                if not chosen.take(prefix + name, hidden=hidden):  # macOS puts a hidden ._NAME beside NAME
                     continue
                 offsets.append(member.offset_data)
                 sizes.append(member.size if member.isreg() and not member.issparse() else _NOT_A_PLAIN_FILE)
+                hashes.append(hash((prefix, _extracted(name))))
                 yield prefix + name
             ends.append(len(offsets))
 
     names = Names(images())
     members = {"offsets": np.array(offsets), "sizes": np.array(sizes), "ends": np.array(ends)}
+    index = Index(names, **members, chosen=chosen, rewritten=[])
+    index = _without_earlier_versions(index, prefixes, np.array(hashes, np.int64))
     settled = time.time_ns() - max(one.st_mtime_ns for one in status) > SETTLE_NS
-    if len(names) + others >= MIN_SAVED_NAMES and settled:
-        save_listing("tar", key, {**names.arrays(), **members, "stamps": stamps, "others": np.array(others)})
-    return Index(names, **members, other_members=others)
+    if len(names) + chosen.others.total() >= MIN_SAVED_NAMES and settled:
+        found: dict[str, NDArray[Any]] = {"offsets": index.offsets, "sizes": index.sizes, "ends": index.ends}
+        found |= {"stamps": stamps, "chosen": chosen.array(), "rewritten": np.array(index.rewritten, np.str_)}
+        save_listing("tar", key, {**index.names.arrays(), **found})
+    return index
+
+
+def _extracted(member: bytes) -> bytes:
+    """The path to which a member would be extracted: a.png, /a.png and x/../a.png are one file."""
+    return os.path.normpath(b"/" + member.lstrip(b"/"))
+
+
+def _without_earlier_versions(index: Index, prefixes: list[bytes], hashes: NDArray[np.int64]) -> Index:
+    """Give images that were written more than once the place of the first version and the content of the last.
+
+    prefixes: of the names in each shard. hashes: of shard and path after extraction, [images]; only images with equal
+    ones are compared, so that the names of all others need no memory.
+    """
+    values, counts = np.unique(hashes, return_counts=True)
+    repeated = np.flatnonzero(np.isin(hashes, values[counts > 1]))
+    versions: dict[tuple[int, bytes], list[int]] = {}
+    for id, shard in zip(repeated.tolist(), np.searchsorted(index.ends, repeated, "right").tolist(), strict=True):
+        path = _extracted(index.names[id].removeprefix(prefixes[shard]))
+        versions.setdefault((shard, path), []).append(id)
+    offsets, sizes, kept = index.offsets, index.sizes, np.ones(len(hashes), np.bool_)
+    rewritten = []
+    for ids in versions.values():
+        if len(ids) > 1:
+            rewritten.append(os.fsdecode(index.names[ids[0]]))
+            offsets[ids[0]], sizes[ids[0]] = offsets[ids[-1]], sizes[ids[-1]]
+            kept[ids[1:]] = False
+    if not rewritten:
+        return index
+    names = Names(index.names[id] for id in np.flatnonzero(kept).tolist())
+    ends = np.concatenate([[0], np.cumsum(kept)])[index.ends]
+    return Index(names, offsets[kept], sizes[kept], ends, index.chosen, rewritten)
 
 
 def _members(shard: str, allow_truncated: bool) -> Iterator[tuple[tarfile.TarInfo, bytes]]:

@@ -38,7 +38,8 @@ class Transform:
     Args:
         resize: an int is the length of the shorter side, a pair is (height, width); None: no resize.
         crop: an int is the side of a square, a pair is (height, width), cut from the centre; None: no crop.
-        mean, std: three numbers, for red, green and blue in 0..1; None: 0 and 1.
+        mean, std: three numbers, for red, green and blue in 0..1, or one for all channels, as of a network for grey
+            images; None: 0 and 1.
         interpolation: one of Pillow's antialiased filters: nearest, bilinear, bicubic, lanczos, box or hamming.
     """
 
@@ -80,16 +81,32 @@ class Transform:
         x, y = width / wide, height / tall
         return (box[0] + left) * x, (box[1] + top) * y, (box[2] + left) * x, (box[3] + top) * y
 
-    def normalize(self, batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normalise uint8 [N, H, W, 3] to the model's input, [N, 3, H, W] of `dtype` in channels_last memory."""
-        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
-            raise UnitvisError(f"pixels are uint8 [N, H, W, 3], not {batch.dtype} {list(batch.shape)}")
-        return uk.normalize(batch, *self.mean_and_std, dtype)
+    def normalize(self, batch: Tensor, dtype: torch.dtype = torch.float32, *, channels: int = 3) -> Tensor:
+        """Normalise uint8 [N, H, W, 3 or 1] to the model's input: [N, channels, H, W] of `dtype`, channels_last memory.
 
-    @property
-    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std, three numbers each; 0 and 1 if they were left out."""
-        return self.mean or (0.0, 0.0, 0.0), self.std or (1.0, 1.0, 1.0)
+        channels: 3, or 1 for a model of grey images, whose colours become grey as Pillow's convert("L") makes them.
+        """
+        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] not in (1, 3):
+            raise UnitvisError(f"pixels are uint8 [N, H, W, 3], not {batch.dtype} {list(batch.shape)}")
+        if channels not in (1, 3):
+            raise UnitvisError(
+                f"the model takes images of {channels} channels, and pictures have 3, or 1 where they are grey; give "
+                "normalised float [N, C, H, W]"
+            )
+        if batch.shape[3] != channels:
+            batch = grey(batch) if channels == 1 else batch.repeat_interleave(3, 3)
+        return uk.normalize(batch, *self.mean_and_std(channels), dtype)
+
+    def mean_and_std(self, channels: int = 3) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std, one number a channel; 0 and 1 if they were left out. UnitvisError if three stand for one."""
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and len(value) not in (1, channels):
+                raise UnitvisError(
+                    f"the model takes images of one channel (grey), and {name} has three numbers; give one: {name}=0.5 "
+                    f"(--{name} 0.5)"
+                )
+        mean, std = self.mean or (0.0,), self.std or (1.0,)
+        return mean * (channels // len(mean)), std * (channels // len(std))
 
     def denormalize(self, image: Tensor) -> np.ndarray:
         """Convert a model input [3, H, W] back to uint8 [H, W, 3]: rounded, clipped to 0..255; NaN becomes black."""
@@ -140,9 +157,15 @@ class Transform:
         return left, top, left + wide, top + tall
 
 
+def grey(batch: Tensor) -> Tensor:
+    """Grey, uint8 [..., 1], of colours, uint8 [..., 3]: the luma of ITU-R BT.601 in the integers of Pillow's "L"."""
+    red, green, blue = batch.int().unbind(-1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[..., None]
+
+
 @functools.lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Constants as float32 [3, 1, 1] on the device, cached so that no batch needs a copy or synchronisation."""
+    """Constants as float32 [3 or 1, 1, 1] on the device, cached so that no batch needs a copy or synchronisation."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
@@ -162,13 +185,16 @@ def _checked_size(name: str, value: Any) -> int | tuple[int, int] | None:
 
 
 def _checked_colour(name: str, value: Any) -> tuple[float, ...] | None:
-    """Check mean or std: None or three finite numbers; std above 0."""
+    """Check mean or std: None, a finite number, or one or three of them; std above 0."""
     if value is None:
         return None
     numbers = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
-    wanted = isinstance(numbers, tuple | list) and len(numbers) == 3
+    numbers = [numbers] if isinstance(numbers, Real) else numbers
+    wanted = isinstance(numbers, tuple | list) and len(numbers) in (1, 3)
     if not wanted or not all(isinstance(number, Real) and math.isfinite(number) for number in numbers):
-        raise UnitvisError(f"{name}={value!r}; three numbers are needed, for red, green and blue")
+        raise UnitvisError(
+            f"{name}={value!r}; three numbers are needed, for red, green and blue, or one for all channels"
+        )
     if name == "std" and min(numbers) <= 0:
         raise UnitvisError(f"std={value!r}; every value must be above 0")
     return tuple(float(number) for number in numbers)

@@ -100,9 +100,13 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     keys = ("class", "parameters", "weights", "modules", "responses")
     model = {key: described[key] for key in keys if key in described}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
-    # Where the images lie, and files beside them that are no images, may differ.
-    source = {key: value for key, value in manifest["source"].items() if key not in ("path", "others")}
+    source = same_images(manifest["source"])
     return json.loads(json.dumps({"model": model, "layers": layers, **shared, "source": source}))  # tuples are lists
+
+
+def same_images(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A source's description without what may differ for the same images: where they lie, and files beside them."""
+    return {key: value for key, value in source.items() if key not in ("path", "others")}
 
 
 def differences(one: Any, other: Any, name: str = "") -> Iterable[str]:

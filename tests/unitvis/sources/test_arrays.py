@@ -98,7 +98,6 @@ def test_pictures_of_float_images():
         (np.zeros((2, 8, 8), np.uint8), r"the array is uint8 \[2, 8, 8\], not an image; uint8 \[N, H, W, 3\] or"),
         (np.zeros((2, 3, 8, 8), np.uint8), r"uint8 \[2, 3, 8, 8\].* is needed, channels last"),
         (np.zeros((2, 8, 8, 4), np.uint8), r"is needed, three channels"),
-        (np.zeros((2, 8, 8, 3), np.float32), r"float32 \[2, 8, 8, 3\].* is needed, channels first"),
         (np.zeros((2, 8, 8, 3), np.int64), r"int64 \[2, 8, 8, 3\], not an image"),
         (np.zeros((2, 3, 8, 8), bool), "bool"),
         (np.zeros((2, 3, 8, 8), complex), "complex128"),
@@ -126,3 +125,10 @@ def test_a_wrong_npy(tmp_path):
         with pytest.raises(UnitvisError, match=f"cannot read '.*{name}.npy': ") as error:
             open_source(tmp_path / f"{name}.npy", PLAIN)
         assert "\n" not in str(error.value)
+
+
+def test_grey_uint8_arrays_are_pictures():
+    grey = stack(3)[..., :1]
+    source = open_source(grey, PLAIN)
+    assert (everything(source, 2)[1].numpy() == np.repeat(grey, 3, axis=3)).all()
+    assert (np.asarray(source.picture(1)[0]) == grey[1]).all()

@@ -22,7 +22,7 @@ DEADLINE = 300  # seconds after which what a test waits for is taken to never ha
 def test_batches_are_full_whatever_fails_and_whoever_reads(folder):
     good = [i for i in range(27) if i not in (4, 9, 14, 26)]
     expected = [
-        Failure(4, "03b.jpg", "not an image (JPEG, PNG, WebP, BMP, GIF, TIFF or PPM)"),
+        Failure(4, "03b.jpg", "not an image (JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF or PPM)"),
         Failure(9, "07b.JPG", "empty file"),
         Failure(14, "11b.png", "broken PNG: image file is truncated"),
         Failure(26, "22b.gif", "broken GIF: index out of range"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,11 @@ import pytest
 from PIL import Image, ImageFile
 
 from support.encoded import header, pixels, stored, tiff
+from support.sources import PLAIN, everything, noise
 from unitvis.errors import ImageError
 from unitvis.sources import decode as decode_module
-from unitvis.sources.decode import MAX_PIXELS, decode
+from unitvis.sources import open_source
+from unitvis.sources.decode import MAX_PIXELS, decode, jpeg_scans
 
 DEADLINE = 300  # seconds after which what a test waits for is taken to never happen
 
@@ -36,15 +39,65 @@ def test_a_tiff_whose_tile_is_a_bomb_is_refused():
 def test_a_jpeg_of_endless_scans_is_refused():
     data = stored(Image.new("L", (8, 8)), "JPEG", progressive=True)
     scan = data[data.index(b"\xff\xda") : -2]
-    with pytest.raises(ImageError, match="JPEG scans; more than 500"):
+    with pytest.raises(ImageError, match=r"^more than 500 JPEG scans; such a file is refused$"):
         decode(data[:-2] + scan * 600 + data[-2:])
+
+
+def progressive(side=8):
+    """A progressive JPEG with a preview in its EXIF data, whose own start of scan does not count."""
+    return stored(Image.fromarray(noise(1, side, side)), "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 600)
+
+
+def test_scans_are_those_of_the_image_alone():
+    data = progressive()
+    scans = data.count(b"\xff\xda") - 600
+    assert jpeg_scans(data, 1000) == scans > 1
+    film = np.random.default_rng(0).integers(0, 256, 60_000, np.uint8).tobytes() + b"\xff\xda" * 600
+    motion_photo = data + film  # a film that follows the end of the image
+    assert jpeg_scans(motion_photo, 1000) == scans
+    assert (pixels(motion_photo) == pixels(data)).all()
+    for hidden in (b"\xff\x02\xff\xff", b"\xff\x00\xff\xff"):  # no segments, so nothing is skipped after them
+        scan = data[data.rindex(b"\xff\xda") : -2]
+        assert jpeg_scans(data[:-2] + hidden + scan * 900 + data[-2:], 800) == 800
+
+
+def test_avif_is_decoded_upright_or_named():
+    small = np.kron(noise(3, 3, 4), np.ones((8, 8, 1), np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6
+    data = stored(Image.fromarray(small), "AVIF", quality=100, subsampling="4:4:4", exif=exif)
+    assert pixels(data).shape == (32, 24, 3)
+    assert np.abs(pixels(data) - np.rot90(small, -1)).max() <= 3
+
+
+def test_a_pillow_without_avif_gives_a_failure_that_names_it(monkeypatch, tmp_path):
+    data = stored(Image.fromarray(noise(0)), "AVIF")
+    for number, content in enumerate((data, stored(Image.fromarray(noise(1)), "PNG"))):
+        (tmp_path / f"{number}.avif").write_bytes(content)
+    formats = [(n, m, None if n == "AVIF" else p) for n, m, p in decode_module._FORMATS]
+    monkeypatch.setattr(decode_module, "_FORMATS", formats)
+    source = open_source(tmp_path, PLAIN)
+    assert everything(source)[0] == [1]  # the same ids as where it can be decoded
+    assert re.fullmatch(
+        r"AVIF, which this Pillow \(.+\) cannot decode; install pillow>=11.3", source.failures[0].reason
+    )
+
+
+def test_formats_that_are_not_decoded_are_named():
+    for data, name in (
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\xff\x0a" + bytes(50), "JPEG XL"),
+    ):
+        with pytest.raises(ImageError, match=f"^{name}, which is not decoded; convert it to JPEG or PNG$"):
+            decode(data)
 
 
 def test_empty_and_not_an_image():
     with pytest.raises(ImageError, match=r"^empty file$"):
         decode(b"")
     for data in (b"this is a text file named .jpg\n", b"\x89PNG", b"%PDF-1.7", b"%!PS-Adobe-3.0 EPSF", b"\0" * 100):
-        with pytest.raises(ImageError, match=r"^not an image \(JPEG, PNG, WebP, BMP, GIF, TIFF or PPM\)$"):
+        with pytest.raises(ImageError, match=r"^not an image \(JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF or PPM\)$"):
             decode(data)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from support.sources import PLAIN, everything, noise, write
 from unitvis.errors import UnitvisError
 from unitvis.sources import Failure, open_source
+from unitvis.sources.image_names import others_in_words
 
 
 def test_a_folder_in_the_order_of_its_paths(tmp_path):
@@ -125,3 +126,41 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(UnitvisError, match=r"cannot read the folder '.*': Permission denied"):
         open_source(tmp_path, PLAIN)
+
+
+def test_files_that_are_no_image_by_name_are_counted_by_ending(tmp_path):
+    for name in ("a.heic", "b.HEIC", "c.heic", "d.jxl", "noending", "other", "e.tar.gz", "f.a long story", "x.png"):
+        write(tmp_path / "x.png", 0) if name == "x.png" else (tmp_path / name).write_bytes(b"x")
+    source = open_source(tmp_path, PLAIN)
+    assert source.length == 1
+    assert source.others == {".heic": 3, ".jxl": 1, "none": 3, ".gz": 1}
+    assert others_in_words(source.others) == "8 other files (.heic 3, none 3, .gz 1, .jxl 1)"
+
+
+def test_names_without_an_ending_can_be_read(tmp_path):
+    for number in range(3):
+        os.rename(write(tmp_path / f"{number}.png", number), tmp_path / f"{number}")
+    (tmp_path / "list.csv").write_text("x")
+    source = open_source(tmp_path, PLAIN, images_ending="")
+    assert [source.name(id) for id in range(3)] == ["0", "1", "2"]
+    assert (everything(source)[1].numpy() == np.stack([noise(number) for number in range(3)])).all()
+
+
+@pytest.mark.parametrize("ending", ["jpg", "*.jpg", ".a/b", [], [3]])
+def test_what_is_no_ending(tmp_path, ending):
+    write(tmp_path / "x.png", 0)
+    with pytest.raises(UnitvisError, match="an ending is all that follows the first dot"):
+        open_source(tmp_path, PLAIN, images_ending=ending)
+
+
+def test_endings_and_entries_where_there_are_none(tmp_path):
+    write(tmp_path / "x.png", 0)
+    (tmp_path / "list.txt").write_text("x.png")
+    with pytest.raises(
+        UnitvisError, match=r"images_ending='.png' chooses files of folders and archives, not of a list"
+    ):
+        open_source(tmp_path / "list.txt", PLAIN, images_ending=".png")
+    with pytest.raises(
+        UnitvisError, match="entry='x' names the image in items of a dataset or batches, not in a folder"
+    ):
+        open_source(tmp_path, PLAIN, entry="x")

@@ -31,6 +31,7 @@ SAVED = [
     ("tif", "TIFF", {"compression": "tiff_lzw"}),
     ("tif", "TIFF", {"compression": "tiff_deflate"}),
     ("ppm", "PPM", {}),
+    ("avif", "AVIF", {}),
 ]
 
 

@@ -74,6 +74,7 @@ def test_shards_give_what_lies_in_them(shards):
         want = np.asarray(Image.open(io.BytesIO(encoded(id))))
         assert (pixels[id] == want).all()
         assert (np.asarray(source.picture(id)[0]) == want).all()
+    assert source.others == {".cls": 9, ".json": 9}
     names = [source.name(id) for id in range(9)]
     assert names == [f"train-{0 if i < 5 else 2:03}.tar/{i:04}.png" for i in range(9)]
     assert source.describe() | {"names": ""} == {
@@ -324,3 +325,78 @@ def test_small_or_fresh_listings_leave_no_trace(shards, kept, tmp_path, monkeypa
     monkeypatch.setattr("unitvis.sources.tar.MIN_SAVED_NAMES", 100)
     open_source(shards / "train-000.tar", PLAIN)
     assert not kept.exists()
+
+
+def test_members_written_twice_are_one_image_with_its_last_content(tmp_path, kept):
+    names = ["a.png", "b.png", "a.png", "c.png", ".//b.png", "a.png", "c.cls", "c.cls"]
+    path = write_tar(tmp_path / "x.tar", [(name, encoded(seed)) for seed, name in enumerate(names)])
+    age(path)
+    other = write_tar(tmp_path / "y.tar", [("a.png", encoded(70)), ("d.png", encoded(71))])
+    age(other)
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    message = r"^2 members were written more than once, and the last of each counts, as in extraction: 'x.tar/a.png', "
+    for _ in range(2):  # the second time from the saved index
+        with pytest.warns(UserWarning, match=message):
+            source = open_source([path, other], PLAIN)
+        assert [source.name(id) for id in range(source.length)] == [
+            *(f"x.tar/{name}.png" for name in "abc"),
+            *(f"y.tar/{name}.png" for name in "ad"),
+        ]
+        ids, pixels = read_all(source)
+        assert ids == [0, 1, 2, 3, 4]
+        for id, name in enumerate("abc"):
+            assert (pixels[id] == np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))).all()
+        assert (pixels[3] == np.asarray(Image.open(io.BytesIO(encoded(70))))).all()
+
+
+def samples(folder):
+    """Four samples of three images and a label each, as a folder and as an archive."""
+    (folder / "set").mkdir()
+    members = []
+    for seed in range(4):
+        for number, ending in enumerate(("jpg", "depth.png", "seg.png")):
+            kind = "JPEG" if ending == "jpg" else "PNG"
+            members.append((f"{seed:04}.{ending}", encoded(10 * seed + number, kind)))
+        members.append((f"{seed:04}.cls", b"7"))
+    for name, data in members:
+        (folder / "set" / name).write_bytes(data)
+    return folder / "set", write_tar(folder / "set.tar", members)
+
+
+def test_of_samples_with_several_images_an_ending_chooses(tmp_path):
+    for images in samples(tmp_path):
+        with pytest.warns(UserWarning, match=r"^of 4 samples several files are images \('.*0000.*0000.* choose with"):
+            assert open_source(images, PLAIN).length == 12
+        for endings, names, others in (
+            (".jpg", [".jpg"], {".png": 8, ".cls": 4}),
+            ([".SEG.png"], [".seg.png"], {".png": 4, ".jpg": 4, ".cls": 4}),
+        ):
+            source = open_source(images, PLAIN, images_ending=endings)
+            found = [source.name(id).removeprefix("set.tar/") for id in range(source.length)]
+            assert found == [f"{seed:04}{ending}" for seed in range(4) for ending in names]
+            assert source.others == others
+            again = reopen_source(json.loads(json.dumps(source.describe())), PLAIN.to_json())
+            assert again.describe() == source.describe()
+        with pytest.raises(
+            UnitvisError, match=r"no image .*, which holds 16 other (files|members) \(.png 8, .cls 4, .jpg 4\)"
+        ):
+            open_source(images, PLAIN, images_ending=".png")  # every .png has two endings
+
+
+def test_numbers_are_no_endings(tmp_path):
+    members = [(f"frame.{i:04}.png", encoded(i)) for i in range(3)]
+    source = open_source(write_tar(tmp_path / "x.tar", members), PLAIN)  # without a warning of shared keys
+    assert source.length == open_source(tmp_path / "x.tar", PLAIN, images_ending=".png").length == 3
+
+
+def test_a_chosen_ending_is_part_of_the_saved_listing(tmp_path, kept):
+    for images in samples(tmp_path):
+        age(images)
+        with pytest.warns(UserWarning, match="several files are images"):
+            assert open_source(images, PLAIN).length == 12
+        for _ in range(2):
+            assert open_source(images, PLAIN, images_ending=".jpg").length == 4
+        with pytest.warns(UserWarning, match="several files are images"):
+            again = open_source(images, PLAIN)
+        assert (again.length, again.others) == (12, {".cls": 4})

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from unitvis import models
 from unitvis.errors import UnitvisError, error_text
 from unitvis.network.receptive_fields.layer_maps import (
     acts_as_in_training,
@@ -29,9 +30,9 @@ from unitvis.network.receptive_fields.rules import Unsupported
 from unitvis.network.receptive_fields.trace import MixedError, reaches, trace
 
 
-def receptive_field(model: nn.Module, layer: str, input_size: InputSize) -> ReceptiveField:
-    """Find the receptive fields of one layer; see `receptive_fields`."""
-    return receptive_fields(model, [layer], input_size)[layer]
+def receptive_field(model: nn.Module | str | models.Loaded, layer: str, input_size: InputSize) -> ReceptiveField:
+    """Find the receptive fields of one layer; see `receptive_fields`. model: may be a spec, as for `scan`."""
+    return receptive_fields(models.resolved(model)[0], [layer], input_size)[layer]
 
 
 def receptive_fields(model: nn.Module, layers: Iterable[str], input_size: InputSize) -> dict[str, ReceptiveField]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from unitvis.errors import UnitvisError, closest_names, error_text
-from unitvis.network.weights import load_weights
+from unitvis.models.weights import load_weights
 from unitvis.sources.transform import Transform
 
 LIBRARIES = ("torchvision:", "timm:")  # specs that name a model of a library, and no code of the user's

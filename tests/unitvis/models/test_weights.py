@@ -11,7 +11,7 @@ from torch import nn
 
 from support.commands import model_file
 from unitvis import UnitvisError, models
-from unitvis.network.weights import load_weights
+from unitvis.models.weights import load_weights
 
 
 def test_weights_are_loaded_from_common_checkpoints(tmp_path: Path) -> None:
