@@ -20,7 +20,7 @@ def copied(model: nn.Module, tensors: Mapping[int, Tensor] | None = None) -> nn.
 
 def _copy_attributes(old: object, memo: dict[int, Any]) -> None:
     """Fill in the attributes of `memo[id(old)]`, an empty object of the same class."""
-    state: Any = object.__getstate__(old)  # type: ignore[attr-defined]  # not in typeshed
+    state: Any = object.__getstate__(old)
     held, in_slots = state if isinstance(state, tuple) else (state, None)
     for name, value in {**(held or {}), **(in_slots or {})}.items():
         object.__setattr__(memo[id(old)], name, _copied(value, memo))
@@ -52,7 +52,8 @@ def _copied_in_parts(value: Any, memo: dict[int, Any]) -> Any:
         new = memo[id(value)] = tuple(_copied(item, memo) for item in value)
     elif hasattr(value, "__dict__") and not isinstance(value, type):
         try:
-            plain = type(value).__new__ is object.__new__  # a class written in Python, for instance a module
+            # A class written in Python, for instance a module, or another that has a way to be copied.
+            plain = type(value).__new__ is object.__new__  # type: ignore[comparison-overlap]
             new = object.__new__(type(value)) if plain else copy.copy(value)
         except Exception:
             return value

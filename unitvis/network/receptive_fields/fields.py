@@ -53,7 +53,7 @@ def receptive_fields(model: nn.Module, layers: Iterable[str], input_size: InputS
     for module in own.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not acts_as_in_training(module):
             module.forward = torch.clone  # also elementwise; tracing BatchNorm's own code takes most of the time
-    found: Mapping[str, Traced] = {}
+    found: dict[str, Traced] = {}
     try:
         graph, ended = trace(lambda x: layer_maps(own, layers, x), images)
         note = _reason(ended) if ended else ""

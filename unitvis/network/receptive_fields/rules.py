@@ -225,7 +225,7 @@ def _gather(call: Call) -> Reach | list[Reach]:
 
 
 @rule("index_put")
-def _index_put(call: Call) -> Reach | list[Reach]:
+def _index_put(call: Call) -> Reach | Sequence[Reach]:
     indices, values = call.args["indices"], call.args["values"]
     if len(indices) == 1 and indices[0].dtype == torch.bool and indices[0].shape == call.shape and not values.shape:
         return _pointwise(call)

@@ -20,6 +20,7 @@ from support.zoo import AtrousPyramid, SqueezeExcite, alexnet, mobilenet_v1
 from unitvis.errors import UnitvisError
 from unitvis.network.copies import copied
 from unitvis.network.receptive_fields.fields import receptive_field, receptive_fields
+from unitvis.ranking.recorder import Recorder
 
 
 def test_input_sizes() -> None:
@@ -238,7 +239,8 @@ UNTRACEABLE = [
 @pytest.mark.parametrize(("build", "note"), [u[1:] for u in UNTRACEABLE], ids=[u[0] for u in UNTRACEABLE])
 def test_models_that_run_but_cannot_be_followed_are_scanned_with_unknown_boxes(build: object, note: str) -> None:
     model, pixels = nn.Sequential(nn.Conv2d(3, 2, 3), build(), nn.Conv2d(2, 2, 3)), images(5, size=10)
-    run = scan(model, pixels)
+    with pytest.warns(UserWarning, match=f"the receptive fields of 2 are unknown.*{note}"):
+        run = scan(model, pixels)
     known, unknown = (run[name].info["receptive_field"] for name in ("0", "2"))
     assert (known["method"], known["size"]) == ("traced", [3, 3])
     assert (unknown["method"], unknown["whole_image"], unknown["size"]) == ("unknown", False, [10, 10])
@@ -265,17 +267,20 @@ def test_what_cannot_be_copied_is_shared_and_nothing_is_left_in_it(tmp_path: Pat
             assert run["1"].info["receptive_field"]["size"] == [5, 5]
 
 
-def test_threads_may_trace_a_model_each() -> None:
+@pytest.mark.filterwarnings("ignore:on this device the last bits")
+def test_threads_may_scan_a_model_each() -> None:
     """Tracing replaces methods of nn.Module: it must be undone, and no thread may see another's graph."""
     call, get = nn.Module.__call__, nn.Module.__getattr__
 
-    def size(kernel: int) -> tuple[int, int]:
-        model = nn.Sequential(nn.Conv2d(3, 3, kernel), nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 2, kernel))
-        return receptive_field(model, "3", (24, 24)).size
+    def size(kernel: int) -> list[int]:
+        model = nn.Sequential(nn.Conv2d(3, 3, kernel), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, kernel))
+        with Recorder(model, precision=("fp32", "bf16")[kernel % 2], device="cpu") as recorder:
+            recorder(images(16, size=24))
+        return recorder.result()["3"].info["receptive_field"]["size"]
 
     kernels = [1, 3, 5, 7, 9, 2, 4, 6]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(size, kernels)) == [(2 * kernel - 1,) * 2 for kernel in kernels]
+        assert list(pool.map(size, kernels)) == [[2 * kernel - 1] * 2 for kernel in kernels]
     assert (nn.Module.__call__, nn.Module.__getattr__) == (call, get)
 
 
