@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from support.judges import all_boxes, inside
+from support.judges import all_boxes, check_by_perturbation, inside
 from support.scans import images, scan
 from support.zoo import AtrousPyramid, SqueezeExcite, alexnet, mobilenet_v1
 from unitvis.errors import UnitvisError
@@ -187,6 +187,34 @@ def test_writing_to_views_and_counters_is_followed() -> None:
     assert (field.method, model.calls.item()) == ("traced", 0)
     assert field.boxes(0, [0, 8, 19], 8).tolist() == [[7, 1, 10, 4], [7, 5, 10, 8], [8, 8, 8, 8]]
     assert inside(field.boxes(0, [0, 1, 8], 0), (16, 16)).tolist() == [[0, 1, 2, 4], [0, 2, 2, 5], [0, 5, 2, 8]]
+
+
+def test_where_values_choose_what_is_read_every_neuron_sees_the_whole_image() -> None:
+    class Deformable(nn.Module):
+        """Samples the map where a convolution of it says, as deformable convolutions do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.offsets = nn.Conv2d(4, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.grid_sample(x, self.offsets(x).permute(0, 2, 3, 1).tanh(), align_corners=False)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Deformable(), nn.Conv2d(4, 2, 1))
+    before, after = receptive_fields(model, ["1.offsets", "2"], (10, 12)).values()
+    assert (before.size, before.whole_image) == ((5, 5), False)
+    assert (after.method, after.whole_image, after.size) == ("traced", True, (10, 12))
+
+
+@pytest.mark.parametrize("width", [9, 16])
+def test_resizing_inside_a_model_is_followed(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchvision's v2.Resize calls."""
+
+    def resize(x: Tensor) -> Tensor:
+        return F.interpolate(x, size=(5, 7), mode="bilinear", antialias=True, align_corners=False)
+
+    model = nn.Sequential(Lambda(resize), nn.Conv2d(3, 2, 3, padding=1))
+    check_by_perturbation(model, ["1"], (12, width), monkeypatch)
 
 
 class Picky(nn.Module):
