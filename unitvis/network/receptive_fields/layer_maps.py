@@ -54,8 +54,8 @@ def inference_copy(model: nn.Module) -> nn.Module:
     own = copied(model, tensors).eval()
     for module in own.modules():  # compiled modules refuse to be traced: the code that they were made from runs instead
         module._compiled_call_impl = None
-        if (compiled := module._modules.get("_orig_mod")) is not None:
-            vars(module)["forward"] = compiled.__call__
+        if isinstance(eager := getattr(module, "_orig_mod", None), nn.Module):
+            vars(module)["forward"] = eager.__call__
     return own
 
 
