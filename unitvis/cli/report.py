@@ -87,10 +87,11 @@ def print_layers(network: Network) -> None:
     for layer in network.layers:
         field = network.fields[layer.name]
         size = "whole image" if field.whole_image else f"{field.size[0]} x {field.size[1]}"
+        size = "unknown" if field.method == "unknown" else size
         stride = f"{field.stride[0]:g} x {field.stride[1]:g}" if field.stride else "-"
         print(f"{layer.name:<28} {layer.channels:>8} {f'{layer.height} x {layer.width}':>11} {size:>17} {stride:>9}")
         if field.note:
-            print(f"  receptive field found by probing, cut at the image's border: {field.note}")
+            print(f"  receptive field unknown, so whole images are drawn: {field.note}")
 
 
 def print_drawn(sheets: Sequence[Path], page: Path | None, units: int) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unitvis.drawing.sheets import sheet
 from unitvis.errors import UnitvisError
-from unitvis.results.arrays import LayerArrays
+from unitvis.results.arrays import LayerArrays, extent_text
 from unitvis.results.data import RunData
 
 PATCH_SIZE = 56  # pixels of a patch in a unit's tile; half of it in a layer's sheet of nine units
@@ -48,7 +48,7 @@ def run_html(run: RunData) -> str:
             html.escape(top.name),
             f"{len(top):,}",
             f"{top.info['height']} x {top.info['width']}",
-            "whole image" if top.info["receptive_field"]["whole_image"] else f"{size[0]} x {size[1]}",
+            extent_text(top.info["receptive_field"], f"{size[0]} x {size[1]}"),
             int(top.dead.sum()),
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

@@ -39,8 +39,8 @@ def crop_of(run: RunData, layer: str, crop: str | None) -> str:
     if crop not in CROPS:
         raise UnitvisError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
     if crop == "effective" and not info["effective_box"]:
-        raise UnitvisError(f"layer {layer!r} has no effective box (none of its winners has a gradient); use crop='rf'")
-    return crop
+        raise UnitvisError(f"layer {layer!r} has no effective box; use crop='rf'")
+    return "image" if crop == "rf" and info["receptive_field"]["method"] == "unknown" else crop
 
 
 def drawn_box(top: LayerArrays, unit: int, rank: int, crop: str, size: tuple[int, int]) -> Box:

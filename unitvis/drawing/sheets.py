@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unitvis.drawing.patches import Wanted, crop_of, cut_patches
 from unitvis.errors import UnitvisError, check_unit
 from unitvis.files import file_name, make_folder, replacing
-from unitvis.results.arrays import SEPARATED, LayerArrays
+from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text
 from unitvis.results.data import RunData
 
 Drawn = TypeVar("Drawn", bound=RunData)
@@ -186,7 +186,7 @@ def _caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) ->
     """The lines below a sheet's heading."""
     info, field = top.info, top.info["receptive_field"]
     height, width = run.input_size
-    extent = "the whole image" if field["whole_image"] else f"{field['size'][1]} x {field['size'][0]} input pixels"
+    extent = extent_text(field, f"{field['size'][1]} x {field['size'][0]} input pixels")
     shown = {
         "rf": f"a patch is the unit's receptive field, {extent}",
         "effective": f"a patch is the effective box, {info['effective_box']} input pixels wide, which holds 90% "

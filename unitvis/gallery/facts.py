@@ -14,7 +14,7 @@ import numpy as np
 from unitvis.attribution.responses import map_area
 from unitvis.drawing.sheets import tile_columns, unit_name
 from unitvis.files import file_name
-from unitvis.results.arrays import SEPARATED, LayerArrays
+from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text
 from unitvis.results.data import RunData
 
 UNITS_IN_STRIP = 16  # units of each layer on the first page, at most
@@ -160,7 +160,7 @@ def _response_area(run: RunData, name: str, drawn_size: list[int]) -> dict[str, 
 def _field_text(top: LayerArrays) -> str:
     """The size of the layer's receptive field in words."""
     field = top.info["receptive_field"]
-    return "the whole image" if field["whole_image"] else f"{field['size'][1]} x {field['size'][0]} pixels"
+    return extent_text(field, f"{field['size'][1]} x {field['size'][0]} pixels")
 
 
 def _data_set_text(manifest: Mapping[str, Any]) -> str:
@@ -199,13 +199,16 @@ def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]
         ranked = f"By {response}, as the layer returns it, before any activation that follows."
     effective = f"; the effective box is {info['effective_box']} pixels wide" if info["effective_box"] else ""
     weights = "no activations; only the small squares show weights" if filters else "no activations, and no weights"
+    extent = f"{_field_text(top)} of {width} x {height}"
+    if field["method"] == "unknown":
+        extent = f"Unknown ({field['note']})"
     lines = [
         ["What is a unit?", f"Here {unit}."],
         ["What do the pictures show?", f"Pieces of the input images, plain grey beyond their borders; {weights}."],
         ["How are images ranked?", ranked],
         [
             "How much of the image can change a response?",
-            f"{_field_text(top)} of {width} x {height}{effective}; patches show {patch_text}.",
+            f"{extent}{effective}; patches show {patch_text}.",
         ],
         [
             "Why are deep patches no bigger?",

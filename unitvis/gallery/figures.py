@@ -13,7 +13,7 @@ from unitvis.drawing.patches import crop_of
 from unitvis.drawing.sheets import FAINT, INK, PAPER, unit_name
 from unitvis.errors import UnitvisError
 from unitvis.gallery.pictures import PATCH_SIZE, filter_of, projections_of
-from unitvis.results.arrays import LayerArrays
+from unitvis.results.arrays import LayerArrays, extent_text
 from unitvis.results.data import RunData
 
 FIGURES = ("lecture", "paper")  # styles
@@ -114,6 +114,6 @@ def _left_tile(run: RunData, top: LayerArrays, unit: int, crop: str) -> Image.Im
 def _field_text(run: RunData, top: LayerArrays, crop: str) -> str:
     """The line below a layer's name: the size of its receptive field, and of the crop where that is another."""
     field, (height, width) = top.info["receptive_field"], run.input_size
-    size = "the whole image" if field["whole_image"] else f"{field['size'][1]} x {field['size'][0]}"
+    size = extent_text(field, f"{field['size'][1]} x {field['size'][0]}").replace("unknown", "an unknown part")
     shown = {"rf": "", "effective": f"; {top.info['effective_box']} drawn", "image": "; the whole image drawn"}[crop]
     return f"sees {size} of {width} x {height} pixels{shown}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import unitvis_kernels as uk
 from unitvis.errors import first_line
+from unitvis.network import copies
 from unitvis.network.forward import as_map
+from unitvis.network.tracing import TRACING
 from unitvis_kernels.choice import prefer
 
 _RELUS = {nn.ReLU: "relu", nn.ReLU6: "relu6", F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
@@ -146,8 +149,11 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.returned: dict[str, fx.Node] = {}
+        self._thread = threading.get_ident()
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:  # tracing replaces nn.Module.__call__ for all threads
+            return forward(*args, **kwargs)
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(result, fx.Proxy):
             self.returned[self.path_of_module(m)] = result.node
@@ -169,8 +175,9 @@ def rewritten(
     """
     tracer = _Tracer()
     try:
-        model = copy.deepcopy(model)
-        graph = tracer.trace(model)
+        model = copies.copied(model)
+        with TRACING:
+            graph = tracer.trace(model)
         tapped = {name: tracer.returned[name] for name in layers}
     except KeyError as error:
         raise NotRewrittenError(f"layer {error} does not show in its trace") from error

@@ -14,7 +14,7 @@ import unitvis_kernels as uk
 from unitvis.half_precision.capture import Replay
 from unitvis.half_precision.rewrite import Chain, NotRewrittenError, Threshold, rewritten
 from unitvis.network.canonical import canonical_settings
-from unitvis.network.device import copied
+from unitvis.network.copies import copied
 from unitvis.network.forward import COMPUTE_BATCH, Hooks, compute_batch
 from unitvis.network.network import Network
 from unitvis.sources.transform import Transform

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from unitvis.errors import UnitvisError, error_text
+from unitvis.errors import UnitvisError
+from unitvis.network.copies import copied
 
 
 def unwrapped(model: object) -> nn.Module:
@@ -53,17 +53,6 @@ def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.M
         wanted = torch.device("cuda", torch.cuda.current_device())
     foreign = any(t.device != wanted or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors)
     return (copied(model).to(wanted, torch.float32) if foreign else model), wanted
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Make a deep copy of a model; raises UnitvisError where it cannot be copied."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise UnitvisError(
-            f"the model must be copied, for another device or precision, and cannot be ({error_text(error)}); give it "
-            f"in float32 on the device that is to compute, and precision='fp32'"
-        ) from error
 
 
 def free_memory(device: torch.device) -> float:

@@ -17,7 +17,7 @@ from unitvis.ranking.repetition import repetition_warning
 from unitvis.reranking.bound import EXCEEDING_PROBABILITY
 from unitvis.reranking.rerank import Scanned, rerank
 from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED, LayerArrays
-from unitvis.results.manifest import saturation_warning
+from unitvis.results.manifest import saturation_warning, unknown_boxes_warning
 from unitvis.results.nonfinite import infinite_info, nan_info
 from unitvis.run import Run
 from unitvis.sources import Source
@@ -30,6 +30,7 @@ def ranked_run(network: Network, topk: TopK, k: int, decided: NDArray[np.bool_],
     tops = winners(network, ranked, k, decided)
     layers = {name: top.info for name, top in tops.items()}
     warned = [sentence for top in tops.values() if (sentence := saturation_warning(top))]
+    warned += unknown_boxes_warning(tops)
     if repeated := repetition_warning(ranked, k):
         warned.append(repeated)
     return Run(tops, {**manifest, "layers": layers, "warnings": warned}, {})

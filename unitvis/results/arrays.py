@@ -14,6 +14,16 @@ SEPARATED, TIED, UNSEPARATED = "separated", "tied", "unseparated"  # a unit's st
 ARRAYS = ("values", "images", "positions", "boxes", "status")  # names of a layer's arrays in top.npz
 
 
+def extent_text(field: Mapping[str, Any], size: str) -> str:
+    """How much of the image a neuron sees: `size`, "the whole image" or, where its boxes are unknown, "unknown".
+
+    field: the layer's receptive field in the manifest.
+    """
+    if field["method"] == "unknown":
+        return "unknown"
+    return "the whole image" if field["whole_image"] else size
+
+
 @dataclass(frozen=True)
 class LayerArrays:
     """The top-k of one layer's units."""

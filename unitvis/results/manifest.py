@@ -1,4 +1,4 @@
-"""The manifest of a scan, and its warning about saturated layers."""
+"""The manifest of a scan, and its warnings about layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from unitvis.errors import abridged
 from unitvis.network.device import fingerprint
 from unitvis.network.network import Network
 from unitvis.results.arrays import LayerArrays
@@ -28,6 +29,15 @@ def scan_manifest(network: Network, k: int, precision: str, scan: Mapping[str, A
         "fingerprint": fingerprint(network.device),
         "scan": dict(scan),
     }
+
+
+def unknown_boxes_warning(tops: Mapping[str, LayerArrays]) -> list[str]:
+    """A warning that names the layers whose receptive fields are unknown, with the first one's reason, if any are."""
+    unknown = [name for name, top in tops.items() if top.info["receptive_field"]["method"] == "unknown"]
+    if not unknown:
+        return []
+    note = tops[unknown[0]].info["receptive_field"]["note"]
+    return [f"the receptive fields of {abridged(unknown)} are unknown, so whole images are drawn: {note}"]
 
 
 def saturation_warning(top: LayerArrays) -> str | None:

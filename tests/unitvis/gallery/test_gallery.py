@@ -18,6 +18,23 @@ from unitvis import UnitvisError, cli
 from unitvis.drawing import colours, patches
 from unitvis.gallery import facts, pictures
 
+# A layer whose every neuron sees the whole image, and one about which nothing is known.
+UNKNOWN_AND_WHOLE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.whole, self.unknown = nn.Conv2d(3, 4, 12), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.whole(x) + self.unknown(x if x.sum() > -1e9 else -x)
+
+net = Net
+"""
+LAYERS = ["--layer", "whole", "--layer", "unknown"]
+REASON = "the model's code asks for values that are computed from the image"
+
 HERE = Path(unitvis.__file__).parent / "gallery"
 
 
@@ -126,6 +143,42 @@ class _Links(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_unknown_boxes_are_told_apart_from_neurons_that_see_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nets.py").write_text(UNKNOWN_AND_WHOLE)
+    model = f"{tmp_path / 'nets.py'}:net"
+    assert cli.main(["layers", model, "--crop", "12", *LAYERS]) == cli.DONE
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split()[:1] + table[1].split()[-3:] == ["whole", "whole", "image", "-"]
+    assert table[2].split()[-2:] == ["unknown", "-"]
+    assert table[3] == f"  receptive field unknown, so whole images are drawn: {REASON}"
+    images = np.random.default_rng(0).integers(0, 256, (12, 12, 12, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    arguments = [model, tmp_path / "images.npy", "-o", tmp_path / "run", "--crop", "12", *LAYERS]
+    assert cli.main(["scan", *map(str, arguments)]) == cli.DONE
+    assert f"warning: the receptive fields of unknown are unknown, so whole images are drawn: {REASON}" in (
+        capsys.readouterr().err
+    )
+    run = unitvis.load(tmp_path / "run")
+    found = {name: run[name].info["receptive_field"] for name in ("whole", "unknown")}
+    assert [(field["method"], field["whole_image"]) for field in found.values()] == [
+        ("traced", True),
+        ("unknown", False),
+    ]
+    assert (run["unknown"].boxes[:, :9] == [0, 0, 12, 12]).all()
+    index = data(tmp_path / "run" / "gallery" / "index.js")
+    assert [entry["facts"].split(", ")[2] for entry in index["layers"]] == [
+        "receptive field the whole image",
+        "receptive field unknown",
+    ]
+    answers = [dict(facts.layer(run, name, {"crop": "image"})["answers"]) for name in ("whole", "unknown")]
+    question = "How much of the image can change a response?"
+    assert answers[0][question].startswith("the whole image of 12 x 12")
+    assert answers[1][question] == f"Unknown ({REASON}); patches show the whole image."
+    assert patches.crop_of(run, "unknown", "rf") == patches.crop_of(run, "unknown", None) == "image"
 
 
 def test_the_page_is_small_whole_and_links_to_its_own_folder(shown: tuple[unitvis.Run, Path]) -> None:

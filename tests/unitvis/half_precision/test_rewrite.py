@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -165,8 +166,27 @@ def test_what_cannot_be_traced_is_scanned_as_it_is() -> None:
     with pytest.raises(NotRewrittenError, match="cannot be traced"):
         rewritten(Choosy(), {"conv": slice(0, 4)}, Threshold(), one_pass=True)
     images = torch.randn(20, 3, 9, 9)
-    run = unitvis.scan(Choosy(), images, precision="fp16", progress=False)
+    with pytest.warns(UserWarning, match="receptive fields of conv are unknown"):
+        run = unitvis.scan(Choosy(), images, precision="fp16", progress=False)
     assert "cannot be traced" in run.manifest["scan"]["rewritten"]
+
+
+def test_a_trace_leaves_the_models_of_other_threads_alone() -> None:
+    class Busy(nn.Module):
+        """Waits for a thread that runs a model of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.maps = nn.Conv2d(3, 4, 3), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            own = nn.Conv2d(3, 2, 3)
+            with ThreadPoolExecutor(1) as pool:
+                shape = pool.submit(lambda: own(torch.zeros(1, 3, 9, 9)).shape).result()
+            return self.conv(x) * shape[1]
+
+    graph = rewritten(Busy(), {"conv": slice(0, 4)}, Threshold(), one_pass=True)
+    assert graph(torch.zeros(2, 3, 9, 9))[0].shape == (2, 4)
 
 
 def test_a_wrong_copy_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

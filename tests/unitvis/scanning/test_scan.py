@@ -163,5 +163,4 @@ def test_a_model_may_overwrite_its_input_and_be_compiled() -> None:
     assert arrays(scan(torch.compile(small_net(), backend="eager"), pixels * 2, LAYERS)) == want
     inside = small_net()
     inside.compile(backend="eager")
-    found = arrays(scan(inside, pixels * 2, LAYERS))
-    assert all(found[name] == want[name] for name in want if not name.endswith("boxes"))  # probed, so not beyond edges
+    assert arrays(scan(inside, pixels * 2, LAYERS)) == want

@@ -1,1 +1,1 @@
-"""Receptive fields: the input pixels that can change a neuron, by tracing the model or by probing it."""
+"""Receptive fields: the input pixels that can change a neuron, found by tracing the model."""

@@ -1,17 +1,18 @@
 """Receptive fields in closed form: the smallest box that holds all input pixels that can change a neuron.
 
-The model is traced once and intervals of pixels are carried through its graph (`trace`, `rules`, `reach`). A model
-that cannot be traced, or has an operator without a rule, is probed instead (`probe`).
+The model is traced once and intervals of pixels are carried through its graph (`trace`, `rules`, `reach`). The boxes of
+layers that come after an operator without a rule, or after a line of code that no tracer can follow, are unknown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from unitvis import models
 from unitvis.errors import UnitvisError, error_text
@@ -23,11 +24,10 @@ from unitvis.network.receptive_fields.layer_maps import (
     layer_maps,
     training_mode_hint,
 )
-from unitvis.network.receptive_fields.probe import probe_receptive_fields
 from unitvis.network.receptive_fields.reach import EMPTY, Reach, collapse
 from unitvis.network.receptive_fields.receptive_field import InputSize, ReceptiveField
 from unitvis.network.receptive_fields.rules import Unsupported
-from unitvis.network.receptive_fields.trace import MixedError, reaches, trace
+from unitvis.network.receptive_fields.trace import ASKS_FOR_VALUES, MixedError, Traced, reaches, trace
 
 
 def receptive_field(model: nn.Module | str | models.Loaded, layer: str, input_size: InputSize) -> ReceptiveField:
@@ -39,39 +39,64 @@ def receptive_fields(model: nn.Module, layers: Iterable[str], input_size: InputS
     """Find the receptive fields of these layers from one trace of the model in eval mode, which is left as it was.
 
     layers: names, or a mapping from names to the axis that holds each one's channels, where that is known already.
-    input_size: a side, (height, width) or (channels, height, width); without channels it is 3. A model with an
-    operator that has no closed form is probed instead, and `method` and `note` say so. Raises UnitvisError for an
-    unknown layer, a model that cannot run on this input, and responses that depend on chance or on their batch (active
-    dropout, batch normalisation in training mode).
+    input_size: a side, (height, width) or (channels, height, width); without channels it is 3. Where the boxes of a
+    layer cannot be found, they are the whole image, and `method` and `note` say so. Raises UnitvisError for an unknown
+    layer, a model that cannot run on this input, and responses that depend on chance or on their batch (active dropout,
+    batch normalisation in training mode).
     """
     shape = input_shape(input_size)
-    copied = inference_copy(model)
-    floating = [tensor for tensor in (*copied.parameters(), *copied.buffers()) if tensor.is_floating_point()]
+    own = inference_copy(model)
+    floating = [tensor for tensor in (*own.parameters(), *own.buffers()) if tensor.is_floating_point()]
     like = floating[0] if floating else torch.empty(())
     # A batch of two shows operators that mix images.
     images = torch.zeros((2, *shape), dtype=like.dtype, device=like.device)
-    layers = checked_layers(copied, layers, images[:1])
-    for module in copied.modules():
+    layers = checked_layers(own, layers, images[:1])
+    for module in own.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not acts_as_in_training(module):
             module.forward = torch.clone  # also elementwise; tracing BatchNorm's own code takes most of the time
+    found: dict[str, Traced] = {}
     try:
-        graph = trace(lambda x: layer_maps(copied, layers, x), images)
-        outputs = reaches(graph)
+        graph, ended = trace(lambda x: layer_maps(own, layers, x), images)
+        note = _reason(ended) if ended else ""
+        found = reaches(graph)
     except MixedError as error:
-        raise UnitvisError(f"{error}{training_mode_hint(copied)}") from None
+        raise UnitvisError(f"{error}{training_mode_hint(own)}") from None
     except UnitvisError:
         raise
     except Unsupported as error:
-        return probe_receptive_fields(model, layers, shape, note=str(error))
-    except Exception as error:  # any failure of the tracer; a failure of the model itself also stops the probe
-        return probe_receptive_fields(model, layers, shape, note=f"cannot be traced: {error_text(error)}")
-    fields = {}
-    for layer in layers:
-        map_shape, axes = outputs[layer]
-        if axes is None:
-            raise UnitvisError(f"layer {layer!r} does not depend on the image")
-        fields[layer] = _traced_field(layer, map_shape, axes[1], axes[2])
-    return fields
+        note = str(error)
+    except Exception as error:  # the tracer may fail at any line of the model
+        note = _reason(error)
+    if len(found) < len(layers):
+        untraced = {layer: Traced(shape, note) for layer, shape in _map_shapes(model, layers, images).items()}
+        found = untraced | found
+    return {layer: _field(layer, found[layer], shape[1:]) for layer in layers}
+
+
+def _reason(error: Exception) -> str:
+    """Why the boxes of layers are unknown, after an exception while the model was traced."""
+    if "data-dependent" in str(error) or isinstance(error, DataDependentOutputException):
+        return ASKS_FOR_VALUES
+    return f"cannot be traced: {error_text(error)}"
+
+
+def _map_shapes(model: nn.Module, layers: Mapping[str, int | None], images: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shapes of the layers' maps, found by running the model; raises UnitvisError where it does not run."""
+    with torch.no_grad():
+        maps, ended = layer_maps(inference_copy(model), layers, images)
+    if ended is not None:
+        size = "x".join(map(str, images.shape[1:]))
+        hint = "give (channels, height, width) if it takes other images"
+        raise UnitvisError(f"the model cannot run on an input of {size} ({error_text(ended)}); {hint}") from ended
+    return {layer: tuple(found.shape) for layer, found in maps.items()}
+
+
+def _field(layer: str, traced: Traced, input_size: tuple[int, int]) -> ReceptiveField:
+    if traced.note:
+        return ReceptiveField.unknown(layer, traced.shape, input_size, traced.note)
+    if traced.axes is None:
+        raise UnitvisError(f"layer {layer!r} does not depend on the image")
+    return _traced_field(layer, traced.shape, *traced.axes[1:])
 
 
 def _traced_field(layer: str, map_shape: tuple[int, ...], rows: Reach, columns: Reach) -> ReceptiveField:
@@ -93,7 +118,6 @@ def _traced_field(layer: str, map_shape: tuple[int, ...], rows: Reach, columns: 
         size=(sizes[0], sizes[1]),
         stride=(float(strides[0] or 0), float(strides[1] or 0)) if has_stride else None,
         whole_image=whole_image,
-        method="traced",
     )
 
 

@@ -1,15 +1,15 @@
-"""Running a copy of a model and reading its layers' maps, as tracing and probing both do; checks of their arguments."""
+"""Running a copy of a model and reading its layers' maps; checks of the arguments of `receptive_fields`."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from unitvis.errors import UnitvisError, error_text
+from unitvis.errors import UnitvisError
 from unitvis.network.channels import channel_axes
+from unitvis.network.copies import copied
 from unitvis.network.forward import as_map
 from unitvis.network.receptive_fields.receptive_field import InputSize
 
@@ -39,33 +39,34 @@ def checked_layers(model: nn.Module, layers: Iterable[str], image: Tensor) -> di
 
 
 @torch.inference_mode(False)  # whose tensors could not be written to outside it
-def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Copy a model into eval mode, sharing its parameters; with a dtype: on the CPU, its floating-point tensors cast.
+def inference_copy(model: nn.Module) -> nn.Module:
+    """Copy a model into eval mode, sharing its parameters and what cannot be copied.
 
-    Buffers and attributes are always copied, because a forward pass may count in them and a tracer may leave fake
-    tensors there. Raises UnitvisError for a model that cannot be copied.
+    Buffers and attributes are copied, because a forward pass may count in them and a tracer may leave fake tensors
+    there.
     """
-    memo: dict[int, object] = {}
+    tensors: dict[int, Tensor] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if not isinstance(tensor, Tensor):
-                continue
-            data = tensor.detach()
-            if dtype is not None:
-                data = data.to("cpu", dtype if data.is_floating_point() else data.dtype, copy=True)
-            memo[id(tensor)] = nn.Parameter(data, False) if isinstance(tensor, nn.Parameter) else data.clone()
-    try:
-        return copy.deepcopy(model, memo).eval()
-    except Exception as error:
-        raise UnitvisError(f"the model cannot be copied to be traced ({error_text(error)})") from error
+            if isinstance(tensor, Tensor):
+                data = tensor.detach()
+                tensors[id(tensor)] = nn.Parameter(data, False) if isinstance(tensor, nn.Parameter) else data.clone()
+    own = copied(model, tensors).eval()
+    for module in own.modules():  # compiled modules refuse to be traced: the code that they were made from runs instead
+        module._compiled_call_impl = None
+        if isinstance(eager := getattr(module, "_orig_mod", None), nn.Module):
+            vars(module)["forward"] = eager.__call__
+    return own
 
 
-def layer_maps(model: nn.Module, layers: Mapping[str, int | None], images: Tensor) -> dict[str, Tensor]:
-    """Run the model on images [N, C, H, W] and return the layers' outputs as maps [N, C', H', W'].
+def layer_maps(
+    model: nn.Module, layers: Mapping[str, int | None], images: Tensor
+) -> tuple[dict[str, Tensor], Exception | None]:
+    """Run the model on images [N, C, H, W]; return the layers' outputs as maps [N, C', H', W'], and why it ended early.
 
-    layers: names with the axis of their channels.
-
-    Raises UnitvisError for a layer that does not run exactly once or does not return one map for each image.
+    layers: names with the axis of their channels. Where the model raises an exception before the last of the layers has
+    run, the maps are those until then, and the exception is returned with them. Raises UnitvisError for a layer that
+    does not run exactly once or does not return one map for each image.
     """
     maps: dict[str, Tensor] = {}
 
@@ -86,16 +87,15 @@ def layer_maps(model: nn.Module, layers: Mapping[str, int | None], images: Tenso
         model(images.clone())  # a copy, because the model may overwrite its input
     except UnitvisError:
         raise
-    except Exception:
+    except Exception as error:
         # A failure after the last of the layers does not matter, such as a classifier made for another input size.
-        if len(maps) < len(layers):
-            raise
+        return maps, error if len(maps) < len(layers) else None
     finally:
         for hook in hooks:
             hook.remove()
     if missing := [name for name in layers if name not in maps]:
         raise UnitvisError(f"layer {missing[0]!r} does not run in a forward pass")
-    return maps
+    return maps, None
 
 
 def acts_as_in_training(module: nn.Module) -> bool:

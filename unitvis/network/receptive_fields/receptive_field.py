@@ -1,10 +1,10 @@
-"""ReceptiveField: the boxes of one layer's neurons, which `fields` traces and `probe` measures."""
+"""ReceptiveField: the boxes of one layer's neurons."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,9 @@ InputSize = int | tuple[int, int] | tuple[int, int, int]  # a side, (height, wid
 class ReceptiveField:
     """The receptive fields of one layer's neurons, in model-input pixels.
 
-    A connection counts even where its weight happens to be zero or an attention mask hides it.
+    A connection counts even where its weight happens to be zero or an attention mask hides it. Where values decide what
+    is read (predicted sampling positions, a sort), every element that can be read counts. Where `method` is "unknown",
+    the boxes are the whole image for want of better ones: `note` tells why, and neurons may well see less.
     """
 
     layer: str
@@ -27,9 +29,9 @@ class ReceptiveField:
     channels: int
     size: tuple[int, int]  # height, width of the layer's largest box, including what lies outside the image
     stride: tuple[float, float] | None  # pixels from one neuron to the next; None: a 1x1 map, or not constant
-    whole_image: bool  # every box is the whole image
-    method: str  # "traced" | "probed" (with NaN; boxes then end at the image's border)
-    note: str  # the reason for probing, else empty
+    whole_image: bool  # every neuron depends on the whole image; False where that is unknown
+    method: str  # "traced" | "unknown"
+    note: str  # why the boxes are unknown, else empty
     _rows: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] top and bottom
     _columns: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] left and right
 
@@ -44,19 +46,24 @@ class ReceptiveField:
         size: tuple[int, int],
         stride: tuple[float, float] | None,
         whole_image: bool,
-        method: Literal["traced", "probed"],
-        note: str = "",
     ) -> Self:
-        """Build the field of a layer with maps of shape [N, C, H, W].
+        """Build the traced field of a layer with maps of shape [N, C, H, W].
 
         sides: (top, bottom) and (left, right) of every neuron's box, each int32 [2, 1|C, 1|H, 1|W]; ignored where every
         box is the whole image.
         """
         if whole_image:
-            sides = [np.array([0, extent], np.int32).reshape(2, 1, 1, 1) for extent in input_size]
+            sides = _whole(input_size)
         _, channels, height, width = map_shape
         rows, columns = sides
-        return cls(layer, input_size, (height, width), channels, size, stride, whole_image, method, note, rows, columns)
+        return cls(layer, input_size, (height, width), channels, size, stride, whole_image, "traced", "", rows, columns)
+
+    @classmethod
+    def unknown(cls, layer: str, map_shape: Sequence[int], input_size: tuple[int, int], note: str) -> Self:
+        """Build the field of a layer with maps of shape [N, C, H, W] whose boxes are unknown; note: the reason."""
+        _, channels, height, width = map_shape
+        sides = _whole(input_size)
+        return cls(layer, input_size, (height, width), channels, input_size, None, False, "unknown", note, *sides)
 
     def boxes(self, channels: ArrayLike, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int32]:
         """Return the neurons' boxes: int32 [n, 4] left, top, right, bottom (half-open); they may leave the image.
@@ -80,3 +87,8 @@ class ReceptiveField:
             sides.append(bounds[:, indices[0], indices[1], indices[2]])
         (left, right), (top, bottom) = sides
         return np.stack([left, top, right, bottom], axis=-1).astype(np.int32, copy=False).reshape(-1, 4)
+
+
+def _whole(input_size: tuple[int, int]) -> list[NDArray[np.int32]]:
+    """The sides of boxes that are the whole image: (top, bottom) and (left, right), each int32 [2, 1, 1, 1]."""
+    return [np.array([0, extent], np.int32).reshape(2, 1, 1, 1) for extent in input_size]

@@ -1,10 +1,11 @@
 """One rule for each ATen operator: the reaches of its outputs from those of its operands.
 
-Raises `Unsupported` for an operator without a rule.
+A rule is right for any values of its operands. Raises `Unsupported` for an operator without a rule.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unitvis.errors import error_text
 from unitvis.network.receptive_fields.reach import (
     UNREAD,
     Reach,
     aligned,
+    collapse,
     concatenated,
     moved,
     reduced,
@@ -28,18 +31,31 @@ from unitvis.network.receptive_fields.reach import (
 )
 
 
-class Unsupported(Exception):  # noqa: N818 - no failure for the user: the caller probes instead
+class Unsupported(Exception):  # noqa: N818 - no failure for the user: boxes are unknown
     """An operator without a closed form; the message names it."""
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """A max-pooling: its arguments by name, and the shape of its input."""
+
+    args: dict[str, Any]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Operand:
-    """A tensor argument: full shape, strides, reach (None for a constant), and how to get a constant's value."""
+    """A tensor argument: full shape, strides, reach (None for a constant), and how to get a constant's value.
+
+    pooling: where it holds the positions of maxima, the pooling that found them.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     reach: Reach | None
     value: Callable[[], Tensor]
+    pooling: Pooling | None
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -105,16 +121,21 @@ def carry(call: Call) -> Reach | Sequence[Reach]:
         return _pointwise(call)
     if call.name not in RULES:
         raise Unsupported(f"no closed form for {call.func}")
-    return RULES[call.name](call)
+    try:
+        return RULES[call.name](call)
+    except Unsupported:
+        raise
+    except Exception as error:  # arguments that the rule does not know
+        raise Unsupported(f"no closed form for {call.func} ({error_text(error)})") from error
 
 
 # --- elementwise operators and operators that move elements ----------------------------------------------------------
 
 
 # Elementwise operators that torch does not tag as pointwise.
-@rule("_to_copy", "detach", "alias", "lift_fresh_copy", "_prelu_kernel", "hardswish", "log_sigmoid_forward", "rsub")
-@rule("fill", "native_dropout", "rrelu_with_noise", "rrelu_with_noise_functional", "complex", "floor_divide", "lift")
-@rule("to", "expand", "expand_copy", "leaky_relu")
+@rule("_to_copy", "detach", "alias", "_prelu_kernel", "hardswish", "log_sigmoid_forward")
+@rule("fill", "native_dropout", "rrelu_with_noise_functional", "complex", "floor_divide")
+@rule("expand", "expand_copy")
 def _pointwise(call: Call) -> Reach:
     return union([operand.reach for operand in call.operands if operand.reach is not None], len(call.shape))
 
@@ -131,7 +152,7 @@ def _constant(call: Call) -> Reach:
     return unreached(call.reach, len(call.shape))
 
 
-@rule("view", "_unsafe_view", "view_copy", "_reshape_alias", "reshape", "squeeze", "unsqueeze", "flatten", "unflatten")
+@rule("view", "_unsafe_view", "view_copy", "_reshape_alias", "squeeze", "unsqueeze")
 def _reshape(call: Call) -> Reach:
     return reshaped(call.reach, call.main.shape, call.shape)
 
@@ -183,7 +204,7 @@ def _permute(call: Call) -> list[Reach]:
 
 @rule("slice", "select", "split", "split_with_sizes", "split_copy", "unbind", "unfold", "index_select")
 def _move_along(call: Call) -> list[Reach]:
-    return _move(call, call.positive(call.args["dim"]))
+    return _move(call, call.positive(call.args["dimension" if call.name == "unfold" else "dim"]))
 
 
 @rule("flip", "roll")
@@ -191,8 +212,63 @@ def _move_along_dims(call: Call) -> list[Reach]:
     return _move(call, call.positive(list(call.args["dims"])))
 
 
-@rule("index", "gather", "take_along_dim", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
-@rule("native_channel_shuffle", "im2col", "diagonal", "tril", "triu", "slice_scatter", "select_scatter", "rot90")
+@rule("gather")
+def _gather(call: Call) -> Reach | list[Reach]:
+    index, (dim,) = call.args["index"], call.positive(call.args["dim"])
+    if index.reach is None:
+        return _move(call, None)
+    picked = reduced(call.reach, [dim])  # values choose along `dim`; elsewhere the first elements stay in their places
+    for other, size in enumerate(call.shape):
+        if picked.bounds.shape[other + 1] > size:
+            picked = replace(picked, bounds=picked.bounds.narrow(other + 1, 0, size))
+    return union([picked, index.reach], len(call.shape))
+
+
+@rule("index_put")
+def _index_put(call: Call) -> Reach | Sequence[Reach]:
+    indices, values = call.args["indices"], call.args["values"]
+    if len(indices) == 1 and indices[0].dtype == torch.bool and indices[0].shape == call.shape and not values.shape:
+        return _pointwise(call)
+    if call.args["accumulate"]:
+        raise Unsupported(f"no closed form for {call.func} that adds")
+    return _move(call, None)
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def _scatter(call: Call) -> Reach | list[Reach]:
+    index, src = call.args["index"], call.args.get("src")
+    if call.name == "scatter" and index.reach is None and src is not None:
+        return _move(call, None)
+    (dim,) = call.positive(call.args["dim"])
+    reaches = [call.args["self"].reach]
+    for operand in (index, src):  # values choose where along `dim` each element goes
+        if operand is not None and operand.reach is not None:
+            if any(n != m for d, (n, m) in enumerate(zip(operand.shape, call.shape, strict=True)) if d != dim):
+                raise Unsupported(f"no closed form for {call.func} of a part")
+            reaches.append(reduced(operand.reach, [dim]))
+    return union([reach for reach in reaches if reach is not None], len(call.shape))
+
+
+@rule("embedding")
+def _embedding(call: Call) -> Reach:
+    if call.args["weight"].reach is not None:
+        raise Unsupported(f"{call.func} with weights that depend on the image")
+    reach = call.args["indices"].reach
+    return replace(reach, bounds=reach.bounds.unsqueeze(-1))
+
+
+@rule("view_as_real")
+def _as_real(call: Call) -> Reach:
+    return replace(call.reach, bounds=call.reach.bounds.unsqueeze(-1))
+
+
+@rule("view_as_complex")
+def _as_complex(call: Call) -> Reach:
+    return reduced(call.reach, [len(call.shape)], keepdim=False)
+
+
+@rule("index", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+@rule("im2col", "diagonal", "tril", "triu", "slice_scatter", "select_scatter", "rot90")
 def _move_all(call: Call) -> list[Reach]:
     return _move(call, None)
 
@@ -222,12 +298,21 @@ def _glu(call: Call) -> Reach:
 
 @rule("sum", "mean", "amax", "amin", "max", "min", "prod", "any", "all", "argmax", "argmin", "logsumexp", "median")
 @rule("var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "count_nonzero", "nansum", "aminmax")
+@rule("kthvalue", "mode", "nanmedian")
 def _reduction(call: Call) -> Reach:
     return reduced(call.reach, call.positive(call.args.get("dim")), call.args.get("keepdim", False))
 
 
+# Each output depends on the inputs up to its own.
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
+def _cumulative(call: Call) -> Reach:
+    (dim,) = call.positive(call.args["dim"])
+    bounds = call.reach.widened(dim, call.shape[dim]).cummax(dim + 1).values
+    return replace(call.reach, bounds=collapse(bounds, [dim]))
+
+
 # Every output along `dim` depends on every input along it.
-@rule("_softmax", "_log_softmax", "_safe_softmax", "sort", "topk")
+@rule("_softmax", "_log_softmax", "_safe_softmax", "sort", "topk", "_fft_r2c", "_fft_c2c", "_fft_c2r")
 def _reduction_along(call: Call) -> Reach:
     return reduced(call.reach, call.positive(call.args["dim"]))
 
@@ -266,7 +351,7 @@ def _contraction(call: Call) -> Reach:
 
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
 @rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
-@rule("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math")
+@rule("_scaled_dot_product_fused_attention_overrideable")
 def _attention(call: Call) -> Reach:
     reaches = []  # positions that a mask hides count as connected
     for name in ("query", "key", "value", "attn_mask", "attn_bias"):
@@ -367,15 +452,74 @@ def _interpolation(call: Call) -> Reach:
     scales = {1: ["scales"], 2: ["scales_h", "scales_w"], 3: ["scales_d", "scales_h", "scales_w"]}[ndim]
     for i in range(ndim):
         n, outputs = shape[2 + i], call.shape[2 + i]
-        # Unit impulses give the operator's weights; positions with a weight of exactly zero are not read.
+        # Unit impulses, an image each, give the operator's weights; positions with a weight of exactly zero are not
+        # read. Along the other dimensions the image has 2 pixels and keeps them: with 1, antialiasing goes wrong.
         along = [j == i for j in range(ndim)]
-        impulses = torch.eye(n, dtype=call.dtype).reshape(1, n, *[n if a else 1 for a in along])
+        dtype = call.dtype if call.dtype in (torch.float32, torch.float64) else torch.float32
+        impulses = torch.eye(n, dtype=dtype).reshape(n, 1, *[n if a else 1 for a in along])
         rest = dict(list(call.args.items())[1:])
-        rest["output_size"] = [outputs if a else 1 for a in along]
+        rest["output_size"] = [outputs if a else 2 for a in along]
         rest |= {scale: None for scale, a in zip(scales, along, strict=True) if not a}
-        weights = call.func(impulses, **rest).reshape(n, outputs)
+        weights = call.func(impulses.expand(n, 1, *[n if a else 2 for a in along]).contiguous(), **rest)
+        for dim in [2 + j for j in range(ndim) if j != i]:
+            weights = weights.narrow(dim, 0, 1)
+        weights = weights.reshape(n, outputs)
         reach = windowed(reach, 2 + i, n, _positions((weights != 0).T), n / outputs)
     return reach
+
+
+# Predicted positions: values choose what is read, which may lie anywhere in the map.
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def _grid_sample(call: Call) -> Reach:
+    image, grid = call.args["input"], call.args["grid"]
+    if grid.reach is None:
+        raise Unsupported(f"no closed form for {call.func} with a constant grid")
+    positions = reduced(grid.reach, [len(grid.shape) - 1], keepdim=False)  # [N, H, W]
+    reaches = [replace(positions, bounds=positions.bounds.unsqueeze(2))]
+    if image.reach is not None:
+        reaches.append(reduced(image.reach, range(2, len(image.shape))))
+    return union(reaches, len(call.shape))
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def _unpool(call: Call) -> Reach:
+    indices = call.args["indices"]
+    ndim, first = int(call.name[-2]), len(call.shape) - int(call.name[-2])
+    reach = union([operand.reach for operand in call.operands if operand.reach is not None], len(call.shape))
+    pooling = indices.pooling
+    if pooling is None or pooling.shape[first:] != call.shape[first:]:
+        return reduced(reach, range(first, len(call.shape)))  # values choose where in the map each element goes
+    kernel = _per_dim(pooling.args["kernel_size"], ndim)
+    windows = (_per_dim(pooling.args[name] or kernel, ndim) for name in ("stride", "padding", "dilation"))
+    for dim, size, stride, padding, dilation in zip(range(first, len(call.shape)), kernel, *windows, strict=True):
+        # An element goes to a position in the window that its maximum comes from.
+        positions = _transposed_window(call.shape[dim], size, stride, padding, dilation)
+        reach = windowed(reach, dim, indices.shape[dim], positions, 1 / stride)
+    return reach
+
+
+@rule("col2im")
+def _fold(call: Call) -> Reach:
+    """Sums of overlapping blocks, [N, C x kernel, blocks] to [N, C, H, W], the inverse of `im2col`."""
+    size = [call.args[name] for name in ("kernel_size", "stride", "padding", "dilation")]
+    blocks = [
+        (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for n, kernel, stride, padding, dilation in zip(call.shape[-2:], *size, strict=True)
+    ]
+    dims = range(len(call.shape) - 2, len(call.shape))
+    reach = reshaped(call.reach, call.main.shape, (*call.shape[:-2], *size[0], *blocks))
+    found = []
+    for offsets in itertools.product(*map(range, size[0])):  # of a pixel in its block: the one at (0, 0), ...
+        part = reach
+        for dim, offset in zip(dims, offsets, strict=True):
+            bounds = part.bounds.narrow(dim + 1, offset if part.bounds.shape[dim + 1] > 1 else 0, 1)
+            part = replace(part, bounds=bounds)
+        part = replace(part, bounds=part.bounds.squeeze((dims[0] + 1, dims[1] + 1)))
+        for dim, offset, n, stride, padding, dilation in zip(dims, offsets, blocks, *size[1:], strict=True):
+            positions = _transposed_window(call.shape[dim], 1, stride, padding - offset * dilation, dilation)
+            part = windowed(part, dim, n, positions, 1 / stride)
+        found.append(part)
+    return union(found, len(call.shape))
 
 
 @rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")

@@ -2,37 +2,78 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from unitvis.errors import UnitvisError
 from unitvis.network.receptive_fields.reach import Reach, input_reach
-from unitvis.network.receptive_fields.rules import Call, Operand, Unsupported, carry
+from unitvis.network.receptive_fields.rules import Call, Operand, Pooling, Unsupported, carry
+from unitvis.network.tracing import TRACING
 
 _map_nodes: Any = fx.node.map_arg  # declared for functions from node to node only
 Axes = tuple[Reach, Reach, Reach]  # along the input's images, rows and columns
+
+
+ASKS_FOR_VALUES = "the model's code asks for values that are computed from the image"
 
 
 class MixedError(UnitvisError):
     """Error for a response that depends on chance or on other images of its batch."""
 
 
-def trace(function: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> fx.GraphModule:
-    """Trace `function` into an ATen graph without in-place operators, on fake tensors: nothing is computed."""
-    for _ in range(2):  # twice, because some operators (circular padding) write to views below functionalisation
-        traced = make_fx(torch.func.functionalize(function), tracing_mode="fake", _allow_non_fake_inputs=True)
-        with torch.no_grad():
-            graph = traced(images)
-        if not _unseen_writes(graph):
-            break
-        function = graph
-    return graph
+class Traced(NamedTuple):
+    """What a trace tells of one layer's map."""
+
+    shape: tuple[int, ...]
+    note: str  # why its reaches are unknown, else empty
+    axes: Axes | None = None  # None for a constant
+
+
+Run = Callable[[Tensor], tuple[dict[str, Tensor], Exception | None]]
+
+
+def trace(run: Run, images: Tensor) -> tuple[fx.GraphModule, Exception | None]:
+    """Trace `run` into an ATen graph without in-place operators, on fake tensors: nothing is computed.
+
+    run: returns the graph's outputs by name, and an exception that ended it early, which is returned with the graph.
+    """
+    ended: list[Exception | None] = []
+
+    def function(x: Tensor) -> dict[str, Tensor]:
+        outputs, error = run(x)
+        ended.append(error)
+        return outputs
+
+    current: Callable[[Tensor], dict[str, Tensor]] = function
+    with TRACING, _without_log():
+        for _ in range(2):  # twice, because some operators (circular padding) write to views below functionalisation
+            traced = make_fx(torch.func.functionalize(current), tracing_mode="fake", _allow_non_fake_inputs=True)
+            with torch.no_grad():
+                graph = traced(images)
+            if not _unseen_writes(graph):
+                break
+            current = graph
+    return graph, ended[0]
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep PyTorch from printing the traceback of an operator that fails on fake tensors."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _unseen_writes(graph: fx.GraphModule) -> list[fx.Node]:
@@ -50,11 +91,11 @@ def _unseen_writes(graph: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
-def reaches(graph: fx.GraphModule) -> dict[str, tuple[tuple[int, ...], Axes | None]]:
-    """Compute the shape and the reaches (None for a constant) of each output of the graph, by its name.
+def reaches(graph: fx.GraphModule) -> dict[str, Traced]:
+    """Compute the shape and the reaches of each output of the graph, by its name.
 
-    Raises Unsupported for an operator without a rule, and MixedError for responses that depend on chance or on other
-    images of the batch.
+    Those after an operator without a rule are unknown. Raises Unsupported for a graph with in-place operators, and
+    MixedError for responses that depend on chance or on other images of the batch.
     """
     if writes := _unseen_writes(graph):
         raise Unsupported(f"no closed form for {writes[0].target}, which writes in place")
@@ -68,16 +109,20 @@ def reaches(graph: fx.GraphModule) -> dict[str, tuple[tuple[int, ...], Axes | No
         for node in graph.graph.nodes:
             if node in needed and node.op != "output":
                 walk.visit(node)
-    return {name: (tuple(node.meta["val"].shape), walk.axes.get(node)) for name, node in returned.items()}
+    return {
+        name: Traced(tuple(node.meta["val"].shape), walk.unknown.get(node, ""), walk.axes.get(node))
+        for name, node in returned.items()
+    }
 
 
 class _Walk:
-    """The reaches of the nodes visited so far; a node in neither `axes` nor `several` is a constant."""
+    """The reaches of the nodes visited so far; a node in none of `axes`, `several` and `unknown` is a constant."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
         self.axes: dict[fx.Node, Axes] = {}
         self.several: dict[fx.Node, list[Axes | None]] = {}  # of operators with several outputs
+        self.unknown: dict[fx.Node, str] = {}  # why nothing is known of them
         self.constants: dict[fx.Node, Any] = {}  # values of constant nodes, computed when an index needs them
 
     def visit(self, node: fx.Node) -> None:
@@ -87,7 +132,14 @@ class _Walk:
             self.axes[node] = (input_reach(shape, 0), input_reach(shape, -2), input_reach(shape, -1))
         elif node.op != "call_function":
             return
-        elif node.target is operator.getitem and node.args[0] in self.several:
+        else:
+            try:
+                self._follow(node)
+            except Unsupported as error:
+                self.unknown[node] = str(error)
+
+    def _follow(self, node: fx.Node) -> None:
+        if node.target is operator.getitem and node.args[0] in self.several:
             self._item(node)
         else:
             self._call(node)
@@ -101,16 +153,21 @@ class _Walk:
 
     def _call(self, node: fx.Node) -> None:
         func = node.target
+        args = _named_arguments(func, node) if isinstance(func, torch._ops.OpOverload) else {}
+        if isinstance(func, torch._ops.OpOverload) and _is_random(func, args):
+            raise MixedError(f"{func} is random: the model has active dropout or noise; switch it off")
+        for origin in node.all_input_nodes:
+            if origin in self.unknown:
+                raise Unsupported(self.unknown[origin])
         if not isinstance(func, torch._ops.OpOverload):
             if any(origin in self.axes or origin in self.several for origin in node.all_input_nodes):
                 raise Unsupported(f"no closed form for {func}")
             return
-        args = _named_arguments(func, node)
-        if _is_random(func, args):
-            raise MixedError(f"{func} is random: the model has active dropout or noise; switch it off")
         if not any(origin in self.axes for origin in node.all_input_nodes):
             return
         value = node.meta["val"]
+        if not isinstance(value, Tensor | list | tuple):
+            raise Unsupported(ASKS_FOR_VALUES)
         values = [v for v in value if isinstance(v, Tensor)] if isinstance(value, list | tuple) else [value]
         results = []
         for axis in range(3):
@@ -129,11 +186,15 @@ class _Walk:
             outputs = [outputs[0] if same else None for same in same_shape]
         self.several[node] = outputs
 
-    def _operand(self, node: fx.Node, axis: int) -> Operand:
+    def _operand(self, node: fx.Node, axis: int) -> Any:
         axes = self.axes.get(node)
         value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return self._constant(node)  # a number out of a constant tensor
         reach = None if axes is None else axes[axis]
-        return Operand(tuple(value.shape), tuple(value.stride()), reach, lambda: self._constant(node))
+        return Operand(
+            tuple(value.shape), tuple(value.stride()), reach, lambda: self._constant(node), _pooling(node), value.dtype
+        )
 
     def _constant(self, node: fx.Node) -> Any:
         if node.op == "placeholder" or node in self.axes:
@@ -146,6 +207,15 @@ class _Walk:
                 with torch.no_grad():
                     self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.constants[node]
+
+
+def _pooling(node: fx.Node) -> Pooling | None:
+    """The pooling that found the positions which this node holds, if there is one."""
+    origin = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(origin, fx.Node) or node.args[1] != 1 or "max_pool" not in str(origin.target):
+        return None
+    assert isinstance(origin.target, torch._ops.OpOverload)  # noqa: S101 - for mypy; modules are traced inside
+    return Pooling(_named_arguments(origin.target, origin), tuple(origin.all_input_nodes[0].meta["val"].shape))
 
 
 def _named_arguments(func: torch._ops.OpOverload, node: fx.Node) -> dict[str, Any]:

@@ -1,6 +1,12 @@
-"""Receptive fields of models of all kinds: what is followed, what is probed, what is refused."""
+"""Receptive fields of models of all kinds: what is followed, what is unknown, what is refused."""
 
 from __future__ import annotations
+
+import io
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from support.judges import all_boxes, inside, places
-from support.zoo import LOCAL, AtrousPyramid, SqueezeExcite, alexnet, mobilenet_v1
+from support.judges import all_boxes, check_by_perturbation, inside
+from support.scans import images, scan
+from support.zoo import AtrousPyramid, SqueezeExcite, alexnet, mobilenet_v1
 from unitvis.errors import UnitvisError
+from unitvis.network.copies import copied
 from unitvis.network.receptive_fields.fields import receptive_field, receptive_fields
-from unitvis.network.receptive_fields.probe import probe_receptive_fields
+from unitvis.ranking.recorder import Recorder
 
 
 def test_input_sizes() -> None:
@@ -49,9 +57,8 @@ class Reused(nn.Module):
     ("layer", "message"), [("conv", "more than once"), ("idle", "does not run"), ("conv1", "no layer 'conv1'")]
 )
 def test_layers_that_do_not_run_exactly_once_are_refused(layer: str, message: str) -> None:
-    for fields in (receptive_fields, probe_receptive_fields):
-        with pytest.raises(UnitvisError, match=message):
-            fields(Reused(), [layer], 9)
+    with pytest.raises(UnitvisError, match=message):
+        receptive_fields(Reused(), [layer], 9)
 
 
 def test_a_layer_whose_batch_axis_is_not_the_images_is_refused() -> None:
@@ -121,8 +128,6 @@ def test_chance_and_batch_statistics_are_refused(build: object, message: str) ->
     model = nn.Sequential(nn.Conv2d(3, 3, 3), build(), nn.Conv2d(3, 2, 3))
     with pytest.raises(UnitvisError, match=message):
         receptive_field(model, "2", 16)
-    with pytest.raises(UnitvisError, match=r"images of (a|its) batch"):
-        probe_receptive_fields(model, ["2"], 16)
     assert receptive_field(model, "0", 16).size == (3, 3)
 
 
@@ -152,15 +157,14 @@ def test_every_activation_is_followed() -> None:
     assert field.size == (1 + 2 * len(ACTIVATIONS),) * 2
 
 
-def test_an_operator_without_a_rule_is_probed_and_said() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 2, 3, padding=1), Lambda(lambda x: x.cumsum(3)), Lambda(lambda x: x.logcumsumexp(2))
-    )
-    field = receptive_fields(model, ["0", "1", "2"], (10, 12))["1"]
-    assert field.method == "probed"
-    assert "cumsum" in field.note
-    assert field.boxes(0, 5, [0, 4]).tolist() == [[0, 4, 2, 7], [0, 4, 6, 7]]
-    assert field.size == (3, 12)
+def test_after_an_operator_without_a_rule_boxes_are_unknown_and_it_is_said() -> None:
+    operator = Lambda(lambda x: torch.cdist(x, x.flip(2)))
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), operator, nn.Conv2d(2, 2, 1))
+    before, after = receptive_fields(model, ["0", "2"], (10, 12)).values()
+    assert (before.method, before.size, before.note) == ("traced", (3, 3), "")
+    assert (after.method, after.whole_image, after.size, after.stride) == ("unknown", False, (10, 12), None)
+    assert "no closed form for aten._cdist_forward" in after.note
+    assert set(map(tuple, all_boxes(after).reshape(-1, 4))) == {(0, 0, 12, 10)}
 
 
 def test_writing_to_views_and_counters_is_followed() -> None:
@@ -182,27 +186,130 @@ def test_writing_to_views_and_counters_is_followed() -> None:
     field = receptive_field(model, "", 16)
     assert (field.method, model.calls.item()) == ("traced", 0)
     assert field.boxes(0, [0, 8, 19], 8).tolist() == [[7, 1, 10, 4], [7, 5, 10, 8], [8, 8, 8, 8]]
-    probed = probe_receptive_fields(model, [""], 16)[""]
-    np.testing.assert_array_equal(inside(all_boxes(field), (16, 16)), inside(all_boxes(probed), (16, 16)))
+    assert inside(field.boxes(0, [0, 1, 8], 0), (16, 16)).tolist() == [[0, 1, 2, 4], [0, 2, 2, 5], [0, 5, 2, 8]]
 
 
-def test_a_model_that_cannot_be_traced_is_probed_and_said() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 2, 3), Lambda(lambda x: x if x.sum() > -1e9 else -x), nn.Conv2d(2, 2, 3))
-    field = receptive_field(model, "2", 10)
-    assert field.method == "probed"
-    assert "cannot be traced" in field.note
-    assert field.size == (5, 5)
+def test_where_values_choose_what_is_read_every_neuron_sees_the_whole_image() -> None:
+    class Deformable(nn.Module):
+        """Samples the map where a convolution of it says, as deformable convolutions do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.offsets = nn.Conv2d(4, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.grid_sample(x, self.offsets(x).permute(0, 2, 3, 1).tanh(), align_corners=False)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Deformable(), nn.Conv2d(4, 2, 1))
+    before, after = receptive_fields(model, ["1.offsets", "2"], (10, 12)).values()
+    assert (before.size, before.whole_image) == ((5, 5), False)
+    assert (after.method, after.whole_image, after.size) == ("traced", True, (10, 12))
 
 
-def test_probing_agrees_with_the_closed_form() -> None:
-    model, size = LOCAL[5].model(), LOCAL[5].size
-    names = places(model, size)
-    traced, probed = receptive_fields(model, names, size), probe_receptive_fields(model, names, size)
-    for name in names:
-        assert probed[name].method == "probed"
-        assert probed[name].map_size == traced[name].map_size
-        assert probed[name].whole_image == traced[name].whole_image
-        np.testing.assert_array_equal(all_boxes(probed[name]), inside(all_boxes(traced[name]), size))
+@pytest.mark.parametrize("width", [9, 16])
+def test_resizing_inside_a_model_is_followed(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchvision's v2.Resize calls."""
+
+    def resize(x: Tensor) -> Tensor:
+        return F.interpolate(x, size=(5, 7), mode="bilinear", antialias=True, align_corners=False)
+
+    model = nn.Sequential(Lambda(resize), nn.Conv2d(3, 2, 3, padding=1))
+    check_by_perturbation(model, ["1"], (12, width), monkeypatch)
+
+
+class Picky(nn.Module):
+    """Refuses NaN, float64 and other images than those of 10 x 10."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isnan(x).any() or x.dtype != torch.float32 or x.shape[2:] != (8, 8):
+            raise ValueError("not such images")
+        return x
+
+
+class Holding(nn.Module):
+    """Holds what cannot be copied, beside a cache that a trace must not leave anything in."""
+
+    def __init__(self, log: io.TextIOBase) -> None:
+        super().__init__()
+        self.state = types.SimpleNamespace(lock=threading.Lock(), cache={}, log=log)
+        self.conv = nn.Conv2d(3, 3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.convs = [self.conv, self.state.lock]
+
+    def __deepcopy__(self, memo: object) -> Holding:
+        raise RuntimeError("no copies")
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.state.lock:
+            self.calls += 1
+            self.state.cache[len(x)] = x.mean()
+            return self.convs[0](x)
+
+
+def fixed_grid(x: Tensor) -> Tensor:
+    """A spatial transformer with constant parameters in float32."""
+    theta = torch.tensor([[1.0, 0, 0.1], [0, 1, 0]]).expand(len(x), 2, 3)
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+
+
+UNTRACEABLE = [
+    ("a branch on values", lambda: Lambda(lambda x: x if x.sum() > -1e9 else -x), "values that are computed from"),
+    ("a refusal of NaN and float64", Picky, "values that are computed from"),
+    ("a constant grid", lambda: Lambda(fixed_grid), "constant grid"),
+    (
+        "numbers out of tensors",
+        lambda: Lambda(lambda x: torch.stack([image * image.max().item() for image in x])),
+        "values that are computed from",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "note"), [u[1:] for u in UNTRACEABLE], ids=[u[0] for u in UNTRACEABLE])
+def test_models_that_run_but_cannot_be_followed_are_scanned_with_unknown_boxes(build: object, note: str) -> None:
+    model, pixels = nn.Sequential(nn.Conv2d(3, 2, 3), build(), nn.Conv2d(2, 2, 3)), images(5, size=10)
+    with pytest.warns(UserWarning, match=f"the receptive fields of 2 are unknown.*{note}"):
+        run = scan(model, pixels)
+    known, unknown = (run[name].info["receptive_field"] for name in ("0", "2"))
+    assert (known["method"], known["size"]) == ("traced", [3, 3])
+    assert (unknown["method"], unknown["whole_image"], unknown["size"]) == ("unknown", False, [10, 10])
+    assert note in unknown["note"]
+    assert (run["2"].boxes[:, :5] == [0, 0, 10, 10]).all()
+    with torch.no_grad():
+        want = torch.cat([model(one[None]) for one in pixels]).amax((2, 3)).sort(0, descending=True).values.T
+    np.testing.assert_allclose(run["2"].values[:, :5], want, rtol=1e-4)
+
+
+def test_what_cannot_be_copied_is_shared_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        model = nn.Sequential(Holding(log), nn.Conv2d(3, 2, 3))
+        fields = receptive_fields(model, {"0.conv": 1, "1": 1}, 16)
+        assert [field.size for field in fields.values()] == [(3, 3), (5, 5)]
+        assert model[0].state.cache == {}
+        assert model[0].calls == 0
+        elsewhere = copied(model)
+        assert elsewhere[0].convs[0] is elsewhere[0].conv is not model[0].conv
+        assert elsewhere[0].state.lock is model[0].state.lock
+        assert torch.equal(elsewhere[0].conv.weight, model[0].conv.weight)
+        for precision in ("exact", "fp16"):
+            run = scan(copied(model).double(), images(5), device="cpu", precision=precision)
+            assert run["1"].info["receptive_field"]["size"] == [5, 5]
+
+
+@pytest.mark.filterwarnings("ignore:on this device the last bits")
+def test_threads_may_scan_a_model_each() -> None:
+    """Tracing replaces methods of nn.Module: it must be undone, and no thread may see another's graph."""
+    call, get = nn.Module.__call__, nn.Module.__getattr__
+
+    def size(kernel: int) -> list[int]:
+        model = nn.Sequential(nn.Conv2d(3, 3, kernel), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, kernel))
+        with Recorder(model, precision=("fp32", "bf16")[kernel % 2], device="cpu") as recorder:
+            recorder(images(16, size=24))
+        return recorder.result()["3"].info["receptive_field"]["size"]
+
+    kernels = [1, 3, 5, 7, 9, 2, 4, 6]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(size, kernels)) == [[2 * kernel - 1] * 2 for kernel in kernels]
+    assert (nn.Module.__call__, nn.Module.__getattr__) == (call, get)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -214,13 +321,12 @@ def test_the_model_is_left_as_it_was() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(module._forward_hooks) for module in model.modules()]
     attributes = [sorted(vars(module)) for module in model.modules()]
-    for fields in (receptive_fields, probe_receptive_fields):
-        fields(model, ["0", "1", "3"], 12)
-        assert [module.training for module in model.modules()] == flags
-        assert [len(module._forward_hooks) for module in model.modules()] == hooks
-        assert [sorted(vars(module)) for module in model.modules()] == attributes
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
+    receptive_fields(model, ["0", "1", "3"], 12)
+    assert [module.training for module in model.modules()] == flags
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_tensors_that_a_forward_keeps_do_not_come_from_the_tracer() -> None:
