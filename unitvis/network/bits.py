@@ -55,54 +55,50 @@ def computing_threads(count: int) -> Iterator[None]:
 
 
 def examine_bits(names: list[str], run: Run, batch: Tensor) -> Bits:
-    """Compare the maps of a batch with those of other threads, and of the batch reversed and rotated.
+    """Compare the maps of a batch with those of the batch reversed and rotated, computed on one thread.
 
-    names: of the layers that `run` reads. On a CPU the canonical bits are those of one thread; more threads are used
-    where none of their bits differ: all that the caller has, else the largest power of two below, which gives each
-    thread whole images more often.
+    names: of the layers that `run` reads. Where they differ, more passes tell whether slots or threads are the cause.
+    On a CPU the canonical bits are those of one thread; more threads are used where none of their bits differ: all that
+    the caller has, else the largest power of two below, which gives each thread whole images more often.
     """
     here = torch.get_num_threads() if batch.device.type == "cpu" else 1
     flushing = here > 1 and flushes_denormals(here * 2**16)  # a thread that began under another setting keeps it
-    straight = _Seen(run, batch, here)
-    back = _Seen(run, batch, 1, order=torch.arange(len(batch)).flip(0))
-    one, threads = straight, here
-    if here > 1 and (flushing or not straight.same_bits(back)):
-        one = _Seen(run, batch, 1)
-        power = 1 << ((here - 1).bit_length() - 1)
-        threads = 1
-        for count in () if flushing else (here, power):
+    order = torch.arange(len(batch), device="cpu").flip(0).roll(2)  # no image keeps its slot
+    one = straight = _Seen(run, batch, here)
+    moved, threads = _Seen(run, batch, 1, order), here
+    if here > 1 and (flushing or not straight.same_bits(moved)):
+        one, threads = _Seen(run, batch, 1), 1
+        for count in () if flushing else (here, 1 << ((here - 1).bit_length() - 1)):
             if count > 1 and (straight if count == here else _Seen(run, batch, count)).same_bits(one):
                 threads = count
                 break
-    rotated = _Seen(run, batch, threads, order=torch.arange(len(batch)).roll(1))
-    others = (back, rotated)
+    both = list(enumerate(names))
     by_slot = [
-        name
-        for index, name in enumerate(names)
-        if index >= one.first_uneven or not all(torch.equal(one.sums[index], other.sums[index]) for other in others)
+        name for index, name in both if index >= one.first_uneven or not torch.equal(one.sums[index], moved.sums[index])
     ]
-    mixed = [name for index, name in enumerate(names) if not all(one.close(other, index) for other in others)]
-    return Bits(frozenset(names), {here: threads}, by_slot, mixed[0] if mixed else None)
+    mixed = next((name for index, name in both if not one.close(moved, index)), None)
+    return Bits(frozenset(names), {here: threads}, by_slot, mixed)
 
 
 class _Seen:
     """What a forward pass showed of each layer, images in the order of the batch whatever slot each was given.
 
-    order: int64 [N], the image of the batch that each slot is given. sums: int64 [layers, N], sums over the squared
-    bits of each image's map, equal where all its bits are. largest: each layer's largest values [N, C]. uneven: of each
+    order: int64 [N], the image of the batch that each slot is given. sums: int32 [layers, N], sums over the squared
+    bits of each image's map, modulo 2^32, equal where all its bits are. largest: each layer's largest values [N, C]. uneven: of each
     element-wise operator that rounds by place, bool [N] patterns of places. first_uneven: the number of the first layer
     after an operator that does not treat all images alike; the number of layers without one.
     """
 
     def __init__(self, run: Run, batch: Tensor, threads: int, order: Tensor | None = None) -> None:
-        slots = torch.arange(len(batch)) if order is None else order.argsort()
+        slots = torch.arange(len(batch), device="cpu") if order is None else order.argsort()
         sums: dict[int, Tensor] = {}
         self.largest: dict[int, Tensor] = {}
 
         def read(index: int, maps: Tensor) -> None:
             maps = maps.float()
             bits = maps.view(torch.int32)
-            sums[index] = (bits * bits).sum((1, 2, 3)).cpu()[slots]  # -0.0 counts as 0.0
+            # -0.0 counts as 0.0; one image at a time stays in the cache
+            sums[index] = torch.stack([(one * one).sum(dtype=torch.int32) for one in bits]).cpu()[slots]
             self.largest[index] = maps.amax((2, 3)).cpu()[slots]
 
         mode = _RoundingByPlace(lambda: len(sums), len(batch)) if batch.device.type == "cpu" else None
@@ -154,7 +150,7 @@ class _RoundingByPlace(TorchDispatchMode):
         if not tensors or not all(one.dtype == torch.float32 for one in tensors):
             return
         shape = torch.broadcast_shapes(*(one.shape for one in tensors))
-        places = torch.arange(0, shape.numel(), max(1, shape.numel() // PROBED_ELEMENTS))
+        places = torch.arange(0, shape.numel(), max(1, shape.numel() // PROBED_ELEMENTS), device="cpu")
         at = torch.unravel_index(places, shape)
         elements = tree_map_only(Tensor, lambda one: one.expand(shape)[at], args)
         apart = tree_map_only(Tensor, lambda one: one.repeat_interleave(2)[::2], elements)  # not next to one another

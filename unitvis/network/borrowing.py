@@ -104,7 +104,7 @@ class Tensors:
     def kept(self) -> Iterator[None]:
         """Context of one forward pass. UnitvisError where it changes a tensor that the first pass did not change."""
         registries = [
-            (f"{name}." if name else "", registry, dict(registry))
+            (f"{name}." if name else "", registry, dict(registry.items()))  # those of TorchScript are not quite dicts
             for name, module in self._model.named_modules()
             for registry in (module._parameters, module._buffers)
         ]
@@ -121,7 +121,9 @@ class Tensors:
             yield
         finally:
             for _, registry, before in registries:
-                if [*registry] != [*before] or any(registry[key] is not tensor for key, tensor in before.items()):
+                now = dict(registry.items())
+                replaced = [*now] != [*before] or any(now[key] is not tensor for key, tensor in before.items())
+                if replaced and isinstance(registry, dict):
                     registry.clear()
                     registry.update(before)
             changed = {name for name, one in held.items() if one.differs()}

@@ -209,7 +209,7 @@ class CanonicalPass:
 
         def run(batch: Tensor, read: ReadMap) -> None:
             with self._tensors.kept(), torch.inference_mode():
-                self._hooks.run(batch, read)
+                self._hooks.run(compute_batch(batch), read)  # a copy: a model may overwrite its input
 
         with canonical_settings(self._device):
             with torch.inference_mode():
