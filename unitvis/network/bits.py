@@ -57,15 +57,17 @@ def computing_threads(count: int) -> Iterator[None]:
 def examine_bits(names: list[str], run: Run, batch: Tensor) -> Bits:
     """Compare the maps of a batch with those of the batch reversed and rotated, computed on one thread.
 
-    names: of the layers that `run` reads. Where they differ, more passes tell whether slots or threads are the cause.
-    On a CPU the canonical bits are those of one thread; more threads are used where none of their bits differ: all that
+    names: of the layers that `run` reads. batch: [N, C, H, W], its last quarter noise; there each of the two has other
+    images, which are not compared. Where maps differ, more passes tell whether slots or threads are the cause. On a CPU the canonical bits are those of one thread; more threads are used where none of their bits differ: all that
     the caller has, else the largest power of two below, which gives each thread whole images more often.
     """
     here = torch.get_num_threads() if batch.device.type == "cpu" else 1
     flushing = here > 1 and flushes_denormals(here * 2**16)  # a thread that began under another setting keeps it
-    order = torch.arange(len(batch), device="cpu").flip(0).roll(2)  # no image keeps its slot
+    order = torch.arange(len(batch), device="cpu").flip(0).roll(10)  # no image keeps its slot, and noise gets the last
+    neighbours = batch.clone()
+    neighbours[-(len(batch) // 4) :] *= 2
     one = straight = _Seen(run, batch, here)
-    moved, threads = _Seen(run, batch, 1, order), here
+    moved, threads = _Seen(run, neighbours, 1, order), here
     if here > 1 and (flushing or not straight.same_bits(moved)):
         one, threads = _Seen(run, batch, 1), 1
         for count in () if flushing else (here, 1 << ((here - 1).bit_length() - 1)):
@@ -81,16 +83,17 @@ def examine_bits(names: list[str], run: Run, batch: Tensor) -> Bits:
 
 
 class _Seen:
-    """What a forward pass showed of each layer, images in the order of the batch whatever slot each was given.
+    """What a forward pass showed of each layer, of the first three quarters of the images.
 
-    order: int64 [N], the image of the batch that each slot is given. sums: int32 [layers, N], sums over the squared
-    bits of each image's map, modulo 2^32, equal where all its bits are. largest: each layer's largest values [N, C]. uneven: of each
-    element-wise operator that rounds by place, bool [N] patterns of places. first_uneven: the number of the first layer
-    after an operator that does not treat all images alike; the number of layers without one.
+    order: int64 [N], the image of the batch that each slot is given. sums: int32 [layers, images], sums over the squared
+    bits of each image's map, modulo 2^32, equal where all its bits are. largest: each layer's largest values, [images,
+    C]. patterns: see `_RoundingByPlace`. first_uneven: the number of the first layer after an operator that does not
+    treat all images alike; the number of layers without one.
     """
 
     def __init__(self, run: Run, batch: Tensor, threads: int, order: Tensor | None = None) -> None:
         slots = torch.arange(len(batch), device="cpu") if order is None else order.argsort()
+        slots = slots[: len(batch) - len(batch) // 4]
         sums: dict[int, Tensor] = {}
         self.largest: dict[int, Tensor] = {}
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
 
+LEARNING_PASSES = 4  # the first one gets an image of zeros, by which an observed range does not change
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -93,16 +95,19 @@ class _Held(NamedTuple):
 class Tensors:
     """The parameters and buffers of a model, put back after forward passes that change them, as counters and observers.
 
-    So responses do not depend on what ran before. The first pass shows which ones change; later passes copy only those.
+    So responses do not depend on what ran before. The first `LEARNING_PASSES` show which ones change; later passes copy
+    only those.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.changing: set[str] | None = None  # names of the tensors that the first pass changed; None before it
+        self.changing: set[str] = set()  # names of the tensors that were seen to change
+        self._passes = 0
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Context of one forward pass. UnitvisError where it changes a tensor that the first pass did not change."""
+        """Context of one forward pass; UnitvisError where a later one changes a tensor that the first ones did not."""
+        self._passes += 1
         registries = [
             (f"{name}." if name else "", registry, dict(registry.items()))  # those of TorchScript are not quite dicts
             for name, module in self._model.named_modules()
@@ -114,7 +119,7 @@ class Tensors:
             for key, tensor in before.items()
             if isinstance(tensor, Tensor)
         }
-        copied = tensors if self.changing is None else tensors.keys() & self.changing
+        copied = tensors if self._passes <= LEARNING_PASSES else tensors.keys() & self.changing
         held = {name: _Held.of(tensors[name]) for name in copied}
         marks = {name: _mark(tensor) for name, tensor in tensors.items() if name not in held}
         try:
@@ -129,10 +134,9 @@ class Tensors:
             changed = {name for name, one in held.items() if one.differs()}
             for name in changed:
                 held[name].put_back()
-        if self.changing is None:
-            self.changing = changed
+        self.changing |= changed
         if lost := [name for name, mark in marks.items() if _mark(tensors[name]) != mark]:
             raise UnitvisError(
-                f"{lost[0]!r} changed in this forward pass, though not in the first, so the model cannot be left as it "
-                f"came; switch off what counts or records"
+                f"{lost[0]!r} changed in this forward pass, though not in the first ones, so the model cannot be left "
+                f"as it came; switch off what counts or records"
             )

@@ -228,11 +228,11 @@ class CanonicalPass:
 
 
 def _beside_noise(images: Tensor) -> Tensor:
-    """`COMPUTE_BATCH` images: every other one noise, the rest the given ones, over again where they are too few."""
+    """`COMPUTE_BATCH` images: half of them the given ones, over again where they are too few, and then noise."""
     noise = torch.randn((COMPUTE_BATCH, *images.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
     noise = (noise * 64 + 128).clamp(0, 255).byte() if images.dtype == torch.uint8 else noise.to(images.dtype)
-    batch = noise.to(images.device)
-    batch[::2] = images[torch.arange(COMPUTE_BATCH // 2, device=images.device) % len(images)]
+    batch, half = noise.to(images.device), COMPUTE_BATCH // 2
+    batch[:half] = images[torch.arange(half, device=images.device) % len(images)]
     return batch
 
 

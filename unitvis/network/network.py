@@ -150,8 +150,8 @@ class Network:
         found = canonical.check(images)
         if found.mixed is not None:
             raise UnitvisError(
-                f"layer {found.mixed!r} gives other responses when the same images come in another order: something "
-                f"in the model mixes the images of a batch or draws at random (BatchNorm without running "
+                f"layer {found.mixed!r} gives other responses when the same images come in another order, beside "
+                f"others: something in the model mixes the images of a batch or draws at random (BatchNorm without running "
                 f"statistics, active dropout); such responses cannot be ranked"
             )
         if found.by_slot:

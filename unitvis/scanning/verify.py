@@ -80,8 +80,8 @@ class Comparison:
 def verify(run: RunData, model: nn.Module, device: torch.device | str | None = None) -> dict[str, Any]:
     """Compute every winner of a run again.
 
-    Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal. Under another one,
-    and in layers whose bits depend on an image's place in its compute batch, the value must lie within 1e-5 of the
+    Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal. Under another
+    one, and in layers whose bits depend on an image's place in its compute batch, the value must lie within 1e-5 of the
     layer's largest. Raises UnitvisError for a run ranked in half precision.
 
     Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
