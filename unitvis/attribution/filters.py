@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unitvis import models
-from unitvis.network.canonical import evaluating
+from unitvis.network.borrowing import Tensors, evaluating
 from unitvis.network.layers import Examination
 from unitvis.results.data import RunData
 
@@ -22,7 +22,7 @@ def first_filters(model: nn.Module | str | models.Loaded, run: RunData) -> dict[
     """
     model, channels = models.resolved(model)[0], run.manifest["input"][0]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with evaluating(model):
+    with evaluating(model), Tensors(model).kept():
         examination = Examination(model, torch.zeros(1, *run.manifest["input"], device=device))
     convolutions = {n: m for n in examination.runs if isinstance(m := examination.modules[n], nn.Conv2d)}
     if not convolutions:

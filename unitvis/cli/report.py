@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unitvis.errors import abridged
 from unitvis.gallery import MAX_UNITS
 from unitvis.network.network import Network
 from unitvis.results.nonfinite import odd_responses
@@ -110,6 +111,8 @@ def print_verified(found: Mapping[str, Any]) -> None:
         if found["same_fingerprint"]
         else "within 1e-5 of the layer's largest (another machine or version)"
     )
+    if found["same_fingerprint"] and (by_slot := found["by_slot"]):
+        how += f", but within 1e-5 of the layer's largest where bits depend on the batch ({abridged(by_slot)})"
     print(f"{found['winners'] - found['wrong']:,} of {found['winners']:,} winners were reproduced {how}")
     if found["wrong"]:
         print(f"the first that was not: {found['first_wrong']}")

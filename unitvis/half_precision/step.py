@@ -65,7 +65,8 @@ class Step:
         """Make the step of a network whose layers are known; up to 16 of the images, as they were read, check it."""
         model, images = copied(network.model), images[:COMPUTE_BATCH]
         with network.reading() as canonical:
-            keys = network.check_independence(canonical, images)
+            network.check_independence(canonical, images)
+            keys = canonical.keys(images)
         return cls(
             model,
             dict(zip((layer.name for layer in network.layers), network.columns, strict=True)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,13 +68,37 @@ def free_memory(device: torch.device) -> float:
         return float("inf")
 
 
+_cudnn: Any = torch.backends.cudnn
+# Variables of the environment that make libraries choose other algorithms, and so other last bits.
+_CPU_VARIABLES = (
+    "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS", "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_DISABLE_FAST_MM", "MKL_NUM_STRIPES", "OPENBLAS_CORETYPE",
+    "TORCH_MKLDNN_MATMUL_MIN_DIM", "TORCH_MKLDNN_MATMUL_MIN_SIZE", "TORCH_LINEAR_FLATTEN_3D",
+)  # fmt: skip
+_CUDA_VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "CUDNN_CONV_WSCAP_DBG", "NVIDIA_TF32_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_LINALG_PREFER_CUSOLVER", "TORCH_CUDNN_V8_API_DISABLED",
+    "TORCH_CUDNN_USE_HEURISTIC_MODE_B", "TORCH_LINEAR_FLATTEN_3D",
+)  # fmt: skip
+
+
 def fingerprint(device: torch.device) -> dict[str, str]:
-    """Describe what the last bits of a response depend on besides model and image: hardware, torch version, layout."""
+    """Describe what the last bits of a response depend on besides model and image.
+
+    Hardware, torch version, layout; and, where it is not PyTorch's default, what cannot be set for a while: variables
+    of the environment that libraries read, and the default dtype.
+    """
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": device.type, "hardware": hardware, "torch": torch.__version__, "layout": "channels_last"}
+    found = {"device": device.type, "hardware": hardware, "torch": torch.__version__, "layout": "channels_last"}
+    if device.type == "cuda":  # cuDNN is a package of its own, which may be exchanged
+        found["cudnn"] = str(_cudnn.version()) if _cudnn.enabled else "off"
+    if torch.get_default_dtype() != torch.float32:
+        found["default dtype"] = str(torch.get_default_dtype())
+    names = _CUDA_VARIABLES if device.type == "cuda" else _CPU_VARIABLES
+    return found | {name: os.environ[name] for name in names if name in os.environ}
 
 
 def refuse_state(units: int, places: int, images: int, device: torch.device) -> None:

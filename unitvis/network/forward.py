@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -11,12 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 import unitvis_kernels as uk
 from unitvis.errors import UnitvisError, closest_names, first_line
-from unitvis.network.canonical import canonical_settings
+from unitvis.network.bits import Bits, ReadMap, computing_threads, examine_bits
+from unitvis.network.borrowing import Tensors
+from unitvis.network.canonical import canonical_settings, refuse_other_arithmetic
 from unitvis.sources.transform import Transform
 
 COMPUTE_BATCH = 16  # images of a canonical forward pass
-
-ReadMap = Callable[[int, Tensor], None]  # takes the number of the layer and its map [N, C, H, W]
 
 
 def as_map(name: str, axis: int | None, output: object) -> Tensor:
@@ -148,8 +149,9 @@ class CanonicalPass:
     layers: names with the axis of their channels, in the order of the forward pass. columns: the units of each, counted
     from 0; needed by `keys` alone. shapes: see `Hooks`. channels: of the model's input. The model runs as given, eager,
     in IEEE float32, on channels-last input, in compute batches of exactly `COMPUTE_BATCH` images: convolution and
-    matrix libraries choose another algorithm for another shape, and with it other last bits. At one fixed shape an
-    image's responses do not depend on its neighbours or its slot.
+    matrix libraries choose another algorithm for another shape, and with it other last bits. On a CPU the bits are
+    those of one thread; more compute where `check` found that they give the same. tensors, bits: what is known of the
+    model, shared by its passes.
     """
 
     def __init__(
@@ -163,12 +165,17 @@ class CanonicalPass:
         shapes: Sequence[tuple[int, int, int]] = (),
         channels: int = 3,
         neurons: bool = False,
+        tensors: Tensors,
+        bits: Bits,
     ) -> None:
         self._device, self._transform, self._channels = device, transform, channels
         self._columns, self._neurons = columns, neurons
-        self._hooks = Hooks(model, layers, shapes)
+        self._names = list(layers)
+        self._hooks, self._tensors, self.bits = Hooks(model, layers, shapes), tensors, bits
+        self._passes = 0
 
     def __enter__(self) -> Self:
+        refuse_other_arithmetic(self._device)
         self._hooks.__enter__()
         return self
 
@@ -177,24 +184,68 @@ class CanonicalPass:
 
     def keys(self, images: Tensor, threshold: Tensor | None = None) -> Tensor:
         """Keys, int64 [n, units], of at most `COMPUTE_BATCH` images as they were read; threshold: see `Hooks.keys`."""
-        with torch.inference_mode(), canonical_settings(self._device):
+        with self._computing(images):
             batch = self._compute_batch(images)
             return self._hooks.keys(batch, self._columns, threshold, neurons=self._neurons)[: len(images)]
 
     def maps(self, images: Tensor, read: ReadMap) -> None:
         """Call `read(number of the layer, map [n, C, H, W])` for every layer, of at most `COMPUTE_BATCH` images."""
-        with torch.inference_mode(), canonical_settings(self._device):
+        with self._computing(images):
             self._hooks.run(self._compute_batch(images), lambda index, maps: read(index, maps[: len(images)]))
 
     def differentiable_maps(self, pixels: Tensor, read: ReadMap) -> None:
         """Like `maps`, with gradients: of the model's input, float32 [N, C, H, W] that requires them, any N."""
-        with torch.inference_mode(False), torch.enable_grad(), canonical_settings(self._device):
+        with self._tensors.kept(), torch.inference_mode(False), torch.enable_grad(), canonical_settings(self._device):
             self._hooks.run(pixels.clone(), read)  # a clone: a model may overwrite its input
+
+    @contextmanager
+    def _computing(self, images: Tensor) -> Iterator[None]:
+        """What a pass that is not differentiated runs under. images: those that it is for."""
+        here, threads = torch.get_num_threads(), None
+        if self._device.type == "cpu" and here > 1:
+            known = self.bits.layers.issuperset(self._names) and here in self.bits.threads
+            if not known and self._passes:  # one pass alone costs least on one thread, whose bits are canonical
+                self.check(images)
+                known = True
+            threads = self.bits.threads[here] if known else 1
+        self._passes += 1
+        used = nullcontext() if threads is None else computing_threads(threads)
+        with self._tensors.kept(), torch.inference_mode(), canonical_settings(self._device), used:
+            yield
+
+    def check(self, images: Tensor) -> Bits:
+        """Find out what the layers' bits depend on, by passes of at most `COMPUTE_BATCH` images and of noise.
+
+        The noise tells threads and slots apart where the images are all black, or alike.
+        """
+
+        def run(batch: Tensor, read: ReadMap) -> None:
+            with self._tensors.kept(), torch.inference_mode():
+                self._hooks.run(compute_batch(batch), read)  # a copy: a model may overwrite its input
+
+        with canonical_settings(self._device):
+            with torch.inference_mode():
+                batch = self._compute_batch(_beside_noise(images))
+            found = examine_bits(self._names, run, batch)
+        if self.bits.layers >= found.layers:  # for another number of threads
+            self.bits.threads |= found.threads
+        else:
+            vars(self.bits).update(vars(found))
+        return found
 
     def _compute_batch(self, images: Tensor) -> Tensor:
         batch = model_input(images, self._transform, self._device, self._channels)
         normalised_here = images.dtype == torch.uint8  # and so in channels-last memory that nobody else holds
         return batch if normalised_here and len(images) == COMPUTE_BATCH else compute_batch(batch)
+
+
+def _beside_noise(images: Tensor) -> Tensor:
+    """`COMPUTE_BATCH` images: half of them the given ones, over again where they are too few, and then noise."""
+    noise = torch.randn((COMPUTE_BATCH, *images.shape[1:]), generator=torch.Generator().manual_seed(0), device="cpu")
+    noise = (noise * 64 + 128).clamp(0, 255).byte() if images.dtype == torch.uint8 else noise.to(images.dtype)
+    batch, half = noise.to(images.device), COMPUTE_BATCH // 2
+    batch[:half] = images[torch.arange(half, device=images.device) % len(images)]
+    return batch
 
 
 def model_input(images: Tensor, transform: Transform | None, device: torch.device, channels: int) -> Tensor:

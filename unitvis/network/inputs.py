@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from unitvis.errors import UnitvisError
-from unitvis.network.canonical import canonical_settings, evaluating
+from unitvis.network.borrowing import evaluating
+from unitvis.network.canonical import canonical_settings
 
 _COLOURS = 3
 _FEW_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: a last axis as short as these may be one of channels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import unitvis_kernels as uk
-from unitvis.errors import UnitvisError
-from unitvis.network.canonical import canonical_settings, evaluating
+from unitvis.errors import UnitvisError, abridged
+from unitvis.network.bits import Bits
+from unitvis.network.borrowing import Tensors, evaluating
+from unitvis.network.canonical import canonical_settings
 from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
-from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass, Hooks, model_input
+from unitvis.network.forward import CanonicalPass, Hooks, model_input
 from unitvis.network.identity import describe_model, noise, numbers_of, outline
 from unitvis.network.inputs import input_channels, refuse_channels_last
 from unitvis.network.layers import Examination, Layer
@@ -50,6 +51,8 @@ class Network:
         self._channel_axes: dict[str, int | None] = {}  # of the modules whose outputs were looked at so far
         self._description: dict[str, Any] | None = None  # once it was asked for after `examine`
         self._channels: int | None = None  # of the model's input; None: not looked at yet
+        self.bits = Bits()  # what is known of them
+        self._tensors = Tensors(self.model)
         self.preparation = 0.0  # seconds that finding layers and receptive fields took
 
     @torch.inference_mode(False)
@@ -67,7 +70,7 @@ class Network:
         was named and cannot be ranked; see `Examination.chosen`.
         """
         start = time.perf_counter()
-        with self.evaluating(), canonical_settings(self.device):
+        with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
             examination = Examination(self.model, self._blank_image(shape))
         self._channel_axes |= examination.axes
         self.layers = examination.chosen(layers, exclude)
@@ -143,10 +146,7 @@ class Network:
         columns = [slice(one.start - start, one.stop - start) for one in own]
         axes = self._layer_axes(first, last)
         shapes, neurons = self.map_shapes[first:last], self.unit == "neuron"
-        channels = self.input_shape[0]
-        return CanonicalPass(
-            self.model, self.device, self.transform, axes, columns, shapes=shapes, channels=channels, neurons=neurons
-        )
+        return self._passes(axes, columns, shapes=shapes, channels=self.input_shape[0], neurons=neurons)
 
     def _layer_axes(self, first: int = 0, last: int | None = None) -> dict[str, int | None]:
         return {layer.name: self._channel_axes[layer.name] for layer in self.layers[first:last]}
@@ -155,39 +155,38 @@ class Network:
         """Names of layers with the axis of their channels; found by a pass of an input [C, H, W] if not known."""
         if new := [name for name in layers if name not in self._channel_axes]:
             image = torch.zeros(1, *shape, dtype=torch.float32, device=self.device)
-            with self.evaluating(), canonical_settings(self.device):
+            with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
                 self._channel_axes |= channel_axes(self.model, new, image)
         return {name: self._channel_axes[name] for name in layers}
 
     def reading_maps(self, layers: Sequence[str], shape: Shape) -> CanonicalPass:
         """Canonical passes that read the maps of layers by name, of inputs [C, H, W], whether examined or not."""
-        axes = self.channel_axes(layers, shape)
-        return CanonicalPass(self.model, self.device, self.transform, axes, channels=shape[0])
+        return self._passes(self.channel_axes(layers, shape), channels=shape[0])
 
-    def check_independence(self, canonical: CanonicalPass, images: Tensor) -> Tensor:
-        """Keys, int64 [n, units], of at most `COMPUTE_BATCH` images, which must come out again in reversed order.
+    def _passes(self, layers: Mapping[str, int | None], columns: Sequence[slice] = (), **options: Any) -> CanonicalPass:
+        shared: dict[str, Any] = {"tensors": self._tensors, "bits": self.bits}
+        return CanonicalPass(self.model, self.device, self.transform, layers, columns, **shared, **options)
 
-        canonical: an open pass over all layers. UnitvisError names the first layer whose values differ by more than
-        rounding (BatchNorm without running statistics, active dropout); a warning tells of less.
+    def check_independence(self, canonical: CanonicalPass, images: Tensor) -> None:
+        """See that responses of the layers can be ranked, and what their bits depend on, by `CanonicalPass.check`.
+
+        canonical: an open pass over all layers. images: at most `COMPUTE_BATCH`. UnitvisError names the first layer
+        whose values change by more than rounding when the images change places (BatchNorm without running statistics,
+        active dropout); a warning names layers that change by less.
         """
-        keys = canonical.keys(images)
-        # Reversed as a whole compute batch, so that every image has another slot.
-        padded = torch.cat([images, images.new_zeros((COMPUTE_BATCH - len(images), *images.shape[1:]))])
-        again = canonical.keys(padded.flip(0)).flip(0)[: len(images)]
-        if torch.equal(keys, again):
-            return keys
-        first, second = uk.unpack(keys)[0], uk.unpack(again)[0]
-        for layer, units in zip(self.layers, self.columns, strict=True):
-            a, b = first[:, units], second[:, units]
-            slack = 1e-4 * float(a.nan_to_num(0, 0, 0).abs().max())
-            if not torch.allclose(a, b, rtol=1e-4, atol=slack, equal_nan=True):
-                raise UnitvisError(
-                    f"layer {layer.name!r} gives other responses when the same images come in another order: something "
-                    f"in the model mixes the images of a batch or draws at random (BatchNorm without running "
-                    f"statistics, active dropout); such responses cannot be ranked"
-                )
-        warnings.warn("on this device the last bits of responses depend on an image's place in its batch")
-        return keys
+        found = canonical.check(images)
+        if found.mixed is not None:
+            raise UnitvisError(
+                f"layer {found.mixed!r} gives other responses when the same images come in another order, beside "
+                f"others: something in the model mixes the images of a batch or draws at random (BatchNorm without "
+                f"running statistics, active dropout); such responses cannot be ranked"
+            )
+        if found.by_slot:
+            warnings.warn(
+                f"the last bits of responses depend on an image's place in its compute batch, in "
+                f"{len(found.by_slot)} of {len(self.layers)} layers ({abridged(found.by_slot)}); such responses are "
+                f"compared to rounding"
+            )
 
     @property
     def description(self) -> dict[str, Any]:
@@ -209,12 +208,6 @@ class Network:
             responses[names[index]] = numbers_of(maps)
 
         hooks = Hooks(self.model, self._layer_axes(), self.map_shapes)
-        with torch.no_grad(), self.evaluating(), canonical_settings(self.device), hooks:
-            before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with torch.no_grad(), self.evaluating(), canonical_settings(self.device), hooks, self._tensors.kept():
             hooks.run(noise(self.input_shape).to(self.device), read)
-            counters = [name for name, buffer in self.model.named_buffers() if not _same(before.get(name), buffer)]
-        return {**describe_model(self.model, counters), "responses": responses}
-
-
-def _same(one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+        return {**describe_model(self.model, self._tensors.changing), "responses": responses}

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from unitvis.errors import UnitvisError
-from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
+from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.reranking.rereading import read_again
@@ -39,9 +38,9 @@ def check_witness(
 ) -> dict[str, int]:
     """Compute 16 winners of a top-k again, those whose ids have the smallest hashes, and compare all their places.
 
-    network: in eval mode, its layers known. k: places of winners. bits: values and positions must be bit-equal, unless
-    the network's own bits depend on the place in a batch or the number of threads; otherwise values may differ by
-    `rounding` of the layer's largest. half: computes responses in half precision, where the top-k holds such; then an
+    network: in eval mode, its layers known. k: places of winners. bits: values and positions must be bit-equal, except
+    in layers whose bits depend on an image's place in its batch; otherwise values may differ by `rounding` of the
+    layer's largest. half: computes responses in half precision, where the top-k holds such; then an
     image is refused if more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the unit's
     largest.
 
@@ -62,12 +61,13 @@ def check_witness(
     then = ranked.values[unit, rank]
     if half is None:
         with network.reading() as canonical:
+            by_slot = canonical.check(batch.pixels).by_slot
             keys = canonical.keys(batch.pixels)
-            bits = bits and _settled(canonical, batch.pixels, keys)
         pairs.take(keys, batch.ids)
         now = pairs.values
         equal = (now.view(np.int32) == then.view(np.int32)) & (pairs.positions == ranked.positions[unit, rank])
-        wrong = ~equal & (bits | ~_close(then, now, rounding * _largest_of_layers(network, ranked)[unit]))
+        in_bits = np.array([bits and layer.name not in by_slot for layer in network.layers])[network.layer_of[unit]]
+        wrong = ~equal & (in_bits | ~_close(then, now, rounding * _largest_of_layers(network, ranked)[unit]))
     else:
         now = half(batch.pixels)[np.searchsorted(ids, pairs.images), unit].astype(np.float32)
         equal = (now == then) | ~(np.isfinite(now) | np.isfinite(then))  # NaN and overflow are recorded as infinity
@@ -82,21 +82,6 @@ def check_witness(
             f"and gives {now[first]:.9g} now"
         )
     return {"images": len(ids), "responses": len(equal), "equal": int(equal.sum())}
-
-
-def _settled(canonical: CanonicalPass, images: Tensor, keys: Tensor) -> bool:
-    """Whether the bits of responses depend neither on an image's place in its batch nor on the number of threads."""
-    padded = torch.cat([images, images.new_zeros((COMPUTE_BATCH - len(images), *images.shape[1:]))])
-    if not torch.equal(canonical.keys(padded.flip(0)).flip(0)[: len(images)], keys):
-        return False
-    threads = torch.get_num_threads()
-    if keys.device.type != "cpu" or threads == 1:
-        return True
-    torch.set_num_threads(1)
-    try:
-        return torch.equal(canonical.keys(images), keys)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _close(then: NDArray[Any], now: NDArray[Any], slack: NDArray[np.float64]) -> NDArray[np.bool_]:

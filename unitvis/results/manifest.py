@@ -27,7 +27,7 @@ def scan_manifest(network: Network, k: int, precision: str, scan: Mapping[str, A
         "source": {"kind": "recorder"},
         "transform": network.transform.to_json() if network.transform else None,
         "fingerprint": fingerprint(network.device),
-        "scan": dict(scan),
+        "scan": {**scan, **({"by_slot": network.bits.by_slot} if network.bits.by_slot else {})},
     }
 
 

@@ -24,8 +24,9 @@ class CoreSharing:
 
     All threads of a parallel operation wait for the slowest; if decoding holds that one's core, they wait for a time
     slice of the scheduler, milliseconds. So a large network gets all cores for each batch, while files are only read.
-    A small network computes on one thread if that is faster than the other cores decode. The bits of canonical
-    responses do not depend on the number of threads, and the caller's number is restored on exit. On a GPU, for sources
+    A small network computes on one thread if that is faster than the other cores decode, and so does one whose bits are
+    canonical on one thread only. The bits of canonical responses do not depend on the number of threads, and the
+    caller's number is restored on exit. On a GPU, for sources
     without files and with one thread nothing is changed.
     """
 
@@ -52,6 +53,9 @@ class CoreSharing:
         if not self._undecided or not self._recorder.images:
             return
         self._undecided = False
+        if self._recorder.network.bits.threads.get(self._caller_threads) == 1:
+            self._pausable = None
+            return
         torch.set_num_threads(1)
         rate = compute_rate(self._recorder, images)
         if rate > MIN_RATE_ON_ONE_THREAD / 4:  # near the limit: other processes may have slowed the first measurement

@@ -67,6 +67,8 @@ def merge(
         parts[name] = run.partial
     merged = merge_partials(parts)
     manifest = next(iter(loaded.values())).manifest
+    if by_slot := {name: None for run in loaded.values() for name in run.manifest["scan"].get("by_slot", ())}:
+        manifest = manifest | {"scan": manifest["scan"] | {"by_slot": list(by_slot)}}
     records = {id: record for run in loaded.values() for id, record in run.records.items()}
     if partial:
         failures = {failure["id"]: failure for run in loaded.values() for failure in run.manifest["failures"]}
@@ -163,6 +165,8 @@ def _finished_run(
     run.manifest["witness"] = checked
     run.manifest |= {"precision": manifest["precision"], "plan": manifest["plan"]}
     run.manifest["model"] |= origin
+    if by_slot := manifest["scan"].get("by_slot"):
+        run.manifest["scan"]["by_slot"] = by_slot
     run.manifest["failures"] = [asdict(failure) for failure in source.failures]
     run.manifest["seconds"] |= {"scan": part.seconds, "merge": time.perf_counter() - start}
     finish_run(run, source, recorder.network, on_error)

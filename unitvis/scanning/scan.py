@@ -27,7 +27,7 @@ from unitvis.run import Run, load
 from unitvis.scanning.cores import CoreSharing
 from unitvis.scanning.precision import Plan, plan
 from unitvis.scanning.progress import Progress
-from unitvis.scanning.verify import compare_winners
+from unitvis.scanning.verify import compare_winners, layers_by_slot
 from unitvis.sources import Source, open_source
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import CHECKPOINT_SECONDS
@@ -191,6 +191,8 @@ def finish_run(run: Run, source: Source, network: Network, on_error: str = "skip
         refuse_odd_responses(run)
     if source.rereadable:
         _second_pass(run, network)
+    if by_slot := layers_by_slot(run, network):
+        run.manifest["scan"]["by_slot"] = by_slot
     run.manifest["seconds"]["second_pass"] = time.perf_counter() - start
     for message in run.manifest["warnings"]:
         warnings.warn(message)

@@ -59,6 +59,8 @@ class Comparison:
         network = self._network
         with network.evaluating(), network.reading() as canonical:
             for batch in source.batches(COMPUTE_BATCH, ids=ids):
+                if not network.bits.layers:
+                    canonical.check(batch.pixels)
                 self.recomputed.take(canonical.keys(batch.pixels), batch.ids)
 
     @property
@@ -81,11 +83,13 @@ def verify(
 ) -> dict[str, Any]:
     """Compute every winner of a run again. model: the one that was scanned, or its spec.
 
-    Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal, under another one
-    the value must lie within 1e-5 of the layer's largest. Raises UnitvisError for a run ranked in half precision.
+    Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal. Under another
+    one, and in layers whose bits depend on an image's place in its compute batch, the value must lie within 1e-5 of the
+    layer's largest. Raises UnitvisError for a run ranked in half precision.
 
     Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
-    the layer's largest value; "same_fingerprint": bool; "first_wrong": a sentence about the first wrong one, or None.
+    the layer's largest value; "same_fingerprint": bool; "by_slot": the layers whose bits depend on an image's place;
+    "first_wrong": a sentence about the first wrong one, or None.
     """
     run.need_winners()
     if (precision := run.manifest["precision"]) in HALF:
@@ -112,12 +116,21 @@ def compare_winners(run: RunData, network: Network) -> dict[str, Any]:
     np.maximum.at(largest, winners.layer, np.where(np.isfinite(winners.values), np.abs(winners.values), 0))
     with np.errstate(invalid="ignore", divide="ignore"):
         distance = np.where(comparison.equal, 0, np.abs(now - winners.values) / largest[winners.layer])
-    wrong = ~comparison.equal if same else ~(distance <= 1e-5)
+    by_slot = layers_by_slot(run, network)
+    to_rounding = np.isin(winners.layer, [run.layers.index(name) for name in by_slot]) | (not same)
+    wrong = np.where(to_rounding, ~(distance <= 1e-5), ~comparison.equal)
     return {
         "winners": len(wrong),
         "equal": int(comparison.equal.sum()),
         "wrong": int(wrong.sum()),
         "worst": float(np.nanmax(distance, initial=0)),
         "same_fingerprint": same,
+        "by_slot": by_slot,
         "first_wrong": comparison.describe(int(np.argmax(wrong))) if wrong.any() else None,
     }
+
+
+def layers_by_slot(run: RunData, network: Network) -> list[str]:
+    """The layers whose bits depend on an image's place in its compute batch, as the run's scan or the network found."""
+    found = {*run.manifest["scan"].get("by_slot", ()), *network.bits.by_slot}
+    return [name for name in run.layers if name in found]

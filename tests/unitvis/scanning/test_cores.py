@@ -38,9 +38,9 @@ def test_a_small_network_computes_on_one_thread_beside_decoding(
         assert torch.get_num_threads() == 3
         assert seen.count(threads) >= 2
         assert len(waits) == (1 if rate > 1000 else -(-70 // 16))  # decoding waits for all threads, not for one
-        assert set(seen) == {3, threads}
+        assert set(seen) == {3, 1}  # one thread also checks the bits of all
         seen.clear()  # in memory nothing is decoded
         scan(np.zeros((64, 12, 12, 3), np.uint8))
-        assert set(seen) == {3}
+        assert seen[-4:] == [3] * 4  # a compute batch each
     finally:
         torch.set_num_threads(before)

@@ -1,0 +1,151 @@
+"""A model is left as it came, whatever its forward pass and its `eval` do to it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import unitvis
+from support.scans import arrays, images, scan
+from unitvis import Recorder, UnitvisError
+from unitvis.network.borrowing import evaluating
+
+
+def memory(model: nn.Module) -> dict[str, tuple[int, int, bytes]]:
+    """Each tensor's identity, address and bytes."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: (id(t), t.data_ptr(), t.detach().numpy().tobytes()) for name, t in tensors}
+
+
+class Recording(nn.Module):
+    """Counts its passes, observes ranges as fake quantisation does, and clips its weights, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.register_buffer("passes", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("largest", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("cache", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.largest.data.copy_(torch.maximum(self.largest, x.abs().max()))
+        self.replaced = self.replaced + 1
+        self.cache = torch.ones(3)
+        self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 0.3)
+        return self.conv(x) + self.passes  # what ran before would show
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_a_forward_pass_changes_is_put_back(precision: str) -> None:
+    torch.manual_seed(0)
+    model = Recording().train()
+    before = memory(model)
+    pixels = images(40, 9)
+    run = scan(model, pixels, precision=precision)
+    assert memory(model) == before
+    assert model.cache is None
+    if precision == "fp32":  # each compute batch begins from the same state
+        backwards = [scan(model, pixels[start : start + 16], k=1, precision=precision) for start in (32, 16, 0)]
+        best = np.max([part["conv"].values[:, 0] for part in backwards], axis=0)
+        np.testing.assert_array_equal(best, run["conv"].values[:, 0])
+    unitvis.response_map(model, pixels[0], "conv", 2)
+    list(unitvis.project(model, pixels[:2], "conv", 0))
+    assert memory(model) == before
+    model(pixels[:2]).sum().backward()  # no tensor of inference mode was left behind
+
+
+def test_a_tensor_that_changes_in_a_later_pass_alone_is_refused() -> None:
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3)
+            self.register_buffer("passes", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.max() > 100:
+                self.passes += 1
+            return self.conv(x)
+
+    pixels = torch.cat([images(32, 9), 1000 * images(16, 9)])
+    with pytest.raises(UnitvisError, match="'passes' changed in this forward pass, though not in the first ones"):
+        scan(Later(), pixels)
+
+
+class LowRank(nn.Conv2d):
+    """A convolution whose weights have a low-rank part, added to them in eval mode and taken away in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 6, 3)
+        self.weight.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, 27)), nn.Parameter(torch.randn(6, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode == self.merged:
+            part = (self.up @ self.down).view_as(self.weight)
+            self.weight.data += -part if mode else part
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + nn.functional.conv2d(x, (self.up @ self.down).view_as(self.weight))
+
+
+def test_weights_that_eval_merges_are_separate_again_to_the_bit() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRank(), nn.ReLU(), LowRank().eval(), nn.Conv2d(6, 4, 1)).train()
+    model[2] = nn.Sequential(nn.Conv2d(6, 3, 1), LowRank()).eval()
+    before, flags = memory(model), [module.training for module in model.modules()]
+    run = scan(model, images(20, 9), "0")
+    assert memory(model) == before
+    assert [module.training for module in model.modules()] == flags
+    assert (model[0].merged, model[2][1].merged) == (False, True)
+    merged = copy.deepcopy(model).eval()
+    assert arrays(scan(merged, images(20, 9), "0")) == arrays(run)
+    model[0](images(2, 9)).sum().backward()
+    assert model[0].down.grad is not None
+
+
+def test_weights_that_a_loop_trains_meanwhile_stay_trained() -> None:
+    model = nn.Sequential(LowRank()).train()
+    with Recorder(model, "0") as recorder:
+        recorder(images(16, 9))
+        model.train()
+        with torch.no_grad():
+            model[0].weight.fill_(2.0)
+            model[0].down.zero_()
+        model.eval()
+        recorder(images(16, 9))
+    assert (model[0].weight == 2).all()
+    assert not model[0].down.any()
+    assert not model[0].merged
+
+
+def test_an_eval_that_cannot_be_taken_back_is_refused() -> None:
+    class Folding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch: nn.Module = nn.Conv2d(3, 4, 3)
+
+        def train(self, mode: bool = True) -> Self:
+            if not mode:
+                self.branch = nn.Identity()
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.branch(x)
+
+    with (
+        pytest.raises(UnitvisError, match=r"eval\(\) replaces 'branch\.\w+' for good.*deepcopy"),
+        evaluating(Folding()),
+    ):
+        pass
