@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -54,7 +55,7 @@ def trace(run: Run, images: Tensor) -> tuple[fx.GraphModule, Exception | None]:
         return outputs
 
     current: Callable[[Tensor], dict[str, Tensor]] = function
-    with TRACING, _without_log():
+    with TRACING, _without_log(), _forward_of_autograd_functions():
         for _ in range(2):  # twice, because some operators (circular padding) write to views below functionalisation
             traced = make_fx(torch.func.functionalize(current), tracing_mode="fake", _allow_non_fake_inputs=True)
             with torch.no_grad():
@@ -63,6 +64,25 @@ def trace(run: Run, images: Tensor) -> tuple[fx.GraphModule, Exception | None]:
                 break
             current = graph
     return graph, ended[0]
+
+
+@contextmanager
+def _forward_of_autograd_functions() -> Iterator[None]:
+    """Let this thread run the forward alone of a `torch.autograd.Function`, the older form of which is not traced."""
+    tracing, apply = threading.get_ident(), torch.autograd.Function.__dict__["apply"]
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != tracing:
+            return apply.__get__(None, cls)(*args, **kwargs)
+        if cls.setup_context is not torch.autograd.Function.setup_context:
+            return cls.forward(*args, **kwargs)
+        return cls.forward(torch.autograd.function.FunctionCtx(), *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(applied)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -374,3 +375,38 @@ def test_a_model_on_another_device_and_whatever_the_defaults() -> None:
 
 def test_a_layer_may_be_named_twice() -> None:
     assert list(receptive_fields(alexnet(), ["0", "3", "0"], 64)) == ["0", "3"]
+
+
+class OldSwish(torch.autograd.Function):
+    """An activation as networks write it to save memory, without `setup_context`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class NewSwish(OldSwish):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x.sigmoid()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+@pytest.mark.parametrize("function", [OldSwish, NewSwish])
+def test_functions_with_a_derivative_of_their_own_are_followed(function: type[torch.autograd.Function]) -> None:
+    class Swish(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function.apply(x)
+
+    apply = torch.autograd.Function.__dict__["apply"]
+    field = receptive_field(nn.Sequential(nn.Conv2d(3, 4, 3), Swish(), nn.Conv2d(4, 2, 3)).eval(), "2", 12)
+    assert (field.method, field.size) == ("traced", (5, 5))
+    assert torch.autograd.Function.__dict__["apply"] is apply
