@@ -57,10 +57,10 @@ def computing_threads(count: int) -> Iterator[None]:
 def examine_bits(names: list[str], run: Run, batch: Tensor) -> Bits:
     """Compare the maps of a batch with those of the batch reversed and rotated, computed on one thread.
 
-    names: of the layers that `run` reads. batch: [N, C, H, W], its last quarter noise; there each of the two has other
-    images, which are not compared. Where maps differ, more passes tell whether slots or threads are the cause. On a
-    CPU the canonical bits are those of one thread; more threads are used where none of their bits differ: all that the
-    caller has, else the largest power of two below, which gives each thread whole images more often.
+    names: of the layers that `run` reads. batch: [N, C, H, W], its last quarter noise, in whose place each of the two
+    has other images, which are not compared. Where maps differ, more passes tell whether slots or threads are the
+    cause. On a CPU the canonical bits are those of one thread; more threads are used where none of their bits differ:
+    all that the caller has, else the largest power of two below, which gives each thread whole images more often.
     """
     here = torch.get_num_threads() if batch.device.type == "cpu" else 1
     flushing = here > 1 and flushes_denormals(here * 2**16)  # a thread that began under another setting keeps it
@@ -86,10 +86,10 @@ def examine_bits(names: list[str], run: Run, batch: Tensor) -> Bits:
 class _Seen:
     """What a forward pass showed of each layer, of the first three quarters of the images.
 
-    order: int64 [N], the image of the batch that each slot is given. sums: int32 [layers, images], sums over the
-    squared bits of each image's map, modulo 2^32, equal where all its bits are. largest: each layer's largest values,
-    [images, C]. patterns: see `_RoundingByPlace`. first_uneven: the number of the first layer after an operator that
-    does not treat all images alike; the number of layers without one.
+    order: int64 [N], the image of the batch that each slot is given. sums: of each layer, int32 [images], over the
+    squared bits of each image's map, modulo 2^32, equal where all its bits are. largest: of each layer, its largest
+    values [images, C]. patterns: see `_RoundingByPlace`. first_uneven: the number of the first layer after an operator
+    that does not treat all images alike; the number of layers without one.
     """
 
     def __init__(self, run: Run, batch: Tensor, threads: int, order: Tensor | None = None) -> None:
@@ -129,7 +129,7 @@ class _RoundingByPlace(TorchDispatchMode):
 
     Few elements of a map lie there, and few of these differ, so comparing maps may miss it. Here each operator is first
     asked, on some of its elements, whether it rounds alike with the vectors of the processor and without; if not, it is
-    given a tensor full of one element that differs, whose result shows every such place.
+    given tensors full of one element that differs, whose result shows every such place.
 
     layers_read: how many layers were read so far. patterns: the places, as bytes, for each such operator.
     """
@@ -154,16 +154,18 @@ class _RoundingByPlace(TorchDispatchMode):
         if not tensors or not all(one.dtype == torch.float32 for one in tensors):
             return
         shape = torch.broadcast_shapes(*(one.shape for one in tensors))
-        places = torch.arange(0, shape.numel(), max(1, shape.numel() // PROBED_ELEMENTS), device="cpu")
-        at = torch.unravel_index(places, shape)
-        elements = tree_map_only(Tensor, lambda one: one.expand(shape)[at], args)
+        at = torch.unravel_index(torch.arange(PROBED_ELEMENTS, device="cpu") * shape.numel() // PROBED_ELEMENTS, shape)
+        scales = torch.linspace(0.5, 1.5, PROBED_ELEMENTS, device="cpu")  # for small maps, which have few elements
+        elements = tree_map_only(Tensor, lambda one: one.expand(shape)[at] * scales, args)
         apart = tree_map_only(Tensor, lambda one: one.repeat_interleave(2)[::2], elements)  # not next to one another
         differ = func(*elements, **kwargs).view(torch.int32) != func(*apart, **kwargs).view(torch.int32)
         if not differ.any():
             return
         first = int(differ.int().argmax())
-        place = tuple(int(axis[first]) for axis in at)
-        filled = tree_map_only(Tensor, lambda one: torch.full_like(one, float(one.expand(shape)[place])), args)
+        filled = [
+            torch.full_like(one, float(element[first])) if isinstance(one, Tensor) else one
+            for one, element in zip(args, elements, strict=True)
+        ]
         bits = func(*filled, **kwargs).view(torch.int32)
         other = bits != bits.flatten()[0]
         self.patterns.append(other.flatten().nonzero().numpy().tobytes())
