@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import urllib.parse
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
 
+_UNPACKED_BYTES = 64 * 2**20  # of arrays that may be unpacked from any file
+_MAX_RATIO = 100  # how many times as many bytes larger arrays may take unpacked; those of runs stay far below
 _MAX_NAME = 180  # characters of a layer's file name: file systems take 255 bytes, with endings of ours
 
 
@@ -61,9 +65,30 @@ def write_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an npz file, checked against its checksums; raises nearly anything where it is damaged."""
+    """All arrays of an npz file, checked against its checksums; raises nearly anything where it is damaged.
+
+    Nothing is allocated for a length that the file only claims.
+    """
+    with zipfile.ZipFile(path) as archive:
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+        packed = sum(member.compress_size for member in archive.infolist())
+        if sum(sizes.values()) > max(_UNPACKED_BYTES, _MAX_RATIO * packed):
+            raise ValueError(f"{sum(sizes.values()):,} bytes in {packed:,}")
+        for name, size in sizes.items():
+            with archive.open(name) as member:
+                shape, dtype = _npy_header(member)
+                if math.prod(shape) * dtype.itemsize > size:
+                    raise ValueError(f"{name} claims {dtype} {list(shape)} in {size:,} bytes")
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an array, of which only the header is read."""
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(member)
+    return shape, dtype
 
 
 def file_name(layer: str) -> str:

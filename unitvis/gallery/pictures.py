@@ -29,6 +29,8 @@ from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
+from unitvis.results.schemas import DRAWN
+from unitvis.schema import problem
 
 Device = torch.device | str | None
 PATCH_SIZE = 112  # pixels: a multiple of 16, so that no block of a JPEG file reaches across patches
@@ -204,6 +206,7 @@ def _drawn(run: RunData, layer: str) -> dict[str, Any]:
 def read_drawn(folder: Path) -> dict[str, Any]:
     """Read a gallery's drawn.json: {"run": digest, "layers": {layer: {"crop", "filters", ...}}}; empty without one."""
     try:
-        return json.loads((folder / "gallery" / "drawn.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        drawn = json.loads((folder / "gallery" / "drawn.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return {} if problem(drawn, DRAWN) else drawn

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,9 +25,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from unitvis.errors import UnitvisError
-from unitvis.files import replacing
+from unitvis.files import read_arrays, replacing
 from unitvis.results.arrays import ARRAYS, LayerArrays
 from unitvis.results.data import RunData
+from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD, arrays_problem
+from unitvis.schema import problem
 from unitvis.sources import open_as_described
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import read_partial
@@ -86,9 +87,10 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
         raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
     try:
         tops = {} if manifest.get("partial") else _read_tops(folder / "top.npz", manifest)
-        lines = (folder / "images.jsonl").read_text(encoding="utf-8").splitlines()
-        records = {record["id"]: record for record in map(json.loads, lines)}
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        records = _read_records(folder / "images.jsonl")
+    except UnitvisError:
+        raise
+    except Exception as error:  # damaged files make numpy and zipfile raise nearly anything
         raise UnitvisError(f"{folder} is not a whole run ({error}); scan again with --overwrite") from error
     source = None if images is None else open_as_described(images, manifest["source"], manifest["transform"])
     run = kind(tops, manifest, records, source, partial)
@@ -97,11 +99,23 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
 
 
 def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerArrays]:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return {
-            name: LayerArrays(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
-            for name, info in manifest["layers"].items()
-        }
+    arrays = read_arrays(path)
+    tops = {
+        name: LayerArrays(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
+        for name, info in manifest["layers"].items()
+    }
+    for name, top in tops.items():
+        if wrong := arrays_problem(top, manifest):
+            raise ValueError(f"{path.name}: layer {name!r}: {wrong}")
+    return tops
+
+
+def _read_records(path: Path) -> dict[int, dict[str, Any]]:
+    """The records of images, by id."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if wrong := problem(records, [RECORD], path.name):
+        raise ValueError(wrong)
+    return {record["id"]: record for record in records}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -119,6 +133,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UnitvisError(f"{path} is damaged (it holds no object); scan again with --overwrite")
     if manifest.get("format") != FORMAT:
         raise UnitvisError(f"{path} has format {manifest.get('format')}; this version of unitvis reads format {FORMAT}")
+    if wrong := problem(manifest, MANIFEST_OF_A_SHARD if manifest.get("partial") is True else MANIFEST):
+        raise UnitvisError(f"{path} is damaged ({wrong}); scan again with --overwrite")
     return manifest
 
 

@@ -140,6 +140,8 @@ def reopen_source(description: Mapping[str, Any], transform: Mapping[str, Any] |
         raise UnitvisError(f"the images came from a {description['kind']}, which has no path; give them as images=")
     try:
         return open_as_described(description["path"], description, transform)
+    except TypeError as error:  # an option that this version does not have
+        raise UnitvisError(f"the images of the run were read in a way that is unknown here ({error})") from error
     except UnitvisError as error:
         raise UnitvisError(f"the images of the run are not where they were: {error}; give them as images=") from error
 

@@ -154,7 +154,7 @@ class Source(ABC):
                 f"{changed}: image {id} is another one here; give the images of the scan, or {self._remedy}"
             )
         try:
-            same = self._hash(id) == record["hash"]
+            same = self._hash(id) == record.get("hash")
         except ImageError as error:
             raise UnitvisError(f"{changed}: {error}") from error
         if not same:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,35 @@ from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError, abridged
 from unitvis.files import read_arrays, write_arrays
+from unitvis.schema import COUNT, NUMBER, OBJECT, TEXT, ByName, Optional, Schema, choice, problem, whole
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
 RESPONSES = "model.responses"  # entry that has numbers for each layer of what it computes from fixed noise
 _ROUNDING = 1e-5  # share of a layer's largest response by which other hardware or threads may change its numbers
+# Entries that a manifest and an identity share, as JSON.
+SHARED: dict[str, Schema] = {
+    "model": {
+        "class": TEXT,
+        "parameters": COUNT,
+        "weights?": TEXT,
+        "modules?": TEXT,
+        "responses?": ByName(Optional([NUMBER])),
+    },
+    "input": (whole(1, 10**6), whole(1, 10**6), whole(1, 10**6)),
+    "k": whole(1, 10**9),
+    "unit": choice("channel", "neuron"),
+    "transform": Optional(OBJECT),
+    "fingerprint": OBJECT,
+}
+_IDENTITY = SHARED | {
+    "precision": choice("fp32", "fp16", "bf16"),
+    "layers": ByName((whole(1, 10**6), whole(1, 10**6), whole(1, 10**6))),
+    "source": {"kind": TEXT},
+    "shard?": Optional(TEXT),
+}
+_ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": NUMBER}
 FORMAT = 2  # version of the arrays
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -59,10 +83,14 @@ class Partial:
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
         """What `arrays` gave; UnitvisError for another version's arrays, and nearly anything for others."""
         about = json.loads(arrays["about"].tobytes())
+        if wrong := problem(about, {"format?": COUNT}):
+            raise ValueError(wrong)
         if (version := about.get("format", 1)) != FORMAT:
             raise UnitvisError(f"has format {version}, and this version of unitvis reads format {FORMAT}")
         if arrays["seen"].dtype != SEEN or arrays["seen"].ndim != 1:
             raise ValueError(f"the table of images is {arrays['seen'].dtype}")
+        if wrong := problem(about, _ABOUT) or _arrays_problem(about["identity"], arrays):
+            raise ValueError(wrong)
         reasons = [about["reasons"][number] for number in arrays["reason"].tolist()]
         failures = dict(zip(arrays["failed"].tolist(), reasons, strict=True))
         topk = TopK(torch.from_numpy(arrays["state"]))
@@ -82,6 +110,28 @@ def read_partial(path: Path) -> Partial:
         raise UnitvisError(f"{path} {error}") from error
     except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything
         raise UnitvisError(f"{path} is damaged ({' '.join(str(error).split())})") from error
+
+
+def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> str | None:
+    """What of the arrays does not fit together; None if all does."""
+    maps = identity["layers"].values()
+    units = sum(math.prod(shape) if identity["unit"] == "neuron" else shape[0] for shape in maps)
+    state = arrays["state"]
+    wide = 2 * (identity["k"] + 1) + 2  # see `TopK`; half precision keeps more places
+    if state.dtype != np.int64 or state.ndim != 2 or len(state) != units or state.shape[1] < wide or state.shape[1] % 2:
+        return f"the state is {state.dtype} {list(state.shape)}, of {units} units"
+    lists = {
+        "coverage": (len(arrays["coverage"]), 2),
+        "failed": arrays["reason"].shape,
+        "reason": (arrays["failed"].size,),
+    }
+    for name, shape in lists.items():
+        if arrays[name].dtype != np.int64 or arrays[name].shape != shape:
+            return f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}"
+    coverage = arrays["coverage"].ravel()
+    if (coverage < 0).any() or (np.diff(coverage) <= 0).any():
+        return "the coverage is no list of ranges"
+    return None
 
 
 def joined_seen(one: NDArray[np.void], other: NDArray[np.void]) -> NDArray[np.void]:

@@ -1,0 +1,203 @@
+"""Run folders of any content: they are read, drawn and verified, or refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import unitvis
+from unitvis import UnitvisError
+from unitvis.scanning.verify import verify
+
+DELETED = object()
+VALUES = [DELETED, None, -1, 10**18, "x", [], {}, float("nan"), True, 1.5]
+FILES = ("manifest.json", "gallery/drawn.json", "images.jsonl")
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def whole(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two layers over four images, with its gallery."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "photos").mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.png")
+    transform = unitvis.Transform(crop=16)
+    run = unitvis.scan(model, folder / "photos", k=2, transform=transform, out=folder / "run", progress=False)
+    unitvis.gallery(run, folder / "run", model)
+    return folder / "run"
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to everything inside a JSON value."""
+    if place:
+        yield place
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inside:
+        yield from places(one, (*place, key))
+
+
+def changed(value: Any, place: tuple[Any, ...], new: object) -> Any:
+    value = at = copy.deepcopy(value)
+    for key in place[:-1]:
+        at = at[key]
+    if new is DELETED:
+        del at[place[-1]]
+    else:
+        at[place[-1]] = new
+    return value
+
+
+def read(path: Path) -> Any:
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def write(path: Path, value: Any) -> None:
+    lines = value if path.suffix == ".jsonl" else [value]
+    path.write_text("\n".join(map(json.dumps, lines)))
+
+
+def use(folder: Path, model: nn.Module) -> list[str]:
+    """Do everything with a run folder that commands do; the refusals, each of which is one line."""
+    refusals = []
+
+    def draw() -> None:
+        run = unitvis.load(folder)
+        assert repr(run)
+        assert run._repr_html_()
+        for layer in run:
+            run.sheet(layer)
+
+    for action in (
+        draw,
+        lambda: unitvis.gallery(unitvis.load(folder), folder, model),
+        lambda: verify(unitvis.load(folder), model),
+        lambda: unitvis.merge([folder], model),
+    ):
+        try:
+            action()
+        except UnitvisError as error:
+            refusals.append(str(error))
+            assert "\n" not in refusals[-1]
+    return refusals
+
+
+def mutations(whole: Path) -> list[tuple[str, tuple[Any, ...], object]]:
+    return [(file, place, new) for file in FILES for place in places(read(whole / file)) for new in VALUES]
+
+
+def check(chosen: list[tuple[str, tuple[Any, ...], object]], whole: Path, folder: Path, model: nn.Module) -> None:
+    for file, place, new in chosen:
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+        write(folder / file, changed(read(whole / file), place, new))
+        try:
+            use(folder, model)
+        except Exception as error:
+            raise AssertionError(f"{file} with {new!r} at {place}: {error!r}") from error
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sixty_mutated_run_folders(whole: Path, folder: Path, model: nn.Module) -> None:
+    (refusal,) = use(folder, model)
+    assert "has no state to merge" in refusal
+    check(random.Random(0).sample(mutations(whole), 60), whole, folder, model)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_all_mutated_run_folders(whole: Path, folder: Path, model: nn.Module) -> None:
+    check(mutations(whole), whole, folder, model)
+
+
+ARRAYS: list[tuple[str, Any, str]] = [
+    ("0/images", lambda a: a + 10**12, ""),
+    ("0/images", lambda a: a - 5, "a winner lies outside"),
+    ("0/positions", lambda a: a + 1000, "a winner lies outside"),
+    ("0/positions", lambda a: a.astype(np.float32), "positions is float32"),
+    ("0/boxes", lambda a: a + 2**30, "a box lies far outside"),
+    ("0/values", lambda a: a[:, :1], r"values is float32 \[3, 1\], not \[3, 2\]"),
+    ("0/values", lambda a: np.array(["x"]), "values is <U1"),
+    ("0/values", lambda a: np.broadcast_to(np.float32(0), (2**24, 2)).copy(), "bytes in"),
+    ("0/status", lambda a: np.full_like(a, "exact"), "a status is none of"),
+    ("0/status", lambda a: None, "0/status"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "change", "message"), ARRAYS, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(ARRAYS)])
+def test_arrays_that_do_not_belong_to_the_manifest(
+    name: str, change: Any, message: str, folder: Path, model: nn.Module
+) -> None:
+    arrays = dict(np.load(folder / "top.npz"))
+    new = change(arrays.pop(name))
+    np.savez_compressed(folder / "top.npz", **arrays, **({} if new is None else {name: new}))
+    refusals = use(folder, model)
+    assert refusals
+    if message:
+        with pytest.raises(UnitvisError, match=rf"not a whole run .*{message}"):
+            unitvis.load(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(2))
+def test_states_of_any_content_are_merged_or_refused(seed: int, whole: Path, model: nn.Module, tmp_path: Path) -> None:
+    options = {"transform": unitvis.Transform(crop=16), "k": 2, "progress": False}
+    shards = [
+        unitvis.scan(model, whole.parent / "photos", shard=(number, 2), out=tmp_path / str(number), **options).folder
+        for number in (1, 2)
+    ]
+    state = shards[1] / "state.npz"
+    arrays = dict(np.load(state))
+    about = json.loads(arrays["about"].tobytes())
+    ways = [(place, new) for place in places(about) for new in VALUES]
+    for place, new in random.Random(seed).sample(ways, 40):
+        text = json.dumps(changed(about, place, new)).encode()
+        merge(shards, model, arrays | {"about": np.frombuffer(text, np.uint8)}, (place, new))
+    for name, array in arrays.items():
+        others = [array[:1], array[:0], array[None], *([array - 7] if array.dtype.kind in "iu" else [])]
+        for new in others:
+            merge(shards, model, arrays | {name: new}, (name, new))
+
+
+def merge(shards: list[Path], model: nn.Module, arrays: dict[str, np.ndarray], what: object) -> None:
+    """Merge shards of which the second has this state."""
+    np.savez(shards[1] / "state.npz", **arrays)
+    try:
+        assert unitvis.merge(shards, model).layers == ["0", "2"]
+    except UnitvisError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    except Exception as error:
+        raise AssertionError(f"{what}: {error!r}") from error
+
+
+def test_nothing_is_allocated_for_a_length_that_is_only_claimed(folder: Path) -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(folder / "top.npz", "w") as archive:
+        archive.writestr("0/values.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(UnitvisError, match=r"not a whole run .*0/values.npy claims float32 \[1000000000, 1000\] in"):
+        unitvis.load(folder)

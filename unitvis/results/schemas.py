@@ -1,0 +1,100 @@
+"""The schemas of a run folder's JSON files, and the shapes of its arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from unitvis.results.arrays import ARRAYS, SEPARATED, TIED, UNSEPARATED, LayerArrays
+from unitvis.schema import COUNT, FLAG, NUMBER, OBJECT, TEXT, ByName, Optional, Schema, choice, either, whole
+from unitvis.state.partial import SHARED
+
+_SIDE = whole(1, 10**6)  # pixels of an input, cells of a map
+_LAYER: dict[str, Schema] = {
+    "name": TEXT,
+    "channels": _SIDE,
+    "height": _SIDE,
+    "width": _SIDE,
+    "feeds_relu": FLAG,
+    "fed_by": Optional(TEXT),
+}
+_ODD = Optional({"images": COUNT, "first?": OBJECT})
+_RANKED_LAYER = _LAYER | {
+    "unit": choice("channel", "neuron"),
+    "units": COUNT,
+    "receptive_field": {
+        "size": (whole(0, 10**9), whole(0, 10**9)),
+        "stride": Optional((NUMBER, NUMBER)),
+        "whole_image": FLAG,
+        "method": TEXT,
+        "note": TEXT,
+    },
+    "effective_box": Optional(_SIDE),
+    "nan": Optional(OBJECT),
+    "infinite": Optional(OBJECT),
+    "unseparated": COUNT,
+}
+_SOURCE = {
+    "kind": TEXT,
+    "path?": Optional(either(TEXT, [TEXT])),
+    "images?": Optional(COUNT),
+    "others?": COUNT,
+    "other_endings?": ByName(COUNT),
+    "images_ending?": [TEXT],
+    "entry?": either(TEXT, COUNT),
+    "decoding?": OBJECT,
+}
+_MANIFEST: dict[str, Schema] = SHARED | {
+    "model": SHARED["model"] | {"spec?": Optional(TEXT), "file?": Optional(TEXT), "pretrained?": FLAG},
+    "precision": choice("exact", "fp32", "fp16", "bf16"),
+    "plan": TEXT,
+    "source": _SOURCE,
+    "scan": {"precision": TEXT, "batch_size": whole(1, 2**40), "by_slot?": [TEXT]},
+    "images": COUNT,
+    "coverage": [(COUNT, COUNT)],
+    "failures": [{"id": COUNT, "name": TEXT, "reason": TEXT}],
+    "seconds": ByName(NUMBER),
+    "warnings?": [TEXT],
+    "shard?": Optional(TEXT),
+    "partial?": FLAG,
+}
+MANIFEST_OF_A_SHARD = _MANIFEST | {"layers": ByName(_LAYER)}
+MANIFEST = _MANIFEST | {"layers": ByName(_RANKED_LAYER)}
+RECORD = {"id": COUNT, "name": TEXT, "width?": Optional(COUNT), "height?": Optional(COUNT), "hash?": Optional(TEXT)}
+DRAWN = {
+    "run": TEXT,
+    "layers": ByName(
+        {
+            "crop?": choice("rf", "effective", "image"),
+            "filters?": FLAG,
+            "projections?": Optional(TEXT),
+            "responses?": Optional((_SIDE, _SIDE, _SIDE)),
+        }
+    ),
+}
+_DTYPES = {"values": "<f4", "images": "<i8", "positions": "<i4", "boxes": "<i4"}
+_MAX_BOX = 10**7  # pixels that a side of a box may lie from the image's corner
+
+
+def arrays_problem(top: LayerArrays, manifest: Mapping[str, Any]) -> str | None:
+    """What of a layer's arrays does not belong to its entry in the manifest; None if all does."""
+    info, k = top.info, manifest["k"]
+    neurons = info["height"] * info["width"] if info["unit"] == "neuron" else 1
+    if info["units"] != info["channels"] * neurons:
+        return f"{info['units']} units in {info['channels']} channels"
+    shapes = {"values": (k,), "images": (k,), "positions": (k, 2), "boxes": (k, 4), "status": ()}
+    for name in ARRAYS:
+        array, shape = getattr(top, name), (info["units"], *shapes[name])
+        if array.shape != shape or (name in _DTYPES and array.dtype != np.dtype(_DTYPES[name])):
+            return f"{name} is {array.dtype} {list(array.shape)}, not {list(shape)}"
+    if top.status.dtype.kind != "U" or not np.isin(top.status, (SEPARATED, TIED, UNSEPARATED)).all():
+        return "a status is none of separated, tied, unseparated"
+    blank = top.images < 0
+    inside = (top.positions >= 0) & (top.positions < [info["height"], info["width"]])
+    if (top.images < -1).any() or not (inside.all(axis=2) | blank).all():
+        return "a winner lies outside of the feature map"
+    if (np.abs(top.boxes.astype(np.int64)) > _MAX_BOX).any():
+        return "a box lies far outside of the image"
+    return None
