@@ -52,7 +52,7 @@ def numbers_of(maps: Tensor) -> list[float] | None:
     maps with NaN or infinity.
     """
     values = maps.detach().double().cpu().flatten()
-    number = torch.arange(len(values), dtype=torch.float64)
+    number = torch.arange(len(values), dtype=torch.float64, device="cpu")
     weights = [(number.square() * _GOLDEN_RATIO).frac() * 2 - 1, (number * _GOLDEN_RATIO).frac() * 2 - 1]
     sums = [float(values @ weight) / len(values) for weight in weights]
     found = [float(values.abs().max()), float(values.mean()), float(values.square().mean().sqrt()), *sums]

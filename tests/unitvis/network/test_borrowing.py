@@ -42,6 +42,7 @@ class Recording(nn.Module):
         return self.conv(x) + self.passes  # what ran before would show
 
 
+@pytest.mark.filterwarnings("ignore:the receptive fields of conv are unknown")  # writes to .data cannot be traced
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_what_a_forward_pass_changes_is_put_back(precision: str) -> None:
     torch.manual_seed(0)
