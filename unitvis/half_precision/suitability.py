@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -110,14 +110,10 @@ def _failure(network: Network, images: Tensor, precision: str) -> str | None:
 
 
 def _run(network: Network, images: Tensor, mode: TorchDispatchMode, read: Callable[[int, Tensor], None]) -> None:
-    """One canonical pass inside a dispatch mode, with attention computed step by step, so that the mode sees it all."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), network.reading() as canonical:
-            canonical.maps(images, read, mode)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    """One canonical pass, whose forward pass runs under a dispatch mode."""
+    # Under a torch function mode transformer layers take no fast path, which would hide their operations.
+    with network.reading() as canonical, BaseTorchFunctionMode():
+        canonical.maps(images, read, mode)
 
 
 class _Observer(TorchDispatchMode):
@@ -126,6 +122,8 @@ class _Observer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with self:  # in inference mode composite operations arrive whole
+            if func is torch.ops.aten.scaled_dot_product_attention.default:  # else one fused kernel
+                return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
