@@ -172,10 +172,3 @@ class Step:
 
 def _channels_last(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def overflowing_layer(network: Network, topk: TopK, images: int) -> str | None:
-    """After a first batch of so many images: a layer with a unit that half of them overflow; None without one."""
-    values = topk.threshold(min(topk.places, (images + 1) // 2) - 1)
-    both = zip(network.layers, network.columns, strict=True)
-    return next((layer.name for layer, units in both if values[units].isinf().any()), None)

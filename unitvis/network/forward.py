@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -188,9 +188,12 @@ class CanonicalPass:
             batch = self._compute_batch(images)
             return self._hooks.keys(batch, self._columns, threshold, neurons=self._neurons)[: len(images)]
 
-    def maps(self, images: Tensor, read: ReadMap) -> None:
-        """Call `read(number of the layer, map [n, C, H, W])` for every layer, of at most `COMPUTE_BATCH` images."""
-        with self._computing(images):
+    def maps(self, images: Tensor, read: ReadMap, under: AbstractContextManager[object] | None = None) -> None:
+        """Call `read(number of the layer, map [n, C, H, W])` for every layer, of at most `COMPUTE_BATCH` images.
+
+        under: a context for the forward pass alone, such as a mode that observes its operations.
+        """
+        with self._computing(images), under or nullcontext():
             self._hooks.run(self._compute_batch(images), lambda index, maps: read(index, maps[: len(images)]))
 
     def differentiable_maps(self, pixels: Tensor, read: ReadMap) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from unitvis import models
 from unitvis.errors import UnitvisError, error_text
 from unitvis.half_precision.candidates import EXTRA_CANDIDATES
-from unitvis.half_precision.step import HALF, Step, overflowing_layer
+from unitvis.half_precision.step import HALF, Step
+from unitvis.half_precision.suitability import NAMES, suitable_precision
 from unitvis.network.device import refuse_state, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
 from unitvis.network.network import Network, Shape
@@ -95,7 +96,7 @@ class Recorder:
         self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # images and ids, fewer than are computed at once
-        self._begun = False
+        self._begun = self._settled = False
         self._watch: WeightsWatch | None = None  # of weights that are to stay fixed, from the first call on
         self._canonical: CanonicalPass  # in float32, once it has begun
         self._step: Step  # in half precision, once it has begun
@@ -121,6 +122,22 @@ class Recorder:
         if precision != "fp32" and self._weights == "moving":
             raise UnitvisError(f"weights='moving' needs precision='fp32': {precision} ranks with a copy of the weights")
         self.precision, self._size = precision, COMPUTE_BATCH if precision == "fp32" else batch_size
+
+    @torch.inference_mode(False)
+    def settle_precision(self, images: Tensor) -> str | None:
+        """Take the next wider precision where the one chosen does not suit the network; the reason, None if it suits.
+
+        images: as they were read; what the network computes from them decides. Only before the first image.
+        """
+        self._settled = True
+        if self.precision == "fp32":
+            return None
+        if not self.network.layers:
+            self.prepare(self.network.input_shape_of(images))
+        with self.network.evaluating():
+            precision, reason = suitable_precision(self.network, images, self.precision)
+        self.set_precision(precision, self._size)
+        return reason
 
     @torch.inference_mode(False)
     def prepare(self, shape: Shape) -> None:
@@ -153,6 +170,8 @@ class Recorder:
         self._first_shape = images.shape[1:]
         if self._weights == "fixed" and self._watch is None:
             self._watch = WeightsWatch(self._given)
+        if not self._settled and len(images) and (reason := self.settle_precision(images)):
+            warnings.warn(f"{reason}; the images are scanned in {NAMES[self.precision]}")
         if self.precision == "fp32":
             images = images.to(self.network.device)
         if ids is None:
@@ -189,7 +208,7 @@ class Recorder:
                 keys = self._canonical.keys(images, self.topk.threshold())
                 self.topk.merge(keys, ids.to(keys.device))
             else:
-                self._rank_in_half_precision(self._step, images, ids)
+                self._step(images, ids)
             if self._watch is not None:
                 self._watch.settle()
         self.images += len(ids)
@@ -208,16 +227,6 @@ class Recorder:
         else:
             self._step = self.make_step(self.network, self.topk, images, precision=self.precision, size=self._size)
         self._begun = True
-
-    def _rank_in_half_precision(self, step: Step, images: Tensor, ids: Tensor) -> None:
-        step(images, ids)
-        if self.images or self.precision == "bf16":
-            return
-        if layer := overflowing_layer(self.network, self.topk, len(ids)):
-            warnings.warn(f"layer {layer!r} overflows in float16; the images are scanned in bfloat16")
-            self.precision = "bf16"
-            self._begin(images)
-            self._step(images, ids)
 
     @torch.inference_mode(False)
     def result(self, images: object = None) -> Run:
@@ -292,8 +301,7 @@ class Recorder:
         """What half precision leaves to be decided by float32."""
         if len(self.coverage) != self.images:
             raise UnitvisError("ids must come on the CPU, or nothing tells which images can be computed again")
-        resolution = torch.finfo(HALF[self.precision]).eps
-        return Scanned(self.k, self.topk, self.coverage, self._half_responses, resolution)
+        return Scanned(self.k, self.topk, self.coverage, self._half_responses, self.precision)
 
     def _half_responses(self, images: Tensor) -> Any:
         if not self._begun:  # the scan was another process's
@@ -349,4 +357,4 @@ class Recorder:
     def restore(self, part: Partial) -> None:
         """Go on from a snapshot; only before the first image, after `prepare`."""
         self.topk, self.coverage = part.topk.to(self.network.device), part.coverage.copy()
-        self.images = len(self.coverage)
+        self.images, self._settled = len(self.coverage), True

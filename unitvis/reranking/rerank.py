@@ -7,14 +7,19 @@ unit's last candidate; by how much half precision may have erred there is bounde
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 import unitvis_kernels as uk
+from unitvis.half_precision.step import HALF
+from unitvis.half_precision.suitability import unsuitable_layers
 from unitvis.network.network import Network
 from unitvis.reranking.bound import upper_bound
 from unitvis.reranking.pairs import ResponsePairs
@@ -38,7 +43,7 @@ class Scanned:
     candidates: TopK  # more than k places a unit, ranked by half precision
     coverage: IntervalSet  # the ids that were scanned
     responses: Callable[[Tensor], Floats]  # images as they were read -> float64 [N, units] in half precision
-    resolution: float  # the distance from 1 to the next number in the precision of the scan
+    precision: str  # of the scan, a name in `HALF`
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
     """Compute canonical responses of what can win until each unit is decided, or as far as that pays.
 
     network: in eval mode, its layers known. Reads again, once each, a sample of the images and those that can hold a
-    place; where the undecided are few beside what that took, or a layer overflowed, all the rest.
+    place; where the undecided are few beside what that took, a layer overflowed, or the sample shows that the scan's
+    precision did not suit it, all the rest.
     """
     again = Reranking(network, scanned, source)
     again.compute_sample()
@@ -77,7 +83,7 @@ def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
 
     overflowed = np.isposinf(last)
     pays = len(again.computed) >= MAX_RECOMPUTED_SHARE * len(scanned.coverage)
-    rest = again.layer_of[~again.decided & (overflowed | pays)]
+    rest = again.layer_of[~again.decided & (overflowed | pays | again.unsuitable)]
     if len(rest):
         again.compute_all(rest.max())
     return Reranked(again.topk, again.decided, len(again.computed), again.sampled)
@@ -103,6 +109,8 @@ class Reranking:
         self.layer_of = network.layer_of
         self.computed, self._depth = np.zeros(0, np.int64), np.zeros(0, np.int64)  # ids, and of how many layers
         self._half_sample = self._canonical_sample = np.zeros((0, network.units))
+        self.unsuitable = np.zeros(network.units, bool)  # [units]: of layers whose errors no sample shows
+        self._resolution = torch.finfo(HALF[scanned.precision]).eps  # from 1 to the next number
 
     @property
     def sampled(self) -> int:
@@ -137,17 +145,33 @@ class Reranking:
                 yield uk.unpack(keys)[0].cpu().double().numpy()
 
     def compute_sample(self) -> None:
-        """The images with the smallest hashes of their ids, in all layers, in both precisions."""
+        """The images with the smallest hashes of their ids, in all layers, in both precisions.
+
+        A warning names a layer that the scan's precision turns out not to suit.
+        """
         ids = sample(self._scanned.coverage.ranges)
-        batches = read_again(self._source, ids)
-        self._half_sample = np.concatenate([self._scanned.responses(batch.pixels) for batch in batches])
         self._canonical_sample = np.concatenate(self.compute(ids, np.full(len(ids), len(self._network.layers))))
+        half, found = [], dict[str, str]()
+        for batch in read_again(self._source, ids):
+            half.append(self._scanned.responses(batch.pixels))
+            found |= unsuitable_layers(self._network, batch.pixels, self._scanned.precision)
+        self._half_sample = np.concatenate(half)
+        for layer, own in zip(self._network.layers, self._network.columns, strict=True):
+            self.unsuitable[own] = layer.name in found
+        if found:
+            reason, last = (
+                next(iter(found.values())),
+                [layer for layer in self._network.layers if layer.name in found][-1],
+            )
+            warnings.warn(f"{reason}; all images are computed again in float32 up to layer {last.name!r}")
 
     def margins(self) -> Floats:
         """float64 [units]: how far an outsider's response may lie above its value in half precision."""
         with np.errstate(invalid="ignore"):
             sampled = self._canonical_sample - self._half_sample  # [images, units]
             error = self.pairs.values - self.half[self.rows, self.ranks]
+        # Infinite in float32 where half precision is finite: nothing bounds that. The other way round is a candidate.
+        boundless = self.unsuitable | (np.isposinf(self._canonical_sample) & np.isfinite(self._half_sample)).any(axis=0)
         sampled[~np.isfinite(sampled)] = 0
         usable = np.isfinite(error)
         unit, error = self.rows[usable], error[usable].astype(np.float64)
@@ -155,7 +179,7 @@ class Reranking:
         square = np.bincount(unit, weights=error**2, minlength=len(self.half)) + (sampled**2).sum(axis=0)
         # No finer than the rounding of the response itself; a unit that was never seen to err has no scale otherwise.
         largest = np.nan_to_num(np.where(np.isfinite(self.half), abs(self.half), 0), nan=0).max(axis=1)
-        scale = np.maximum(np.sqrt(square / np.maximum(count, 1)), largest * self._scanned.resolution / 4)
+        scale = np.maximum(np.sqrt(square / np.maximum(count, 1)), largest * self._resolution / 4)
         scale[scale == 0] = 1.0  # all zero, in half precision and in float32
         margins = np.empty(len(self.half))
         for own in self._network.columns:
@@ -165,7 +189,8 @@ class Reranking:
             # The number of outsiders that lie close below the last candidate is not known; it is taken for four times
             # that of the candidates. Those further below have room for larger errors.
             draws = 4.0 * (own.stop - own.start) * self.half.shape[1]
-            margins[own] = upper_bound(pooled, draws) * scale[own]
+            bound = math.inf if boundless[own].any() else upper_bound(pooled, draws)
+            margins[own] = np.maximum(bound * scale[own], largest[own] * self._resolution / 2)  # a rounding at least
         return margins
 
     def outsiders(self) -> Floats:

@@ -1,4 +1,4 @@
-"""Choose the precision of a scan by a short measurement, with the reason in one line."""
+"""Choose the precision of a scan, by a short measurement or for shards by a rule, with the reason in one line."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import math
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
+from unitvis.half_precision.suitability import NAMES
 from unitvis.network.canonical import canonical_settings
-from unitvis.state.sampling import SIZE
+from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.sources import Source
+from unitvis.state.sampling import SIZE, sample
 
+MAX_SHARD_RECOMPUTED = 0.5  # of the images: where more are computed again, shards scan in float32
 MAX_RELATIVE_TIME = 0.9  # of float32's time: half precision is used only if the scan is expected to take less
 
 
@@ -47,13 +54,45 @@ def speed(device: torch.device, precision: str) -> float:
         return full / seconds(HALF[precision])
 
 
+def has_fast_half(device: torch.device) -> bool:
+    """True for a GPU with tensor cores (compute capability 7.0); CPUs of one name differ in what they are fast at."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def judged_images(source: Source, like: Tensor) -> Tensor | None:
+    """The images by which a scan settles its precision: the 16 of the whole source whose ids hash to the smallest.
+
+    So all shards settle on one. like: images of the source, of the same size; those that cannot be read are left out,
+    and counted by the scan. None for a stream, and where none can be read.
+    """
+    if not source.rereadable or source.length is None:
+        return None
+    found = []
+    for id in sample(np.array([[0, source.length]]), COMPUTE_BATCH).tolist():
+        try:
+            pixels = source.read(id)
+        except UnitvisError:
+            continue
+        if pixels.shape == like.shape[1:]:  # the scan refuses others when it comes to them
+            found.append(pixels)
+    return torch.stack(found) if found else None
+
+
 def plan(
-    images: int | None, units: int, k: int, device: torch.device, *, rereadable: bool, channels: bool = True
+    images: int | None,
+    units: int,
+    k: int,
+    device: torch.device,
+    *,
+    rereadable: bool,
+    channels: bool = True,
+    shard: bool = False,
 ) -> Plan:
     """Choose float32 for streams, for few images and where half precision is not fast; otherwise float16 or bfloat16.
 
-    images: their number, None if unknown. float16 is preferred: its rounding errors are an eighth of bfloat16's.
-    rereadable: images can be read again by id. channels: units are channels, not neurons.
+    images: their number in the whole source, None if unknown. float16 is preferred: its rounding errors are an eighth
+    of bfloat16's. rereadable: images can be read again by id. channels: units are channels, not neurons. shard: nothing
+    is measured, so that every shard on a device of the same kind gets the same answer.
     """
     if not channels:
         return Plan("fp32", "float32: a scan of neurons has too many units to keep candidates for")
@@ -62,24 +101,28 @@ def plan(
     # expected number of different images among the candidates, if every unit draws k + 3 images at random
     recomputed = min(images, SIZE + images * -math.expm1(-units * (k + 3) / images))
     recomputed_share = recomputed / images
-    if recomputed_share > MAX_RELATIVE_TIME:
+    if shard and not has_fast_half(device):
+        return Plan("fp32", f"float32, as every shard on a device of the kind {device.type}")
+    if recomputed_share > (MAX_SHARD_RECOMPUTED if shard else MAX_RELATIVE_TIME):
         return Plan(
             "fp32",
             f"float32: half precision would not pay, because deciding between its candidates would compute "
             f"{recomputed:,.0f} of {images:,} images again in float32",
         )
+    again = f"about {recomputed:,.0f} of {images:,} images are computed again in float32"
+    if shard:
+        return Plan("fp16", f"float16, as every shard on a device of the kind {device.type}; {again}")
     speeds = {precision: speed(device, precision) for precision in HALF}
     best = "fp16" if speeds["fp16"] >= 0.7 * speeds["bf16"] else "bf16"
     cost = 1 / speeds[best] + recomputed_share  # expected time, relative to float32
-    names = {"fp16": "float16", "bf16": "bfloat16"}
     if cost > MAX_RELATIVE_TIME:
         return Plan(
             "fp32",
-            f"float32: half precision would not pay, because {names[best]} is only {speeds[best]:.1f} times as fast on "
+            f"float32: half precision would not pay, because {NAMES[best]} is only {speeds[best]:.1f} times as fast on "
             "this device",
         )
     return Plan(
         best,
-        f"{names[best]}, {speeds[best]:.1f} times as fast as float32 on this device; about {recomputed:,.0f} of "
-        f"{images:,} images are computed again in float32 ({1 / cost:.1f} times as fast in all)",
+        f"{NAMES[best]}, {speeds[best]:.1f} times as fast as float32 on this device; {again} "
+        f"({1 / cost:.1f} times as fast in all)",
     )

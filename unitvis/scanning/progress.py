@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -61,16 +61,16 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._signals.__exit__()
 
-    def resume(self, batch_size: int | None = None) -> bool:
+    def resume(self, batch_size: int, precisions: Sequence[str]) -> bool:
         """Continue from the folder's checkpoint, if there is one; True if the folder holds the finished run already.
 
-        batch_size: given if the precision is free: the scan continues in the precision that it began with. Raises
-        UnitvisError that names the difference if the folder holds another scan.
+        The scan continues in the precision that it began with, where that is one of `precisions`. Raises UnitvisError
+        that names the difference if the folder holds another scan.
         """
         if self._folder is None or self._checkpoints is None:
             raise UnitvisError(f"a {self._source.kind} is read once, so a scan of it cannot be resumed")
         if part := self._checkpoints.read(Partial.from_arrays):
-            if batch_size is not None:
+            if part.identity["precision"] in precisions:
                 self._recorder.set_precision(part.identity["precision"], batch_size)
             self._prepare_same_scan(f"the scan in {self._folder} cannot be resumed (then and now)", part.identity)
             self._recorder.restore(part)
@@ -82,7 +82,7 @@ class Progress:
             return False
         manifest = read_manifest(self._folder)
         found = identity(manifest) | {"shard": manifest.get("shard")}
-        if batch_size is not None:
+        if found["precision"] in precisions:
             self._recorder.set_precision(found["precision"], batch_size)
         self._prepare_same_scan(f"{self._folder} holds the run of another scan (then and now)", found)
         return True

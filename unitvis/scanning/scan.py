@@ -18,6 +18,7 @@ from unitvis import models
 from unitvis.attribution.effective_boxes import effective_boxes
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
+from unitvis.half_precision.suitability import NAMES, fallbacks
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
@@ -25,7 +26,7 @@ from unitvis.results.folder import check_output
 from unitvis.results.nonfinite import refuse_odd_responses
 from unitvis.run import Run, load
 from unitvis.scanning.cores import CoreSharing
-from unitvis.scanning.precision import Plan, plan
+from unitvis.scanning.precision import Plan, judged_images, plan
 from unitvis.scanning.progress import Progress
 from unitvis.scanning.verify import compare_winners, layers_by_slot
 from unitvis.sources import Source, open_source
@@ -126,14 +127,16 @@ def scan(
                 tracker.remove_checkpoints()
             if precision != "exact":
                 recorder.set_precision(precision, batch_size)
-            if folder is not None and resume and tracker.resume(batch_size if precision == "exact" else None):
+            if folder is not None and resume and tracker.resume(batch_size, fallbacks(precision)):
                 return load(folder, source)
             batches = source.batches(batch_size, workers=workers, ids=tracker.unread_ids())
             first = [batch for batch in [next(batches, None)] if batch is not None]
             chosen_plan = Plan(recorder.precision, "as the scan began" if recorder.images else "as asked")
             if precision == "exact" and first and not recorder.images:
-                chosen_plan = _choose_plan(recorder, source, first[0].pixels, k)
+                chosen_plan = _choose_plan(recorder, source, first[0].pixels, k, shard=own_shard is not None)
                 recorder.set_precision(chosen_plan.precision, batch_size)
+            if recorder.precision != "fp32" and first and not recorder.images:
+                chosen_plan = _settled(recorder, source, first[0].pixels, chosen_plan, asked=precision)
             no_bar = None if progress else True  # None: tqdm shows a bar on a terminal only
             bar = tqdm(
                 total=source.length if tracker.ids is None else len(tracker.ids),
@@ -174,14 +177,29 @@ def scan(
     return run
 
 
-def _choose_plan(recorder: Recorder, source: Source, pixels: Tensor, k: int) -> Plan:
+def _choose_plan(recorder: Recorder, source: Source, pixels: Tensor, k: int, *, shard: bool) -> Plan:
     """Choose the precision of an exact scan, and log it; pixels: the first batch."""
     network = recorder.network
     recorder.prepare(network.input_shape_of(pixels))
-    channels = network.unit == "channel"
-    chosen_plan = plan(source.length, network.units, k, network.device, rereadable=source.rereadable, channels=channels)
+    kind = {"rereadable": source.rereadable, "channels": network.unit == "channel", "shard": shard}
+    chosen_plan = plan(source.length, network.units, k, network.device, **kind)
     logger.info("%s", chosen_plan.line)
     return chosen_plan
+
+
+def _settled(recorder: Recorder, source: Source, pixels: Tensor, chosen_plan: Plan, *, asked: str) -> Plan:
+    """The plan, or in its place a wider precision where the one planned or asked for does not suit the network.
+
+    pixels: the first batch, which judges that of a source that is read once. A warning tells who asked for it.
+    """
+    reason = recorder.settle_precision(images if (images := judged_images(source, pixels)) is not None else pixels)
+    if reason is None:
+        return chosen_plan
+    line = f"{NAMES[recorder.precision]}: {reason}"
+    if asked != "exact":
+        warnings.warn(f"{reason}; the images are scanned in {NAMES[recorder.precision]}")
+    logger.info("%s", line)
+    return Plan(recorder.precision, line)
 
 
 def finish_run(run: Run, source: Source, network: Network, on_error: str = "skip") -> None:

@@ -22,11 +22,11 @@ def smallest_hashes(ids: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     return np.sort(ids[np.argsort(mixed(ids), kind="stable")[:size]])
 
 
-def sample(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """At most `SIZE` of the ids in half-open ranges [n, 2], ascending."""
+def sample(ranges: NDArray[np.int64], size: int = SIZE) -> NDArray[np.int64]:
+    """At most `size` of the ids in half-open ranges [n, 2], ascending."""
     chosen = np.zeros(0, np.int64)
     for first, stop in ranges.tolist():
         for start in range(first, stop, 1 << 20):
             ids = np.concatenate([chosen, np.arange(start, min(stop, start + (1 << 20)))])
-            chosen = smallest_hashes(ids, SIZE)
+            chosen = smallest_hashes(ids, size)
     return chosen

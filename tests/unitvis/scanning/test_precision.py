@@ -13,10 +13,13 @@ from torch import Tensor
 import unitvis
 from support.brute import wrong
 from support.scans import pictures, tiny_net
+from support.sources import PLAIN, write
 from unitvis.errors import Interrupted
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.arrays import UNSEPARATED
+from unitvis.scanning import precision
 from unitvis.scanning.precision import plan, speed
+from unitvis.sources import open_source
 from unitvis.state.sampling import SIZE
 
 
@@ -55,17 +58,40 @@ def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("emulated_half")
-def test_shards_scanned_in_half_precision_merge_into_an_exact_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
+@pytest.mark.parametrize("loud", [1, 1e5])
+def test_shards_settle_on_one_precision_and_merge_into_an_exact_run(
+    loud: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "speed", lambda device, name: pytest.fail("shards measure nothing"))
+    monkeypatch.setattr(precision, "has_fast_half", lambda device: True)
     images, model = pictures(900), tiny_net(7)
+    images[300:600] *= loud  # the second shard alone overflows float16
     shards = [unitvis.scan(model, images, ["6", "8"], k=3, shard=(i, 3), progress=False) for i in (1, 2, 3)]
-    assert all(run.manifest["scan"]["precision"] == "fp16" for run in shards)
+    assert {run.manifest["scan"]["precision"] for run in shards} == {"fp16" if loud == 1 else "bf16"}
+    assert len({run.manifest["plan"] for run in shards}) == 1
     run = unitvis.merge(shards[::-1], model, images=images)
     assert run.manifest["precision"] == "exact"
     assert run.manifest["images"] == 900
     assert run.manifest["rescored"]["sample"] == SIZE
     assert wrong(run, model, images) == 0
     assert np.mean(np.concatenate([top.status for top in run.tops.values()]) != UNSEPARATED) > 0.9
+
+
+def test_shards_on_a_cpu_scan_in_float32() -> None:
+    run = unitvis.scan(tiny_net(), pictures(900), ["6", "8"], k=3, shard=(1, 3), progress=False)
+    assert run.manifest["plan"] == "float32, as every shard on a device of the kind cpu"
+
+
+def test_images_that_cannot_be_read_judge_nothing(tmp_path: Path) -> None:
+    for number in range(20):
+        write(tmp_path / f"{number:02}.png", number)
+    (tmp_path / "07.png").write_bytes(b"no picture")
+    source = open_source(tmp_path, PLAIN)
+    images = precision.judged_images(source, torch.zeros(4, 8, 8, 3))
+    assert images is not None
+    assert images.shape == (15, 8, 8, 3)
+    assert source.failures == []  # the scan finds them
+    assert precision.judged_images(open_source(iter([torch.zeros(2, 3, 8, 8)]), None), torch.zeros(2, 3, 8, 8)) is None
 
 
 @pytest.mark.usefixtures("emulated_half")

@@ -1,0 +1,234 @@
+"""What half precision hides: it is scanned in a wider precision, and no unit is called decided that is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import unitvis
+from support.brute import wrong
+from support.scans import by_half, pictures, tiny_net
+from unitvis.half_precision.suitability import suitable_precision, unsuitable_layers
+from unitvis.network.network import Network
+from unitvis.ranking.recorder import Recorder
+from unitvis.reranking import rerank
+from unitvis.results.arrays import UNSEPARATED
+from unitvis.state.sampling import sample
+
+COUNT = 600
+OUTSIDE = np.setdiff1d(np.arange(COUNT), sample(np.array([[0, COUNT]])))[::40]  # nine images that no sample has
+
+
+class Between(nn.Module):
+    """Eight mixtures of the colours of each pixel, something made of them, and a convolution over that."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1)
+        self.first.weight.data = scale * F.normalize(torch.randn(8, 3, 1, 1), dim=1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+    def fit(self, images: Tensor) -> Self:
+        """Make the last units like these images best: each weight is what one of them gives in the last row."""
+        with torch.no_grad():
+            features = self.between(self.first(images[:8]))[:, :, -1, -1]
+        self.last.weight.data = F.normalize(features, dim=1)[:, :, None, None]
+        return self.eval()
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    x = x - x.mean(1, keepdim=True)
+    return x / (x.pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def skewness(x: Tensor) -> Tensor:
+    v = x.pow(2).mean((2, 3), keepdim=True)
+    return x.pow(3).mean((2, 3), keepdim=True) / v / v.sqrt()
+
+
+def gate(x: Tensor) -> Tensor:
+    return x * (x.mean((1, 2, 3), keepdim=True) > 0.5).to(x.dtype)
+
+
+def clauses(model: nn.Module, images: Tensor, precision: str = "fp16") -> dict[str, str]:
+    """What `unsuitable_layers` finds in the model's convolutions."""
+    return unsuitable_layers(examined(model, images), images[:16], precision)
+
+
+def examined(model: nn.Module, images: Tensor) -> Network:
+    network = Network(model.eval())
+    network.examine((images.shape[1], images.shape[2], images.shape[3]))
+    return network
+
+
+def even(count: int = COUNT) -> Tensor:
+    """Pictures of one contrast."""
+    images = pictures(count, 12)
+    return images / images.std((1, 2, 3), keepdim=True)
+
+
+def loud_ones() -> tuple[nn.Module, Tensor]:
+    """The squares of nine images overflow, of which the first convolution shows nothing and the second 0."""
+    images = even()
+    images[OUTSIDE] = 12 * F.normalize(torch.randn(len(OUTSIDE), 3, 1, 1), dim=1)
+    return Between(layer_norm, 40).fit(images[OUTSIDE]), images
+
+
+def faint_ones() -> tuple[nn.Module, Tensor]:
+    """The cubes of nine images vanish before they are divided by their squares."""
+    images = even()
+    images[OUTSIDE] = 0
+    images[OUTSIDE, :, 4:7, 4:7] = 0.12 * F.normalize(torch.randn(len(OUTSIDE), 3, 1, 1), dim=1)
+    return Between(skewness, 0.02).fit(images[OUTSIDE]), images
+
+
+def close_ones() -> tuple[nn.Module, Tensor]:
+    """The means of nine images lie just above a threshold, and in half precision on it."""
+    images = even()
+    images = images - images.mean((2, 3), keepdim=True) + 2
+    model = Between(gate)
+    model.first.weight.data = torch.eye(8, 3)[:, :, None, None]
+    images[OUTSIDE] = 0
+    images[OUTSIDE, :, -1, -1] = 144 * 8 * 0.5 * (1 + 1e-5) / 3
+    return model.fit(images[OUTSIDE]), images
+
+
+@pytest.mark.parametrize(
+    ("case", "precision", "reason"),
+    [
+        (loud_ones, "bf16", r"before layer 'last' is read, numbers reach .*; float16 ends at 6\.55e\+04"),
+        (faint_ones, "bf16", "layer 'last' depends on numbers below 0.00098"),
+        (close_ones, "fp32", "before layer 'last' is read, aten._to_copy.default makes a step"),
+    ],
+)
+def test_rare_images_that_half_precision_gets_wrong(
+    case: Callable[[], tuple[nn.Module, Tensor]], precision: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)  # nothing but the bound decides
+    model, images = case()
+    with pytest.warns(UserWarning, match=reason):
+        run = by_half(model, images, k=5)
+    assert run.manifest["scan"]["precision"] == precision
+    assert wrong(run, model, images) == 0
+    assert not np.isin(OUTSIDE, sample(np.array([[0, COUNT]]))).any()  # or a sample would have shown them
+    assert np.isin(run["last"].images[:, 0], OUTSIDE).sum() >= 7  # of 8 units like one of them best
+
+
+def test_what_the_first_batch_does_not_show_the_sample_does() -> None:
+    model, images = loud_ones()
+    images[:64] /= 100
+    with Recorder(model, k=5, precision="fp16") as recorder:
+        for start in range(0, COUNT, 64):
+            recorder(images[start : start + 64])
+    with pytest.warns(
+        UserWarning, match="float16 ends at .* all images are computed again in float32 up to layer 'last'"
+    ):
+        run = recorder.result(images)
+    assert run.manifest["scan"]["precision"] == "fp16"
+    assert (run["last"].status != UNSEPARATED).all()
+    assert wrong(run, model, images) == 0
+
+
+def test_the_room_that_is_kept() -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False)), torch.ones(16, 3, 2, 2)
+    for largest, fits in ((65504 / 16, True), (65504 / 16 + 1, False)):
+        model[0].weight.data = torch.full((1, 3, 1, 1), largest / 3)
+        assert (clauses(model, images) == {}) == fits
+        assert clauses(model, images, "bf16") == {}
+    model[0].weight.data *= 1e34
+    assert "bfloat16 ends at 3.39e+38" in clauses(model, images, "bf16")["0"]
+    network = examined(model, images)
+    assert suitable_precision(network, images, "fp16")[0] == "fp32"
+    images[3, 1, 1, 1] = math.nan  # what is not finite in float32 is no overflow
+    images[4, 1, 1, 1] = math.inf
+    model[0].weight.data = torch.ones(1, 3, 1, 1)
+    assert clauses(model, images) == {}
+
+
+class Sums(nn.Module):
+    """Large on the way, small in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tap = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - 40000 - 30000 + 60000 + 50000
+        return self.tap(F.relu(x - 40000))
+
+
+def test_operations_without_a_trace_in_the_layers() -> None:
+    images = pictures(16, 8)
+    assert "numbers reach 7e+04" in clauses(Sums(), images)["tap"]
+    attention = nn.TransformerEncoderLayer(8, 1, 8, batch_first=True).eval()
+    attention.self_attn.in_proj_weight.data *= 200  # products of queries and keys are large, and a softmax follows them
+    model = Between(lambda x: attention(x.flatten(2).mT).mT[..., None])
+    assert "numbers reach" in clauses(model, images)["last"]
+    attention.self_attn.in_proj_weight.data /= 200
+    assert clauses(model, images) == {}
+
+
+@pytest.mark.parametrize(
+    ("between", "step"),
+    [
+        (lambda x: x * (x > 0.1), "aten.mul.Tensor"),
+        (lambda x: torch.where(x > 0.1, x, -x), "aten.where.self"),
+        (lambda x: x.round(), "aten.round.default"),
+        (lambda x: torch.div(x, 0.1, rounding_mode="floor"), "aten.div.Tensor_mode"),
+        (lambda x: F.threshold(x, 0.1, 0.0), "aten.threshold.default"),
+        (lambda x: x.gather(1, x.argsort(1)), "aten.gather.default"),
+        (lambda x: -x if x.sum() > 0.1 else x, "aten._local_scalar_dense.default"),
+        (lambda x: torch.nan_to_num(x), "aten.nan_to_num.default"),
+        (lambda x: x.clone().masked_fill_(x > 0.1, 0), "aten.masked_fill_.Scalar"),
+        (lambda x: F.threshold(x, 0.1, 0.1), None),
+        (lambda x: x.sort(1).values + F.max_pool2d(x, 3, 1, 1) + x.max(1, keepdim=True).values, None),
+        (lambda x: x * (torch.arange(x.shape[-1]) > 2.0) + F.gelu(x).clamp(-1, 1), None),
+    ],
+)  # fmt: skip
+def test_steps(between: Callable[[Tensor], Tensor], step: str | None) -> None:
+    found = clauses(Between(between), pictures(16, 8))
+    assert "first" not in found  # it is read before
+    assert found == (
+        {}
+        if step is None
+        else {"last": f"before layer 'last' is read, {step} makes a step, which a rounding error can take"}
+    )
+
+
+def test_a_model_that_half_precision_cannot_compute_is_scanned_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
+    single = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    model, images = Between(lambda x: torch.einsum("nchw,cd->ndhw", x, single)).eval(), pictures(900, 8)
+    run = unitvis.scan(model, images, k=2, progress=False)
+    assert run.manifest["scan"]["precision"] == "fp32"
+    assert run.manifest["plan"].startswith("float32: it does not compute in float16 (the model raised RuntimeError")
+    assert wrong(run, model, images) == 0
+    model = tiny_net()
+    model[4].running_var[0] = 1e6  # its square root alone would do
+    network = examined(model, pictures(16))
+    assert suitable_precision(network, pictures(16), "fp16") == (
+        "bf16",
+        "'4.running_var' holds 1e+06, and float16 ends at 6.55e+04",
+    )
+
+
+def test_a_scan_asked_for_in_half_precision_is_resumed(tmp_path: Path) -> None:
+    model, images = tiny_net(), pictures(60) * 1e6
+    with pytest.warns(UserWarning, match="scanned in bfloat16"):
+        first = unitvis.scan(model, images, precision="fp16", out=tmp_path / "run", progress=False)
+    again = unitvis.scan(model, images, precision="fp16", out=tmp_path / "run", resume=True, progress=False)
+    assert again.manifest["scan"]["precision"] == first.manifest["scan"]["precision"] == "bf16"
+    with pytest.raises(unitvis.UnitvisError, match="precision is bf16 and fp32"):
+        unitvis.scan(model, images, precision="fp32", out=tmp_path / "run", resume=True, progress=False)
