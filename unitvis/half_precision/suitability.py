@@ -65,7 +65,9 @@ def unsuitable_layers(network: Network, images: Tensor, precision: str) -> dict[
 
     images: as they were read, at most `COMPUTE_BATCH`.
     """
-    filled = images[torch.arange(COMPUTE_BATCH, device=images.device) % len(images)]  # images of zeros would be judged like the others
+    filled = images[
+        torch.arange(COMPUTE_BATCH, device=images.device) % len(images)
+    ]  # images of zeros would be judged like the others
     found: dict[str, str] = {}
     maps_of: dict[int, Tensor] = {}
     names = [layer.name for layer in network.layers]

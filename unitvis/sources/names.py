@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
-import zipfile
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from unitvis.files import read_arrays
 
 MIN_SAVED_NAMES = 20_000  # a shorter listing is not saved: making it again takes a moment
 SETTLE_NS = 2_000_000_000  # ns; after a change as recent as that, another one may leave the time stamp as it is
@@ -59,11 +61,16 @@ def listing_key(parts: Iterable[bytes], endings: Sequence[str] | None) -> bytes:
 
 
 def load_listing(kind: str, key: bytes) -> dict[str, NDArray[np.generic]] | None:
-    """Load the arrays saved under a key, or None; the caller checks that they are still true."""
+    """Load the arrays saved under a key, or None; the caller checks that they are still true.
+
+    A listing that somebody else may have written is not believed.
+    """
+    path = _listing_file(kind, key)
     try:
-        with open(_listing_file(kind, key), "rb") as file, np.load(file, allow_pickle=False) as kept:
-            return dict(kept)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # absent or damaged: list again
+        if not (_is_own(path.parent) and _is_own(path)):
+            return None
+        return read_arrays(path)
+    except Exception:  # absent or damaged, which makes numpy and zipfile raise nearly anything: list again
         return None
 
 
@@ -71,7 +78,9 @@ def save_listing(kind: str, key: bytes, arrays: Mapping[str, NDArray[np.generic]
     """Save arrays in the user's cache folder; if it cannot be written, the next run lists again."""
     target = _listing_file(kind, key)
     with contextlib.suppress(OSError):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _is_own(target.parent):
+            return
         # a unique name, because several processes of one scan may save the same listing at once
         handle, part = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
         try:
@@ -80,6 +89,13 @@ def save_listing(kind: str, key: bytes, arrays: Mapping[str, NDArray[np.generic]
             os.replace(part, target)
         finally:
             Path(part).unlink(missing_ok=True)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file or folder is this user's, no link, and not writable for everybody."""
+    found = path.lstat()
+    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    return mine and not stat.S_ISLNK(found.st_mode) and not found.st_mode & stat.S_IWOTH
 
 
 def _listing_file(kind: str, key: bytes) -> Path:

@@ -297,6 +297,25 @@ def test_an_index_is_kept_until_an_archive_changes(shards, kept, monkeypatch):
     assert open_source(pattern, PLAIN).length == 10
 
 
+@pytest.mark.parametrize("foreign", ["folder", "file", "link"])
+def test_an_index_that_others_may_have_written_is_not_believed(shards, kept, monkeypatch, tmp_path, foreign):
+    pattern = shards / "train-{000..002}.tar"
+    for path in shards.glob("*.tar"):
+        age(path)
+    length = open_source(pattern, PLAIN).length
+    (file,) = kept.iterdir()
+    if foreign == "link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        (kept if foreign == "folder" else file).chmod(0o777)
+    with monkeypatch.context() as blind:
+        blind.setattr(tarfile, "open", None)
+        with pytest.raises((TypeError, UnitvisError)):  # the archives are listed again, which fails here
+            open_source(pattern, PLAIN)
+    assert open_source(pattern, PLAIN).length == length
+
+
 def test_a_folder_s_names_are_kept_until_it_changes(tmp_path, kept, monkeypatch):
     root = tmp_path / "images"
     for name in ("a/1.png", "a/2.png", "b/c/3.png", "x.txt"):
