@@ -27,12 +27,24 @@ def unwrapped(model: object) -> nn.Module:
             )
         if not isinstance(model, nn.Module):
             raise UnitvisError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+        if _is_sharded(model):
+            raise UnitvisError(
+                "the model's weights are spread over processes (FSDP); give a whole one: load into it what "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict gives with full_state_dict=True"
+            )
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:
             return model
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether no process has all of the weights; told by names, since distributed PyTorch is not built everywhere."""
+    wrappers = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    tensors = {type(parameter.data).__name__ for parameter in model.parameters()}
+    return bool({"FullyShardedDataParallel", "FSDPModule"} & wrappers or "DTensor" in tensors)
 
 
 def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:

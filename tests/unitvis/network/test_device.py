@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from support.scans import images, scan, small_net
@@ -44,3 +47,26 @@ def test_models_without_layers_to_read_are_refused_in_one_line(form: str) -> Non
     with pytest.raises(UnitvisError, match="keeps no layers that can be read; give the eager module") as refused:
         scan(made, images(5))
     assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this PyTorch has no distributed package")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_spread_over_processes_are_refused_and_those_of_ddp_are_not(process_group: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    whole = scan(nn.parallel.DistributedDataParallel(model), images(5))
+    assert whole.layers == ["0"]
+    for shard in (fully_shard, lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu"))):
+        sharded = shard(copy.deepcopy(model))
+        with pytest.raises(UnitvisError, match=r"spread over processes \(FSDP\); give a whole one"):
+            scan(sharded, images(5))
