@@ -32,6 +32,7 @@ from torch import nn
 import unitvis
 from support import zoos
 from unitvis import cli
+from unitvis.cli.commands import COMMANDS
 from unitvis.demo import command, network
 
 zoos.importable()
@@ -263,8 +264,8 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert all((ROOT / words[at + 1]).is_file() for at, word in enumerate(words) if word == "-c")
     elif "unitvis" in words:
         with monkeypatch.context() as patched:
-            for known in cli.COMMANDS:
-                patched.setitem(cli.COMMANDS, known, lambda arguments: 77)
+            for known in COMMANDS:
+                patched.setitem(COMMANDS, known, lambda arguments: 77)
             assert cli.main(words[words.index("unitvis") + 1 :]) == 77
     else:
         assert program == "python", f"nothing is known of {program}"

@@ -4,10 +4,9 @@ import os
 import sys
 
 from unitvis.cli.main import main
-from unitvis.scanning.torchrun import processes
 
 code = main()
-if processes() > 1:
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
     # Threads of PyTorch's process group can outlive it and abort the interpreter while it shuts down (seen: SIGABRT,
     # "terminate called without an active exception"), upon which torchrun kills the processes that still work.
     sys.stdout.flush()

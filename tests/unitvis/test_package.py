@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -49,6 +50,7 @@ for missing in ("triton", "fcntl"):  # as on Windows; importing them raises
     sys.modules[missing] = None
 import torch
 import unitvis, unitvis_kernels
+from unitvis import *
 assert unitvis.__file__.startswith(folder) and unitvis_kernels.__file__.startswith(folder)
 assert unitvis.__version__ == version
 assert not torch.cuda.is_initialized()
@@ -79,3 +81,27 @@ def test_the_version_is_that_of_pyproject(capsys: pytest.CaptureFixture[str]) ->
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"unitvis {VERSION}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["scan", "--help"], ["scan", "net.py:net"]])
+def test_help_and_wrong_usage_do_not_wait_for_pytorch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from unitvis.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit as end: print('ended with', end.code)\n"
+        "print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.endswith(f"ended with {2 if arguments == ['scan', 'net.py:net'] else 0}\nset()\n")
+
+
+def test_every_public_name_is_found() -> None:
+    for name in unitvis.__all__:
+        assert getattr(unitvis, name).__module__.startswith("unitvis.")
+        assert name in dir(unitvis)
+    assert callable(unitvis.gallery)
+    with pytest.raises(AttributeError, match="module 'unitvis' has no attribute 'scam'"):
+        unitvis.scam  # noqa: B018

@@ -1,5 +1,6 @@
 """The command line."""
 
-from unitvis.cli.main import COMMANDS, DONE, SKIPPED, USAGE, WRONG, main
+from unitvis.cli.codes import DONE, SKIPPED, USAGE, WRONG
+from unitvis.cli.main import main
 
-__all__ = ["COMMANDS", "DONE", "SKIPPED", "USAGE", "WRONG", "main"]
+__all__ = ["DONE", "SKIPPED", "USAGE", "WRONG", "main"]

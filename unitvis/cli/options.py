@@ -1,27 +1,18 @@
-"""Options of the command line: commands, arguments and options with their help, and what was given for some."""
+"""Options of the command line: commands, arguments and options. Nothing here imports PyTorch, so help is quick."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
-from unitvis import models
-from unitvis.gallery.figures import FIGURES
-from unitvis.scanning.scan import PRECISIONS
-from unitvis.sources.decoding import DECODERS
-from unitvis.sources.transform import Transform
-from unitvis.state.checkpoints import CHECKPOINT_SECONDS
+from unitvis.choices import CHECKPOINT_SECONDS, CROPS, DECODERS, FIGURES, MODEL_FORMS, PRECISIONS, UNITS
 from unitvis.version import __version__
 
-Command = Callable[[argparse.Namespace], int]
 
-
-def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """Build the parser of all commands; run: command name -> function of the arguments, which returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; `command` in what it parses is the name of the one that was given."""
     whole = argparse.ArgumentParser(
         prog="unitvis", description="For every unit of a ConvNet, the image patches that excite it most."
     )
@@ -30,11 +21,11 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=run[name])
+        sub.set_defaults(command=name)
         return sub
 
     def model_argument(sub: argparse.ArgumentParser, nargs: str | None = None) -> None:
-        sub.add_argument("model", metavar="MODEL", nargs=nargs, help=models.FORMS)
+        sub.add_argument("model", metavar="MODEL", nargs=nargs, help=MODEL_FORMS)
         weights_options(sub)
 
     def weights_options(sub: argparse.ArgumentParser) -> None:
@@ -107,7 +98,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, metavar="N", help="images read at once; does not change the result")
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
-    sub.add_argument("--unit", choices=("channel", "neuron"), default="channel", help="what is ranked")
+    sub.add_argument("--unit", choices=UNITS, default="channel", help="what is ranked")
     sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
     sub.add_argument("--resume", action="store_true", help="continue the interrupted scan in RUN")
     sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (slow)")
@@ -144,7 +135,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub.add_argument("--model", help="the network, needed to draw response maps, filters and projections")
     sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
     sub.add_argument("--project", action="store_true", help="with --model: draw deconvnet projections")
-    sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
+    sub.add_argument("--crop", choices=CROPS, help="what a patch shows; default: by layer")
 
     sub = command("sheet", "Draw one layer's units as a page of 3x3 tiles, or a figure of some layers.")
     run_argument(sub)
@@ -152,7 +143,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub.add_argument("--figure", choices=FIGURES, help="nine units a layer; paper: projections beside patches")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
     sub.add_argument("--units", metavar="0-8,12", help="which units; default: all, of a figure nine")
-    sub.add_argument("--crop", choices=("effective", "rf", "image"), help="what a patch shows; default: by layer")
+    sub.add_argument("--crop", choices=CROPS, help="what a patch shows; default: by layer")
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
     images_option(sub)
 
@@ -168,19 +159,6 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub.add_argument("--crop", type=_square, metavar="S|HxW", help="size of the images (the model's own, or 224)")
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     return whole
-
-
-def given_transform(arguments: argparse.Namespace, known: Transform | None, *more: str) -> Transform | None:
-    """Replace fields of a known transform by those given on the command line; more: "mean", "std"."""
-    fields = ("resize", "crop", "interpolation", *more)
-    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
-    return replace(known or Transform(), **given) if given else known
-
-
-def given_reading(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of `scan` and `pack` for reading, checkpoints, overwriting and resuming."""
-    names = "on_error max_failures decoder scaled allow_truncated images_ending workers overwrite resume"
-    return {name: getattr(arguments, name) for name in names.split()} | {"every": arguments.checkpoint_every}
 
 
 def with_joined_numbers(argv: Sequence[str]) -> list[str]:

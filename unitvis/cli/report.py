@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from unitvis.errors import abridged
-from unitvis.gallery import MAX_UNITS
 from unitvis.network.network import Network
+from unitvis.pages import MAX_UNITS
 from unitvis.results.nonfinite import odd_responses
 from unitvis.run import Run
 from unitvis.sources import PackSource, Source

@@ -15,9 +15,9 @@ from unitvis.demo.overview import overview
 from unitvis.demo.pictures import CLASSES, pictures
 from unitvis.drawing.sheets import render
 from unitvis.files import replacing, unoccupied
-from unitvis.gallery import gallery
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.forward import compute_batch
+from unitvis.pages import gallery
 from unitvis.results.folder import check_output
 from unitvis.run import Run
 from unitvis.scanning.scan import scan

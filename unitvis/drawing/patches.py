@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unitvis.choices import CROPS
 from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
@@ -15,7 +16,6 @@ from unitvis.results.data import RunData
 Box = tuple[int, int, int, int]  # left, top, right, bottom in model-input pixels, half-open
 Wanted = Mapping[str, tuple[list[int], str, int]]  # {layer: (units, crop, pixels of a patch)}
 
-CROPS = ("rf", "effective", "image")
 FILL = (204, 204, 204)  # colour of a patch outside the model's input, where the network had padding
 
 

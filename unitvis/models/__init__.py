@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from unitvis.choices import MODEL_FORMS
 from unitvis.errors import UnitvisError, closest_names, error_text
 from unitvis.models.weights import load_weights
 from unitvis.sources.transform import Transform
 
 LIBRARIES = ("torchvision:", "timm:")  # specs that name a model of a library, and no code of the user's
-FORMS = "torchvision:NAME, timm:NAME, file.py:function or package.module:function"
 
 
 class Loaded(NamedTuple):
@@ -58,7 +58,7 @@ def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = Tru
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
-        raise UnitvisError(f"model {spec!r} is not of the form {FORMS}")
+        raise UnitvisError(f"model {spec!r} is not of the form {MODEL_FORMS}")
     pretrained = pretrained and weights is None
     if place == "torchvision":
         loaded = _torchvision(name, pretrained)
@@ -168,7 +168,7 @@ def _import_place(place: str) -> ModuleType:
             return importlib.import_module(place)
         except ModuleNotFoundError as error:
             raise UnitvisError(
-                f"there is no module {error.name!r} for the model {place}; models are {FORMS}"
+                f"there is no module {error.name!r} for the model {place}; models are {MODEL_FORMS}"
             ) from error
         except (Exception, SystemExit) as error:
             raise UnitvisError(f"importing {place} raised {error_text(error)}") from error

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from unitvis.choices import CHECKPOINT_SECONDS
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import flush_to_disk, replacing, write_arrays
 from unitvis.network.forward import COMPUTE_BATCH
@@ -27,7 +28,7 @@ from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.names import Names
 from unitvis.sources.packed import BAKED_FIELDS, FORMAT, FORMAT_KEY, pack_source, pixels_hash, read_about, tables_hash
 from unitvis.sources.transform import Transform
-from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, Arrays, Checkpoints, check_seconds
+from unitvis.state.checkpoints import HOW_TO_RESUME, Arrays, Checkpoints, check_seconds
 from unitvis.state.partial import refuse_differences, same_images
 
 try:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
+from unitvis.choices import CHECKPOINT_SECONDS
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import read_manifest
 from unitvis.scanning.signals import Signals
 from unitvis.sources import Source
-from unitvis.state.checkpoints import CHECKPOINT_SECONDS, HOW_TO_RESUME, SCAN_CHECKPOINT, Checkpoints, check_seconds
+from unitvis.state.checkpoints import HOW_TO_RESUME, SCAN_CHECKPOINT, Checkpoints, check_seconds
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.partial import Identity, Partial, identity, refuse_differences
 from unitvis.state.shards import Shard

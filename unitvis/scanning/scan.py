@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from unitvis import models
 from unitvis.attribution.effective_boxes import effective_boxes
+from unitvis.choices import CHECKPOINT_SECONDS, PRECISIONS
 from unitvis.errors import UnitvisError
-from unitvis.half_precision.step import HALF
 from unitvis.half_precision.suitability import NAMES, fallbacks
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
@@ -31,11 +31,9 @@ from unitvis.scanning.progress import Progress
 from unitvis.scanning.verify import compare_winners, layers_by_slot
 from unitvis.sources import Source, open_source
 from unitvis.sources.transform import Transform
-from unitvis.state.checkpoints import CHECKPOINT_SECONDS
 from unitvis.state.shards import parse_shard
 
 logger = logging.getLogger("unitvis")
-PRECISIONS = ("exact", "fp32", *HALF)
 
 
 @torch.inference_mode(False)  # the caller may be in it, and effective boxes need gradients

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from unitvis.choices import DECODERS
 from unitvis.errors import UnitvisError
 from unitvis.sources.decode import Size, decode_sized
 from unitvis.sources.transform import Transform
 
 _Result = TypeVar("_Result")
-
-DECODERS = ("pillow", "simplejpeg")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from unitvis.choices import CHECKPOINT_SECONDS
 from unitvis.errors import UnitvisError
 from unitvis.files import read_arrays, replacing, write_arrays
 
-CHECKPOINT_SECONDS = 60.0  # between two checkpoints
 SCAN_CHECKPOINT = "progress.npz"  # in the folder of a scan that is not finished
 HOW_TO_RESUME = "resume with the same command and --resume (resume=True)"
 

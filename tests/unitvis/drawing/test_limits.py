@@ -14,7 +14,7 @@ import unitvis
 from support.scans import scan
 from unitvis import UnitvisError
 from unitvis.drawing import sheets
-from unitvis.gallery.figures import figure
+from unitvis.pages.figures import figure
 
 
 def wide_run(channels: int, k: int, images: int, **options: object) -> unitvis.Run:

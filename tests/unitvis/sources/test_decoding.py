@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from support.encoded import header, pixels, stored
+from unitvis.choices import DECODERS
 from unitvis.errors import ImageError, UnitvisError
-from unitvis.sources.decoding import DECODERS, Decoding
+from unitvis.sources.decoding import Decoding
 from unitvis.sources.transform import Transform
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import unitvis
 from support.galleries import HOSTILE, ODD, data, network, scanned
-from unitvis.gallery import pictures
+from unitvis.pages import pictures
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

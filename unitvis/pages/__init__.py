@@ -17,8 +17,8 @@ from unitvis.drawing.patches import crop_of
 from unitvis.drawing.sheets import drawable
 from unitvis.errors import UnitvisError
 from unitvis.files import make_folder, replacing, unoccupied
-from unitvis.gallery import facts, pictures
 from unitvis.network.network import Network
+from unitvis.pages import facts, pictures
 from unitvis.results.data import RunData
 from unitvis.state.partial import refuse_differences
 

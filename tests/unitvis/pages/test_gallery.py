@@ -16,7 +16,7 @@ import unitvis
 from support.galleries import ODD, data, network, photographs, scanned
 from unitvis import UnitvisError, cli
 from unitvis.drawing import colours, patches
-from unitvis.gallery import facts, pictures
+from unitvis.pages import facts, pictures
 
 # A layer whose every neuron sees the whole image, and one about which nothing is known.
 UNKNOWN_AND_WHOLE = """

@@ -13,8 +13,8 @@ import unitvis
 from support.galleries import twelve_images
 from unitvis import UnitvisError, cli
 from unitvis.drawing import colours, patches
-from unitvis.gallery import figures
-from unitvis.gallery.pictures import PATCH_SIZE
+from unitvis.pages import figures
+from unitvis.pages.pictures import PATCH_SIZE
 
 
 @pytest.fixture(scope="module")

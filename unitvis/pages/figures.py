@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from unitvis.choices import FIGURES
 from unitvis.drawing import sheets
 from unitvis.drawing.patches import crop_of
 from unitvis.drawing.sheets import FAINT, INK, PAPER, unit_name
 from unitvis.errors import UnitvisError
-from unitvis.gallery.pictures import PATCH_SIZE, filter_of, projections_of
+from unitvis.pages.pictures import PATCH_SIZE, filter_of, projections_of
 from unitvis.results.arrays import LayerArrays, extent_text
 from unitvis.results.data import RunData
 
-FIGURES = ("lecture", "paper")  # styles
 UNITS_PER_LAYER = 9  # if none are named
 DPI = 300
 TILE_GAP, MARGIN = 28, 72  # pixels between tiles; around the page and between a layer's two halves

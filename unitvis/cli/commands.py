@@ -1,0 +1,232 @@
+"""The commands of the command line, each a function of its arguments that returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unitvis import models
+from unitvis.cli.codes import DONE, SKIPPED, WRONG
+from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_verified
+from unitvis.drawing import sheets
+from unitvis.errors import UnitvisError
+from unitvis.files import replacing
+from unitvis.network.network import Network
+from unitvis.pages import MAX_UNITS, gallery
+from unitvis.pages.figures import DPI, figure
+from unitvis.run import Run, load
+from unitvis.scanning.merge import merge
+from unitvis.scanning.pack import pack
+from unitvis.scanning.scan import scan
+from unitvis.scanning.torchrun import processes, scan_together
+from unitvis.scanning.verify import verify
+from unitvis.sources.transform import Transform
+
+MAX_PATCH_SIDE = 2048  # of a patch on a sheet, in pixels
+
+
+def _load_model(arguments: argparse.Namespace) -> models.Loaded:
+    return models.load(arguments.model, arguments.weights, pretrained=arguments.pretrained)
+
+
+def _layers(arguments: argparse.Namespace) -> int:
+    loaded = _load_model(arguments)
+    size = arguments.crop or (loaded.transform and loaded.transform.crop) or (224, 224)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    network = Network(loaded.model)
+    shape = (network.input_channels(height, width), height, width)
+    network.examine(shape, arguments.layer or None, exclude=arguments.exclude)
+    network.find_receptive_fields()
+    print_layers(network)
+    return DONE
+
+
+def _scan(arguments: argparse.Namespace) -> int:
+    loaded = _load_model(arguments)
+    together = processes() > 1 and arguments.shard is None
+    shard = {} if together else {"shard": arguments.shard}
+    run = (scan_together if together else scan)(
+        loaded,
+        arguments.images if len(arguments.images) > 1 else arguments.images[0],
+        arguments.layer or None,
+        arguments.k,
+        exclude=arguments.exclude,
+        out=arguments.output,
+        transform=given_transform(arguments, loaded.transform, "mean", "std"),
+        batch_size=arguments.batch_size,
+        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        precision=arguments.precision,
+        unit=arguments.unit,
+        **given_reading(arguments),
+        **shard,
+    )
+    if run is None:
+        return DONE
+    code = _finish(run, arguments.output, loaded.model, arguments.device, project=arguments.project)
+    return DONE if together else code  # torchrun would take any other code for a crash
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    known = Transform()
+    if arguments.like is not None:
+        like = models.load(arguments.like, pretrained=False).transform
+        if like is None:
+            raise UnitvisError(f"{arguments.like} names no transform; give --resize and --crop")
+        known = like
+    packed = pack(
+        arguments.images if len(arguments.images) > 1 else arguments.images[0],
+        arguments.output,
+        given_transform(arguments, known),
+        **given_reading(arguments),
+    )
+    print_pack(packed)
+    return SKIPPED if packed.unusable else DONE
+
+
+def _finish(
+    run: Run, folder: Path, model: nn.Module | None = None, device: str | None = None, *, project: bool = False
+) -> int:
+    """Print a run and draw it, unless it is a shard's; returns the exit code."""
+    print_run(run)
+    if run.tops:
+        _render_into(run, folder, model=model, project=project, device=device)
+    return SKIPPED if run.manifest["failures"] else DONE
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    if arguments.model is None and (arguments.weights or not arguments.pretrained):
+        raise UnitvisError("--weights and --no-pretrained need --model, the network that was scanned")
+    model = None if arguments.model is None else _load_model(arguments)
+    run = merge(
+        arguments.runs,
+        model,
+        out=arguments.output,
+        images=arguments.images,
+        device=arguments.device,
+        partial=arguments.partial,
+        overwrite=arguments.overwrite,
+    )
+    return _finish(run, arguments.output)
+
+
+def _render(arguments: argparse.Namespace) -> int:
+    if arguments.model is None and (arguments.project or arguments.weights):
+        raise UnitvisError("--project and --weights need --model, the network that was scanned")
+    run = load(arguments.run, arguments.images)
+    model = models.load(arguments.model, arguments.weights).model if arguments.model else None
+    _render_into(run, arguments.run, arguments.crop, model=model, project=arguments.project)
+    return DONE
+
+
+def _render_into(
+    run: Run,
+    folder: Path,
+    crop: str | None = None,
+    *,
+    model: nn.Module | None = None,
+    project: bool = False,
+    device: str | None = None,
+) -> None:
+    """Draw the sheets, and the gallery unless the run has too many units for it."""
+    units, drawn = sum(len(top) for top in run.tops.values()), None
+    try:
+        written = sheets.render(run, folder, crop=crop)
+        if units <= MAX_UNITS:
+            drawn = gallery(run, folder, model, project=project, crop=crop, device=device)
+    except OSError as error:
+        raise UnitvisError(
+            f"the run is complete, but its pictures could not be written into {folder}: {error.strerror or error}; fix "
+            f"that, then draw them with `unitvis render`"
+        ) from error
+    print_drawn(written, drawn, units)
+
+
+def _sheet(arguments: argparse.Namespace) -> int:
+    target: Path = arguments.output
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UnitvisError(f"{target} must end in .png, .jpg or .webp")
+    if not target.parent.is_dir():
+        raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
+    if target.is_dir():
+        raise UnitvisError(f"{target} is a folder; name a file")
+    if arguments.size is not None and not 0 < arguments.size <= MAX_PATCH_SIDE:
+        raise UnitvisError(f"--size is 1 to {MAX_PATCH_SIDE} pixels a patch, not {arguments.size}")
+    run = load(arguments.run, arguments.images)
+    units = sheets.parse_units(arguments.units) if arguments.units else None
+    if arguments.figure:
+        if arguments.size:
+            raise UnitvisError("a figure has patches of one size; leave out --size")
+        page = figure(run, arguments.layer, arguments.figure, units, crop=arguments.crop)
+    elif len(arguments.layer) > 1:
+        raise UnitvisError("several layers go on one page as a figure: --figure lecture or --figure paper")
+    else:
+        page = run.sheet(arguments.layer[0], units, crop=arguments.crop, size=arguments.size)
+    with replacing(target) as part:
+        page.save(part, {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG"), dpi=(DPI, DPI))
+    print(f"{target}: {page.width} x {page.height} pixels")
+    return DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    run = load(arguments.run, arguments.images)
+    found = verify(run, _load_model(arguments).model, arguments.device)
+    print_verified(found)
+    return WRONG if found["wrong"] else DONE
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from unitvis.demo.command import demo  # imported for this command alone
+
+    print(demo(arguments.output, overwrite=arguments.overwrite, project=arguments.project))
+    return DONE
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from unitvis.bench.bench import bench
+
+    if arguments.model is None:
+        from unitvis.demo import network
+        from unitvis.demo.pictures import SIZE
+
+        own = Transform(crop=SIZE, mean=network.MEAN, std=network.STD)
+        loaded = models.Loaded("the demo's network", network.load(), own)
+    else:
+        loaded = _load_model(arguments)
+    transform = loaded.transform or Transform()
+    if arguments.crop is not None:
+        transform = replace(transform, crop=arguments.crop)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{loaded.spec}: {bench(loaded.model, transform, device, arguments.count)}")
+    return DONE
+
+
+def given_transform(arguments: argparse.Namespace, known: Transform | None, *more: str) -> Transform | None:
+    """Replace fields of a known transform by those given on the command line; more: "mean", "std"."""
+    fields = ("resize", "crop", "interpolation", *more)
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    return replace(known or Transform(), **given) if given else known
+
+
+def given_reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `scan` and `pack` for reading, checkpoints, overwriting and resuming."""
+    names = "on_error max_failures decoder scaled allow_truncated images_ending workers overwrite resume"
+    return {name: getattr(arguments, name) for name in names.split()} | {"every": arguments.checkpoint_every}
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "layers": _layers,
+    "scan": _scan,
+    "merge": _merge,
+    "pack": _pack,
+    "render": _render,
+    "sheet": _sheet,
+    "verify": _verify,
+    "bench": _bench,
+}
