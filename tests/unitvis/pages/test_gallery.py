@@ -35,7 +35,7 @@ net = Net
 LAYERS = ["--layer", "whole", "--layer", "unknown"]
 REASON = "the model's code asks for values that are computed from the image"
 
-HERE = Path(unitvis.__file__).parent / "gallery"
+HERE = Path(unitvis.__file__).parent / "pages"
 
 
 @pytest.fixture(scope="module")
