@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unitvis import models
-from unitvis.errors import UnitvisError, error_text
+from unitvis.errors import UnitvisError
 from unitvis.half_precision.candidates import EXTRA_CANDIDATES
-from unitvis.half_precision.step import HALF, Step
-from unitvis.half_precision.suitability import NAMES, suitable_precision
-from unitvis.network.device import refuse_state, unwrapped
-from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
-from unitvis.network.network import Network, Shape
-from unitvis.ranking.batches import check_coverage, checked_ids, checked_images
+from unitvis.half_precision.step import HALF
+from unitvis.ranking.batches import check_coverage
+from unitvis.ranking.recording import Recording
 from unitvis.ranking.repetition import repetition_warning
-from unitvis.ranking.watch import WeightsWatch
 from unitvis.ranking.winners import ranked_run, reranked_run
 from unitvis.reranking.rerank import Scanned
 from unitvis.reranking.witness import ROUNDING, check_witness
 from unitvis.results.manifest import scan_manifest
 from unitvis.run import Run
 from unitvis.sources import Source, open_source
-from unitvis.sources.transform import Transform
-from unitvis.state.interval_set import IntervalSet
 from unitvis.state.partial import SEEN, Identity, Partial, identity
 from unitvis.state.topk import TopK
 
-LOOP_ROUNDING = (
-    1e-4  # share of a layer's largest response by which the images of a loop may give others when read again
-)
+# Share of a layer's largest response by which the images of a loop may give others when they are read again.
+LOOP_ROUNDING = 1e-4
 
 
-class Recorder:
+class Recorder(Recording):
     """Ranks units inside a loop of your own::
 
         with unitvis.Recorder(model, ["features.10"]) as recorder:
@@ -58,175 +49,6 @@ class Recorder:
     precision fetches a pinned batch after the call: write into one only two calls later. The model is left as it was
     found.
     """
-
-    make_step = Step.of  # of a scan in half precision; a subclass of Step can emulate it
-
-    def __init__(
-        self,
-        model: nn.Module | str | models.Loaded,
-        layers: Sequence[str] | str | None = None,
-        k: int = 9,
-        *,
-        exclude: Sequence[str] | str = (),
-        unit: str = "channel",
-        device: torch.device | str | None = None,
-        transform: Transform | None = None,
-        precision: str = "fp32",
-        batch_size: int = 4 * COMPUTE_BATCH,
-        weights: str = "fixed",
-    ) -> None:
-        if not isinstance(k, int) or k < 1:
-            raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
-        if unit not in ("channel", "neuron"):
-            raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
-        if weights not in ("fixed", "moving"):
-            raise UnitvisError(f"weights must be 'fixed' or 'moving', not {weights!r}")
-        model, own_transform, self._origin = models.resolved(model)
-        self.network = Network(model, device=device, transform=transform or own_transform)
-        self._given = unwrapped(model)
-        if weights == "moving" and self.network.model is not self._given:
-            raise UnitvisError(
-                "weights='moving' ranks the model itself, and this one would be copied, because it is on another "
-                "device or not in float32; leave out device=, or move the model before"
-            )
-        self.k, self.images = k, 0  # images: how many are in the top-k
-        self.coverage = IntervalSet()  # the ids given; after `flush` all of them are in the top-k
-        self.topk: TopK  # made with the first batch
-        self._layers, self._exclude, self._unit, self._weights = layers, exclude, unit, weights
-        self._first_shape: torch.Size | None = None  # of the first image as it came
-        self._next_id = 0
-        self._waiting: list[tuple[Tensor, Tensor]] = []  # images and ids, fewer than are computed at once
-        self._begun = self._settled = False
-        self._watch: WeightsWatch | None = None  # of weights that are to stay fixed, from the first call on
-        self._canonical: CanonicalPass  # in float32, once it has begun
-        self._step: Step  # in half precision, once it has begun
-        self._stack = ExitStack()
-        self._open = False
-        self.set_precision(precision, batch_size)
-
-    def __enter__(self) -> Self:
-        self._stack.enter_context(self.network.evaluating())
-        self._open = True
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        with self._stack:
-            if error is None:
-                self.flush()
-            self._open = False
-
-    def set_precision(self, precision: str, batch_size: int) -> None:
-        """Choose how the images are computed, before the first one is."""
-        if precision != "fp32" and precision not in HALF:
-            raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
-        if precision != "fp32" and self._weights == "moving":
-            raise UnitvisError(f"weights='moving' needs precision='fp32': {precision} ranks with a copy of the weights")
-        self.precision, self._size = precision, COMPUTE_BATCH if precision == "fp32" else batch_size
-
-    @torch.inference_mode(False)
-    def settle_precision(self, images: Tensor) -> str | None:
-        """Take the next wider precision where the one chosen does not suit the network; the reason, None if it suits.
-
-        images: as they were read; what the network computes from them decides. Only before the first image.
-        """
-        self._settled = True
-        if self.precision == "fp32":
-            return None
-        if not self.network.layers:
-            self.prepare(self.network.input_shape_of(images))
-        with self.network.evaluating():
-            precision, reason = suitable_precision(self.network, images, self.precision)
-        self.set_precision(precision, self._size)
-        return reason
-
-    @torch.inference_mode(False)
-    def prepare(self, shape: Shape) -> None:
-        """For inputs [C, H, W]: find the layers and what their neurons see, and describe the model.
-
-        All that can fail because of the model fails here, before the first image is computed.
-        """
-        self.network.examine(shape, self._layers, self._unit, self._exclude)
-        try:
-            self.network.description  # noqa: B018  it is kept
-        except UnitvisError:
-            raise
-        except Exception as error:
-            raise UnitvisError(
-                f"the model cannot be described for the manifest, because its state_dict() cannot be read "
-                f"({error_text(error)}); give a model whose state can be read"
-            ) from error
-        refuse_state(self.network.units, self.k + 1, COMPUTE_BATCH, self.network.device)
-        self.network.find_receptive_fields()
-
-    @torch.inference_mode(False)  # a loop may be in it; the top-k outlives the loop
-    def __call__(self, batch: Tensor, ids: Tensor | Sequence[int] | None = None) -> None:
-        """Take a batch: float [N, C, H, W], already normalised, or uint8 [N, H, W, 3] where a transform was given.
-
-        ids: whole numbers from 0, one an image, each used once; None counts up.
-        """
-        if not self._open:
-            raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
-        images = checked_images(batch, self._first_shape, uint8=self.network.transform is not None)
-        self._first_shape = images.shape[1:]
-        if self._weights == "fixed" and self._watch is None:
-            self._watch = WeightsWatch(self._given)
-        if not self._settled and len(images) and (reason := self.settle_precision(images)):
-            warnings.warn(f"{reason}; the images are scanned in {NAMES[self.precision]}")
-        if self.precision == "fp32":
-            images = images.to(self.network.device)
-        if ids is None:
-            ids = torch.arange(self._next_id, self._next_id + len(images), device="cpu")
-        ids = checked_ids(ids, len(images))
-        known = ids.numpy().copy() if ids.device.type == "cpu" else ()  # ids that came on a GPU stay unknown
-        self._next_id += len(images)
-        if self._waiting:
-            waiting = self._waiting.pop()
-            images, ids = torch.cat([waiting[0], images]), torch.cat([waiting[1], ids])
-        whole = len(images) - len(images) % self._size
-        for start in range(0, whole, self._size):
-            self._rank(images[start : start + self._size], ids[start : start + self._size])
-        if whole < len(images):
-            self._waiting.append((images[whole:].clone(), ids[whole:].clone()))
-        self.coverage.add(np.asarray(known, np.int64))
-        if self._weights == "moving":
-            self.flush()
-
-    @torch.inference_mode(False)
-    def flush(self) -> None:
-        """Compute the images that wait for a whole compute batch."""
-        if self._waiting:
-            self._rank(*self._waiting.pop())
-
-    def _rank(self, images: Tensor, ids: Tensor) -> None:
-        """Compute at most as many images as are computed at once, and fold them into the top-k."""
-        with self.network.evaluating():  # a loop may train the model meanwhile
-            if self._watch is not None:
-                self._watch.look()
-            if not self._begun:
-                self._begin(images)
-            if self.precision == "fp32":
-                keys = self._canonical.keys(images, self.topk.threshold())
-                self.topk.merge(keys, ids.to(keys.device))
-            else:
-                self._step(images, ids)
-            if self._watch is not None:
-                self._watch.settle()
-        self.images += len(ids)
-
-    def _begin(self, images: Tensor) -> None:
-        """Find the layers by the first images, and see that their responses can be ranked."""
-        if not self.network.layers:
-            self.prepare(self.network.input_shape_of(images))
-        if self.images == 0:
-            # One more than k in float32 tells whether the k-th is tied; in half precision there are candidates.
-            places = self.k + (1 if self.precision == "fp32" else EXTRA_CANDIDATES)
-            self.topk = TopK.empty(self.network.units, places, self.network.device)
-        if self.precision == "fp32":
-            self._canonical = self._stack.enter_context(self.network.reading())
-            self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])
-        else:
-            self._step = self.make_step(self.network, self.topk, images, precision=self.precision, size=self._size)
-        self._begun = True
 
     @torch.inference_mode(False)
     def result(self, images: object = None) -> Run:
@@ -273,16 +95,6 @@ class Recorder:
             return reranked_run(self.network, self.scanned, source, self._manifest("exact"))
         decided = np.full(self.network.units, self.precision == "fp32" and self._weights == "fixed")
         return ranked_run(self.network, self.topk, self.k, decided, self._manifest(self.precision))
-
-    def _check_recorded(self) -> None:
-        """Raise UnitvisError unless there are images, each under an id of its own, ranked by one set of weights."""
-        self.flush()
-        if self.images == 0:
-            raise UnitvisError("no image was recorded, so there is nothing to rank")
-        if len(self.coverage):  # none are known where they came on a GPU
-            check_coverage(self.coverage, self.images)
-        if self._watch is not None:
-            self._watch.refuse(hashes=True)
 
     def check_witness(
         self, source: Source, topk: TopK | None = None, *, bits: bool = False, rounding: float = ROUNDING

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import unitvis
 from support import zoos
 
-MAX_PARAMETERS = 1e9
+MAX_PARAMETERS = 500e6
 MODELS = [(zoo, index) for zoo, count in (("timm", 20), ("torchvision", 10)) for index in range(count)]
 
 

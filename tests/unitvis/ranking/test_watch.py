@@ -16,7 +16,7 @@ import unitvis
 from support import brute
 from support.scans import images, scan, two_convolutions
 from unitvis import Recorder, UnitvisError
-from unitvis.ranking import recorder
+from unitvis.ranking import recording
 
 LAYERS = ["0", "2"]
 
@@ -212,7 +212,7 @@ def test_maps_of_another_size_later_in_the_stream_are_refused(
     unit: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if the comparison showed nowhere: float32 would be scanned.
-    monkeypatch.setattr(recorder, "suitable_precision", lambda network, images, precision: (precision, None))
+    monkeypatch.setattr(recording, "suitable_precision", lambda network, images, precision: (precision, None))
     model = nn.Sequential(Cropping(), nn.Conv2d(3, 4, 3)).eval()
     pixels = images(96, 12)
     pixels[70] = 60

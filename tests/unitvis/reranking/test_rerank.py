@@ -14,7 +14,7 @@ from support import brute
 from support.brute import wrong
 from support.scans import by_half, pictures, tiny_net
 from unitvis.errors import UnitvisError
-from unitvis.ranking import recorder
+from unitvis.ranking import recording
 from unitvis.reranking import rerank
 from unitvis.results.arrays import SEPARATED, UNSEPARATED
 from unitvis.scanning.verify import verify
@@ -106,7 +106,7 @@ def test_adversarial_units_come_out_right_or_undecided(
         request.getfixturevalue("emulated_half")
     monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)
     # As if neither the first batch nor the sample showed anything.
-    monkeypatch.setattr(recorder, "suitable_precision", lambda network, images, precision: (precision, None))
+    monkeypatch.setattr(recording, "suitable_precision", lambda network, images, precision: (precision, None))
     monkeypatch.setattr(rerank, "unsuitable_layers", lambda network, images, precision: {})
     images, model = hostile(600), Adversary().eval()
     run = by_half(model, images, precision)
