@@ -65,9 +65,8 @@ def unsuitable_layers(network: Network, images: Tensor, precision: str) -> dict[
 
     images: as they were read, at most `COMPUTE_BATCH`.
     """
-    filled = images[
-        torch.arange(COMPUTE_BATCH, device=images.device) % len(images)
-    ]  # images of zeros would be judged like the others
+    # Filled up with the same images: those of zeros that a compute batch is padded with are nobody's.
+    filled = images[torch.arange(COMPUTE_BATCH, device=images.device) % len(images)]
     found: dict[str, str] = {}
     maps_of: dict[int, Tensor] = {}
     names = [layer.name for layer in network.layers]
