@@ -21,6 +21,7 @@ from unitvis.sources import Source
 from unitvis.state.sampling import SIZE, sample
 
 MAX_SHARD_RECOMPUTED = 0.5  # of the images: where more are computed again, shards scan in float32
+OBSERVING_PASSES = 10  # canonical passes of an image that `suitability` takes as long as, measured on a CPU
 MAX_RELATIVE_TIME = 0.9  # of float32's time: half precision is used only if the scan is expected to take less
 
 
@@ -114,12 +115,13 @@ def plan(
         return Plan("fp16", f"float16, as every shard on a device of the kind {device.type}; {again}")
     speeds = {precision: speed(device, precision) for precision in HALF}
     best = "fp16" if speeds["fp16"] >= 0.7 * speeds["bf16"] else "bf16"
-    cost = 1 / speeds[best] + recomputed_share  # expected time, relative to float32
+    observed = OBSERVING_PASSES * (SIZE + COMPUTE_BATCH)
+    cost = 1 / speeds[best] + recomputed_share + observed / images  # expected time, relative to float32
     if cost > MAX_RELATIVE_TIME:
         return Plan(
             "fp32",
             f"float32: half precision would not pay, because {NAMES[best]} is only {speeds[best]:.1f} times as fast on "
-            "this device",
+            f"this device, {again}, and seeing whether it suits the network takes the time of {observed:,} images",
         )
     return Plan(
         best,

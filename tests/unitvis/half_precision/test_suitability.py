@@ -209,6 +209,7 @@ def test_steps(between: Callable[[Tensor], Tensor], step: str | None) -> None:
 
 def test_a_model_that_half_precision_cannot_compute_is_scanned_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
+    monkeypatch.setattr("unitvis.scanning.precision.OBSERVING_PASSES", 0)  # or few images would be scanned in float32
     single = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     model, images = Between(lambda x: torch.einsum("nchw,cd->ndhw", x, single)).eval(), pictures(900, 8)
     run = unitvis.scan(model, images, k=2, progress=False)

@@ -31,6 +31,9 @@ def test_the_plan_is_by_measurement_and_told(monkeypatch: pytest.MonkeyPatch) ->
     assert plan(50_000, 1152, 9, cpu, rereadable=True).precision == "fp16"
     assert "of 50,000 images" in plan(50_000, 1152, 9, cpu, rereadable=True).line
     assert plan(500, 1152, 9, cpu, rereadable=True).precision == "fp32"
+    few = plan(3_000, 11, 9, cpu, rereadable=True)  # seeing whether half precision suits would take most of the gain
+    assert few.precision == "fp32"
+    assert "takes the time of 2,720 images" in few.line
     assert plan(None, 1152, 9, cpu, rereadable=True).precision == "fp32"
     assert plan(50_000, 1152, 9, cpu, rereadable=False).precision == "fp32"
     speeds = {"fp16": 0.2, "bf16": 5.0}
@@ -42,7 +45,8 @@ def test_the_plan_is_by_measurement_and_told(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("emulated_half")
 def test_scan_takes_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
+    monkeypatch.setattr(precision, "speed", lambda device, name: 6.0)
+    monkeypatch.setattr(precision, "OBSERVING_PASSES", 0)  # or few images would be scanned in float32
     images, model = pictures(900), tiny_net(6)
     run = unitvis.scan(model, images, ["6", "8"], k=3, progress=False)
     assert run.manifest["scan"]["precision"] == "fp16"
@@ -96,7 +100,8 @@ def test_images_that_cannot_be_read_judge_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("emulated_half")
 def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("unitvis.scanning.precision.speed", lambda device, precision: 6.0)
+    monkeypatch.setattr(precision, "speed", lambda device, name: 6.0)
+    monkeypatch.setattr(precision, "OBSERVING_PASSES", 0)  # or few images would be scanned in float32
     images, model, options = pictures(900), tiny_net(8), {"k": 3, "progress": False, "layers": ["6", "8"]}
     stopped = []
 
