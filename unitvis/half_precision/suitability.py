@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import BaseTorchFunctionMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -26,16 +26,41 @@ from unitvis.half_precision.step import HALF
 from unitvis.network.copies import copied
 from unitvis.network.forward import COMPUTE_BATCH, Hooks
 from unitvis.network.network import Network
+from unitvis.network.operators import CONVOLUTIONS_AND_NORMS, names
 
 NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # precisions in sentences
 HEADROOM = 16  # times more than in the images looked at, numbers may reach in the others; as many times less likewise
 TOLERANCE = 8  # resolutions of the half precision, of a layer's largest value: what rounding does in a deep network
-# Operations on floats that make a step, hide NaN, or hand a number to the model's Python code, which may compare it.
-_STEPS = {
-    "sign", "sgn", "floor", "ceil", "round", "trunc", "fix", "frac", "fmod", "remainder", "floor_divide", "heaviside",
-    "hardshrink", "fake_quantize_per_tensor_affine_cachemask", "fake_quantize_per_channel_affine_cachemask",
-    "nan_to_num", "nansum", "nanmedian", "fmax", "fmin", "_local_scalar_dense",
-}  # fmt: skip
+# ATen operations, without the underscore of in-place ones, from floats to floats that are continuous where their
+# results are finite. Any other makes a step, hides NaN, hands numbers to the model's Python code, or may do so.
+_CONTINUOUS = CONVOLUTIONS_AND_NORMS | names(
+    """_slow_conv2d_forward mm addmm bmm baddbmm addbmm mv addmv dot vdot linear mkldnn_linear _trilinear
+    _cdist_forward mkldnn_rnn_layer _thnn_fused_lstm_cell _thnn_fused_gru_cell add sub rsub mul div true_divide
+    neg abs sqrt rsqrt exp exp2 expm1 log log1p log2 log10 sin cos tan tanh sinh cosh asin acos atan atanh asinh
+    acosh sinc logit xlogy entr erf erfc erfinv reciprocal square pow lerp addcmul addcdiv hypot logaddexp
+    logaddexp2 special_entr special_xlog1py special_i0 special_i1 lgamma digamma sigmoid relu relu6 leaky_relu
+    elu selu celu gelu silu mish softplus softshrink hardtanh hardsigmoid hardswish clamp clamp_min clamp_max
+    maximum minimum prelu _prelu_kernel log_sigmoid log_sigmoid_forward threshold rrelu_with_noise glu _softmax
+    _safe_softmax _log_softmax softmax log_softmax logsumexp cumsum cumprod logcumsumexp cummax cummin
+    _cummax_helper _cummin_helper sum mean prod std var var_mean std_mean norm linalg_vector_norm amax amin max
+    min aminmax median kthvalue sort topk trace renorm max_pool2d_with_indices max_pool3d_with_indices
+    adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d avg_pool2d avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d adaptive_avg_pool2d mkldnn_adaptive_avg_pool2d max_unpool2d max_unpool3d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d affine_grid_generator
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im index index_select gather
+    scatter scatter_add scatter_reduce index_add index_copy index_put _index_put_impl masked_fill masked_select
+    masked_scatter where take take_along_dim embedding cat stack constant_pad_nd reflection_pad1d
+    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d roll flip repeat
+    repeat_interleave tile diag diag_embed tril triu rot90 unfold_copy view_copy as_strided transpose squeeze
+    unsqueeze t detach clone copy _to_copy contiguous fill zero lift_fresh lift alias _reshape_alias_copy
+    _reshape_copy resize resize_as empty_like zeros_like ones_like full_like new_empty new_zeros new_ones
+    new_full new_empty_strided complex polar view_as_real_copy view_as_complex_copy _conj_physical conj_physical
+    real_copy imag_copy _fft_r2c _fft_c2r _fft_c2c native_dropout _unsafe_view _unsafe_index slice_scatter
+    select_scatter diagonal_scatter as_strided_scatter split_copy unbind_copy"""
+)
+_READ_OUTSIDE = ("numpy", "tolist", "__array__", "__dlpack__")  # methods by which numbers leave PyTorch
 
 
 def fallbacks(precision: str) -> tuple[str, ...]:
@@ -112,9 +137,25 @@ def _failure(network: Network, images: Tensor, precision: str) -> str | None:
 
 def _run(network: Network, images: Tensor, mode: TorchDispatchMode, read: Callable[[int, Tensor], None]) -> None:
     """One canonical pass, whose forward pass runs under a dispatch mode."""
-    # Under a torch function mode transformer layers take no fast path, which would hide their operations.
-    with network.reading() as canonical, BaseTorchFunctionMode():
+    with network.reading() as canonical, _ReadsOutside(mode):
         canonical.maps(images, read, mode)
+
+
+class _ReadsOutside(TorchFunctionMode):
+    """Tells a `_Watch` of numbers that the model reads outside of PyTorch, as through NumPy.
+
+    Under a torch function mode transformer layers take no fast path, which would hide their operations.
+    """
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self._watch = mode if isinstance(mode, _Watch) else None
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if self._watch is not None and name in _READ_OUTSIDE and args:
+            self._watch.read_outside(args[0], name)
+        return func(*args, **(kwargs or {}))
 
 
 class _Observer(TorchDispatchMode):
@@ -138,8 +179,8 @@ class _Observer(TorchDispatchMode):
 class _Watch(_Observer):
     """Finds the largest finite magnitude of any result, and the first step that what comes from the images has to take.
 
-    A step is an operation of `_STEPS`, or one that computes floats from whole numbers or truth values that came from
-    floats, as after a comparison or an argmax.
+    A step is an operation that is not `_CONTINUOUS`, one that computes floats from whole numbers or truth values that
+    came from floats, as after a comparison or an argmax, or numbers that the model reads outside of PyTorch.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -154,7 +195,7 @@ class _Watch(_Observer):
         inputs = {StorageWeakRef(x.untyped_storage()) for x in _tensors((args, kwargs))}
         name = func.overloadpacket.__name__
         from_floats, from_others = not inputs.isdisjoint(self._floats), not inputs.isdisjoint(self._others)
-        if self.step is None and (from_floats or from_others) and _makes_step(name, args, kwargs):
+        if self.step is None and (from_floats or from_others) and _makes_step(func, args, kwargs, result):
             self.step = str(func)
         for output in _tensors(result):
             if from_floats or from_others:
@@ -163,9 +204,16 @@ class _Watch(_Observer):
             if output.is_floating_point():
                 if from_others:
                     self.step = self.step or str(func)
-                if output.numel() and not _is_view(func) and "empty" not in name:  # empty: not written yet
+                # Those of empty are not written yet; of 8 bits can nothing be computed.
+                if output.numel() and not _is_view(func) and "empty" not in name and output.element_size() > 1:
                     self.largest = max(self.largest, _largest(output))
         return result
+
+    def read_outside(self, tensor: Tensor, method: str) -> None:
+        """Note that the model reads a tensor by a method that hands its numbers to other code."""
+        memory = StorageWeakRef(tensor.untyped_storage())
+        if self.step is None and (memory in self._floats or memory in self._others):
+            self.step = f"{method}()"
 
     def reason(self, precision: str) -> str | None:
         """A clause for people: why numbers like those seen so far do not suit a half precision; None if they do."""
@@ -234,11 +282,23 @@ def _is_view(func: Any) -> bool:
     return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
 
 
-def _makes_step(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True for an operation from floats to floats that is not continuous."""
+def _makes_step(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether an operation whose operands come from the images is not known to be continuous.
+
+    Whole numbers and truth values are no step themselves; what is computed from them is.
+    """
+    name = func.overloadpacket.__name__
+    if _is_view(func) or not any(
+        leaf.is_floating_point() or leaf.is_complex() if isinstance(leaf, Tensor) else isinstance(leaf, int | float)
+        for leaf in tree_leaves(result)
+    ):
+        return False
+    if func.namespace != "aten" or (name.rstrip("_") or name) not in _CONTINUOUS:
+        return True
+    narrowed = any(one.is_floating_point() and one.element_size() == 1 for one in _tensors(result))
     return (
-        name in _STEPS
-        or (name == "threshold" and args[1] != args[2])
+        narrowed
+        or (name.startswith("threshold") and args[1] != args[2])
         or kwargs.get("rounding_mode") is not None
         or (name in ("grid_sampler_2d", "grid_sampler_3d") and args[2] == 1)  # the nearest value
     )
