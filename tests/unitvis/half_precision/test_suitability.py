@@ -181,6 +181,12 @@ def test_operations_without_a_trace_in_the_layers() -> None:
     assert clauses(model, images) == {}
 
 
+@torch.library.custom_op("unitvis_test::steps", mutates_args=())
+def steps(x: Tensor) -> Tensor:
+    """An operator of which PyTorch knows nothing."""
+    return x.floor()
+
+
 @pytest.mark.parametrize(
     ("between", "step"),
     [
@@ -193,6 +199,16 @@ def test_operations_without_a_trace_in_the_layers() -> None:
         (lambda x: -x if x.sum() > 0.1 else x, "aten._local_scalar_dense.default"),
         (lambda x: torch.nan_to_num(x), "aten.nan_to_num.default"),
         (lambda x: x.clone().masked_fill_(x > 0.1, 0), "aten.masked_fill_.Scalar"),
+        (lambda x: x.clone().floor_(), "aten.floor_.default"),
+        (lambda x: x * x.clone().lt_(0.1), "aten.lt_.Scalar"),
+        (lambda x: x * torch.lt(x, 0.1, out=torch.empty_like(x)), "aten.lt.Scalar_out"),
+        (lambda x: torch.copysign(x, x - 0.1), "aten.copysign.Tensor"),
+        (lambda x: torch.atan2(x, x - 0.1), "aten.atan2.default"),
+        (lambda x: x.to(torch.float8_e5m2).float(), "aten._to_copy.default"),
+        (lambda x: x.view(torch.int32).bitwise_and(-65536).view(torch.float32), "aten.view.dtype"),
+        (lambda x: x * float(x.mean().numpy()), "numpy()"),
+        (lambda x: x * x.mean((1, 2, 3)).tolist()[0], "tolist()"),
+        (lambda x: torch.ops.unitvis_test.steps(x), "unitvis_test.steps.default"),
         (lambda x: F.threshold(x, 0.1, 0.1), None),
         (lambda x: x.sort(1).values + F.max_pool2d(x, 3, 1, 1) + x.max(1, keepdim=True).values, None),
         (lambda x: x * (torch.arange(x.shape[-1]) > 2.0) + F.gelu(x).clamp(-1, 1), None),
