@@ -14,11 +14,12 @@ import unitvis
 from support.brute import wrong
 from support.scans import pictures, tiny_net
 from support.sources import PLAIN, write
-from unitvis.errors import Interrupted
+from unitvis.errors import Interrupted, UnitvisError
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.arrays import UNSEPARATED
 from unitvis.scanning import precision
 from unitvis.scanning.precision import plan, speed
+from unitvis.scanning.verify import verify
 from unitvis.sources import open_source
 from unitvis.state.sampling import SIZE
 
@@ -121,3 +122,20 @@ def test_a_scan_in_half_precision_goes_on_where_it_was(monkeypatch: pytest.Monke
     assert run.manifest["scan"]["precision"] == "fp16"
     assert run.manifest["images"] == 900
     assert wrong(run, model, images) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*makes a step")
+def test_a_run_is_verified_where_float32_was_used_in_place_of_half_precision() -> None:
+    class Stepping(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (x > 0.1)
+
+    images = pictures(40)
+    run = unitvis.scan(
+        torch.nn.Sequential(Stepping(), *tiny_net(4)).eval(), images, k=2, precision="bf16", progress=False
+    )
+    assert (run.manifest["precision"], run.manifest["scan"]["precision"]) == ("bf16", "fp32")
+    assert verify(run, torch.nn.Sequential(Stepping(), *tiny_net(4)).eval())["wrong"] == 0
+    run = unitvis.scan(tiny_net(4), images, k=2, precision="bf16", progress=False)
+    with pytest.raises(UnitvisError, match="ranked in bf16, so its values are not canonical"):
+        verify(run, tiny_net(4))
