@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -13,9 +16,11 @@ from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 
+Result = TypeVar("Result")
 Box = tuple[int, int, int, int]  # left, top, right, bottom in model-input pixels, half-open
 Wanted = Mapping[str, tuple[list[int], str, int]]  # {layer: (units, crop, pixels of a patch)}
 
+MAX_OPEN_PICTURES = 16  # at once, however many cores there are: a large photograph takes 100 MB
 FILL = (204, 204, 204)  # colour of a patch outside the model's input, where the network had padding
 
 
@@ -112,25 +117,52 @@ def fired_winners(run: RunData, layer: str, units: Iterable[int]) -> dict[int, l
 def cut_patches(run: RunData, wanted: Wanted) -> Iterator[tuple[str, int, int, Image.Image]]:
     """Cut patches and yield (layer, unit, rank, patch) in the order of their images; each picture is opened once."""
     per_layer = {layer: fired_winners(run, layer, units) for layer, (units, _, _) in wanted.items()}
-    for image, picture, to_picture in open_pictures(run, sorted(set().union(*per_layer.values()))):
+
+    def patches(image: int, picture: Image.Image, to_picture: Any) -> list[tuple[str, int, int, Image.Image]]:
+        found = []
         for layer, by_image in per_layer.items():
             _, crop, size = wanted[layer]
             for unit, rank in by_image.get(image, []):
                 box = drawn_box(run[layer], unit, rank, crop, run.input_size)
-                yield layer, unit, rank, cut(picture, to_picture, box, run.input_size, size)
+                found.append((layer, unit, rank, cut(picture, to_picture, box, run.input_size, size)))
+        return found
+
+    for found in map_pictures(run, sorted(set().union(*per_layer.values())), patches):
+        yield from found
 
 
-def open_pictures(run: RunData, images: list[int]) -> Iterator[tuple[int, Any, Any]]:
-    """Yield (image id, picture, function from model-input boxes to picture boxes) of images; see `Source.picture`.
+def map_pictures(
+    run: RunData, images: Sequence[int], work: Callable[[int, Image.Image, Any], Result]
+) -> Iterator[Result]:
+    """Yield what `work` makes of each image's picture, in the order of the images.
 
-    Raises UnitvisError where an image file is no longer the one that was scanned.
+    work: takes an image id, its picture and a function from model-input boxes to picture boxes (see `Source.picture`);
+    where the source has files it runs in threads, a few pictures ahead. Raises UnitvisError where an image file is no
+    longer the one that was scanned.
     """
     value_range = _value_range(run) if images else (0.0, 1.0)
-    for image in images:
+
+    def opened(image: int) -> Result:
         if image in run.records:
             run.source.check(run.records[image])
         picture, to_picture = run.source.picture(image, value_range)
-        yield image, as_seen(picture, run.manifest["input"][0]), to_picture
+        return work(image, as_seen(picture, run.manifest["input"][0]), to_picture)
+
+    if not run.source.has_files:  # a data set of the user's may not expect threads
+        yield from map(opened, images)
+        return
+    with ThreadPoolExecutor(threads := min(os.cpu_count() or 1, MAX_OPEN_PICTURES)) as pool:
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for image in images:
+                ahead.append(pool.submit(opened, image))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def as_seen(picture: Image.Image, channels: int) -> Image.Image:

@@ -21,6 +21,7 @@ Drawn = TypeVar("Drawn", bound=RunData)
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)  # colours of page, text and smaller text
 EMPTY, EMPTY_MARK = (238, 238, 238), (205, 205, 205)  # colours of a placeholder and of the line through it
 MAX_PIXELS_IN_MEMORY = 400_000_000  # of patches that are held at once while a run is rendered
+PNG_LEVEL = 1  # of zlib: photographs become hardly smaller at higher levels, which take several times as long
 MAX_PATCHES = 25  # of a unit, in a tile: of a larger k only the strongest are drawn
 MAX_PAGE_PIXELS = 100_000_000  # of a picture; PNG files of more are not opened by many programs
 _SHEET_PIXELS = 32_000_000  # of a page of a layer's sheet, about; a layer with more units has several
@@ -76,7 +77,9 @@ def render(run: RunData, folder: Path, *, crop: str | None = None) -> list[Path]
             for number, start in enumerate(range(0, len(units), step), 1):
                 name = file_name(layer) + (f"+{number}" if number > 1 else "")  # no layer's: there, + is encoded
                 with replacing(folder / "sheets" / f"{name}.png") as target:
-                    _sheet(run, layer, units[start : start + step], kind, size, cells).save(target, "PNG")
+                    _sheet(run, layer, units[start : start + step], kind, size, cells).save(
+                        target, "PNG", compress_level=PNG_LEVEL
+                    )
                 written.append(folder / "sheets" / f"{name}.png")
     return written
 

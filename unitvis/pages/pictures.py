@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from unitvis.attribution.deconvnet import project
 from unitvis.attribution.filters import first_filters
 from unitvis.drawing import sheets
 from unitvis.drawing.colours import heat, heat_levels, signed
-from unitvis.drawing.patches import crop_of, cut, drawn_box, fired_winners, open_pictures, whole_input
+from unitvis.drawing.patches import crop_of, cut, drawn_box, fired_winners, map_pictures, whole_input
 from unitvis.drawing.sheets import tile_columns
 from unitvis.files import file_name, make_folder, unoccupied
 from unitvis.network.forward import COMPUTE_BATCH
@@ -50,22 +52,40 @@ def draw_patches(run: RunData, folder: Path, crop: str | None) -> None:
     """Write gallery/layers/LAYER/UNIT.jpg, and each winning image's model input as gallery/images/ID.jpg."""
     images = folder / "gallery" / "images"
     make_folder(images)
-    size = run.input_size
     written: set[int] = set()
     for group in sheets.memory_groups({layer: run[layer].values.size * PATCH_SIZE**2 for layer in run}):
         crops = {layer: crop_of(run, layer, crop) for layer in group}
         wanted = {layer: fired_winners(run, layer, range(len(run[layer]))) for layer in group}
         sprites = {layer: _Sprites(run[layer], layer_folder(folder, layer), ".jpg", quality=82) for layer in group}
-        for image, picture, to_picture in open_pictures(run, sorted(set().union(*wanted.values()))):
-            if image not in written:
-                written.add(image)
-                left, upper, right, lower = to_picture((0, 0, size[1], size[0]))
-                side = min(MAX_IMAGE_SIDE, round(max(right - left, lower - upper)))
-                whole_input(picture, to_picture, size, side).save(unoccupied(images / f"{image}.jpg"), quality=80)
-            for layer, by_image in wanted.items():
-                for unit, rank in by_image.get(image, []):
-                    box = drawn_box(run[layer], unit, rank, crops[layer], size)
-                    sprites[layer].put(unit, rank, cut(picture, to_picture, box, size, PATCH_SIZE))
+        ids = sorted(set().union(*wanted.values()))
+        for patches in map_pictures(run, ids, partial(_draw_image, run, wanted, crops, images, set(ids) - written)):
+            for layer, unit, rank, patch in patches:
+                sprites[layer].put(unit, rank, patch)
+        written.update(ids)
+
+
+def _draw_image(
+    run: RunData,
+    wanted: Mapping[str, Mapping[int, list[tuple[int, int]]]],
+    crops: Mapping[str, str],
+    folder: Path,
+    undrawn: set[int],
+    image: int,
+    picture: Image.Image,
+    to_picture: Any,
+) -> list[tuple[str, int, int, Image.Image]]:
+    """Cut an image's patches: (layer, unit, rank, patch); write its model input into a folder if it is undrawn."""
+    height, width = size = run.input_size
+    if image in undrawn:
+        left, upper, right, lower = to_picture((0, 0, width, height))
+        side = min(MAX_IMAGE_SIDE, round(max(right - left, lower - upper)))
+        whole_input(picture, to_picture, size, side).save(unoccupied(folder / f"{image}.jpg"), quality=80)
+    patches = []
+    for layer, by_image in wanted.items():
+        for unit, rank in by_image.get(image, []):
+            box = drawn_box(run[layer], unit, rank, crops[layer], size)
+            patches.append((layer, unit, rank, cut(picture, to_picture, box, size, PATCH_SIZE)))
+    return patches
 
 
 class _Sprites:

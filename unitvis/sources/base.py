@@ -73,6 +73,7 @@ class Source(ABC):
     """
 
     rereadable = True  # False: a stream, which is read once and in one order
+    has_files = False  # True: images are files, which several threads may read at once
     separate_originals = False  # True: the files that `record` describes are not those that pixels are read from
     length: int | None  # number of images; None while it is unknown
     kind: str  # name of the kind of source, in messages and the manifest

@@ -29,6 +29,7 @@ class EncodedSource(ItemSource):
     chose for images. infos: hashes and sizes that the files must have; None: they are noted as the files are read.
     """
 
+    has_files = True
     _changed_message = "is no longer the file that was scanned"
 
     def __init__(
