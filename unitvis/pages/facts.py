@@ -81,6 +81,7 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         "across": tile_columns(run.manifest["k"]),
         "input": [width, height],
         "shows": {"rf": "receptive field", "effective": "effective box", "image": "whole image"}[drawn["crop"]],
+        "boxes": top.info["receptive_field"]["method"] != "unknown",
         "effective": _frame_side(top),
         "answers": answers(run, name, drawn),
         "projections": drawn.get("projections"),

@@ -109,7 +109,7 @@ const unitvis = (() => {
   function winner(layer, unit, rank) {
     const data = layer.data, [value, image, row, column, left, top, right, bottom] = data.winners[unit][rank];
     const name = data.images[image], side = data.effective;
-    const boxes = [frame("field", [left, top, right, bottom], data)];
+    const boxes = data.boxes ? [frame("field", [left, top, right, bottom], data)] : [];
     if (side) {
       const x = Math.floor((left + right - side) / 2), y = Math.floor((top + bottom - side) / 2);
       boxes.push(frame("effective", [x, y, x + side, y + side], data));
@@ -126,7 +126,8 @@ const unitvis = (() => {
     }
     return el("li", {}, el("div", { class: "pictures", "data-count": pictures.length }, ...pictures),
       el("p", {}, el("b", {}, `${rank + 1}. ${number(value)}`), " ", el("span", { class: "name" }, name)),
-      el("p", { class: "where" }, `row ${row}, column ${column} of the map; box ${left}, ${top} to ${right}, ${bottom}`));
+      el("p", { class: "where" }, `row ${row}, column ${column} of the map; ` +
+        (data.boxes ? `box ${left}, ${top} to ${right}, ${bottom}` : "receptive field unknown")));
   }
 
   const named = (text, picture) => el("figure", {}, picture, el("figcaption", {}, text));
@@ -141,7 +142,7 @@ const unitvis = (() => {
         el("a", { href: link(layer.name) }, "↑ all units"),
         after === undefined ? "" : el("a", { href: link(layer.name, after), rel: "next" }, label(data, after) + " →")),
       note ? el("p", {}, noteMark(note), ": ", run.notes[note], ".") : "",
-      fired ? el("p", { class: "legend" }, el("span", { class: "field" }, "box: the receptive field"), " ",
+      fired ? el("p", { class: "legend" }, data.boxes ? el("span", { class: "field" }, "box: the receptive field") : "", " ",
         data.effective ? el("span", { class: "effective" }, "effective box: holds 90% of a response's squared gradient") : "",
         data.responses ? el("span", { class: "map" }, "response map: clear at 0, yellow where largest") : "",
         data.projections ? `projection: grey is 0; ${data.projections}` : "") : "",

@@ -175,6 +175,7 @@ def test_unknown_boxes_are_told_apart_from_neurons_that_see_everything(
         "receptive field unknown",
     ]
     answers = [dict(facts.layer(run, name, {"crop": "image"})["answers"]) for name in ("whole", "unknown")]
+    assert [facts.layer(run, name, {"crop": "image"})["boxes"] for name in ("whole", "unknown")] == [True, False]
     question = "How much of the image can change a response?"
     assert answers[0][question].startswith("the whole image of 12 x 12")
     assert answers[1][question] == f"Unknown ({REASON}); patches show the whole image."
