@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,9 @@ from torch import nn
 
 from unitvis import models
 from unitvis.cli.codes import DONE, SKIPPED, WRONG
-from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_verified
+from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_times, print_verified
 from unitvis.drawing import sheets
-from unitvis.errors import UnitvisError
+from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import replacing
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS, gallery
@@ -95,7 +97,7 @@ def _finish(
     """Print a run and draw it, unless it is a shard's; returns the exit code."""
     print_run(run)
     if run.tops:
-        _render_into(run, folder, model=model, project=project, device=device)
+        print_times(run, _render_into(run, folder, model=model, project=project, device=device))
     return SKIPPED if run.manifest["failures"] else DONE
 
 
@@ -132,8 +134,12 @@ def _render_into(
     model: nn.Module | None = None,
     project: bool = False,
     device: str | None = None,
-) -> None:
-    """Draw the sheets, and the gallery unless the run has too many units for it."""
+) -> float:
+    """Draw the sheets, and the gallery unless the run has too many units for it; returns the seconds that took.
+
+    Raises Interrupted for Ctrl-C.
+    """
+    start = time.perf_counter()
     units, drawn = sum(len(top) for top in run.tops.values()), None
     try:
         written = sheets.render(run, folder, crop=crop)
@@ -144,7 +150,14 @@ def _render_into(
             f"the run is complete, but its pictures could not be written into {folder}: {error.strerror or error}; fix "
             f"that, then draw them with `unitvis render`"
         ) from error
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted after the scan: the run in {folder} is complete, but not all of its pictures are drawn; draw "
+            f"them with `unitvis render`",
+            signal.SIGINT,
+        ) from None
     print_drawn(written, drawn, units)
+    return time.perf_counter() - start
 
 
 def _sheet(arguments: argparse.Namespace) -> int:

@@ -104,6 +104,13 @@ def print_drawn(sheets: Sequence[Path], page: Path | None, units: int) -> None:
         print(f"gallery: open {page} in a browser")
 
 
+def print_times(run: Run, drawing: float) -> None:
+    """Print where the time went: of the run's scan, as its manifest has it, and of drawing, in seconds."""
+    seconds = run.manifest["seconds"]
+    parts = {name.replace("_", " "): value for name, value in seconds.items() if value >= 0.05} | {"drawing": drawing}
+    print("time: " + ", ".join(f"{name} {value:.1f} s" for name, value in parts.items()))
+
+
 def print_verified(found: Mapping[str, Any]) -> None:
     """Print how many winners were reproduced; found: what `verify` returned."""
     how = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from unitvis.choices import CROPS
 from unitvis.errors import UnitvisError
@@ -148,6 +150,8 @@ def map_pictures(
         picture, to_picture = run.source.picture(image, value_range)
         return work(image, as_seen(picture, run.manifest["input"][0]), to_picture)
 
+    quiet = True if sys.stderr is None else None  # None: a bar on a terminal only, and only for what takes long
+    images = tqdm(images, desc="draw", unit=" images", delay=2, disable=quiet, leave=False)
     if not run.source.has_files:  # a data set of the user's may not expect threads
         yield from map(opened, images)
         return

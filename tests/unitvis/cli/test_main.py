@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -343,3 +344,24 @@ def test_forgotten_mean_and_std_are_told(
 ) -> None:
     _, printed, _ = call(capsys, "scan", model, folder, "-o", tmp_path / "run", "--resize", "31x31")
     assert "input: 31 x 31 pixels, pixels / 255, no mean or std\n" in printed
+
+
+def test_a_command_says_where_its_time_went_and_what_ctrl_c_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (40, 40), (200, 40, 10)).save(folder / "a.png")
+    scan = ["scan", model_file(tmp_path), folder, *SIZE]
+    code, out, _ = call(capsys, *scan, "-o", tmp_path / "run")
+    assert code == cli.DONE
+    assert re.fullmatch(r"time: (\w+( pass)? \d+\.\d s, )*drawing \d+\.\d s", out.splitlines()[-1])
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unitvis.drawing.sheets.render", interrupted)
+    code, _, error = call(capsys, *scan, "-o", tmp_path / "other")
+    assert code == 130
+    assert f"the run in {tmp_path / 'other'} is complete, but not all of its pictures are drawn" in error
+    assert unitvis.load(tmp_path / "other").layers
