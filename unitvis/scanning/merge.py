@@ -176,20 +176,34 @@ def _finished_run(
 def _check_same_images(
     recorder: Recorder, source: Source, parts: Mapping[str, Partial], then: Mapping[str, str]
 ) -> dict[str, int]:
-    """Compute some winners of each part again; UnitvisError that names a part which other images made.
+    """Hash the winners of each part and compute some again; UnitvisError that names a part which other images made.
 
     then: the fingerprint of the parts. Returns the sums of what `check_witness` does.
     """
     sums: Counter[str] = Counter()
     bits = fingerprint(recorder.network.device) == then
+    winners = recorder.topk.images(recorder.k)
     for name, part in parts.items():
+        noted = part.noted_winners
+        others = f"{name} was not made of the images in {source.describe()['path'] or source.kind!r}"
         try:
             source.note(part.seen)
-            sums.update(recorder.check_witness(source, part.topk, bits=bits))
+            source.check_noted(np.intersect1d(noted, winners).tolist())
         except UnitvisError as error:
             raise UnitvisError(
-                f"{name} was not made of the images in {source.describe()['path'] or source.kind!r}: {error}; give the "
-                "images that were scanned (--images, images=), or scan that shard again"
+                f"{others}: {error}, or give the images that were scanned (--images, images=)"
+            ) from error
+        try:
+            sums.update(recorder.check_witness(source, part.topk, bits=bits))
+        except UnitvisError as error:
+            if len(noted):
+                raise UnitvisError(
+                    f"the images of {name} are those that were scanned and give other responses here: {error}; merge "
+                    "with the network, libraries and settings of the scan, or scan that shard again"
+                ) from error
+            raise UnitvisError(
+                f"{others}, or by another network: {error}; give the images that were scanned (--images, images=), or "
+                "scan that shard again"
             ) from error
     return dict(sums)
 

@@ -65,6 +65,11 @@ class Partial:
         """The ids that hold a place, ascending."""
         return self.topk.images()
 
+    @property
+    def noted_winners(self) -> NDArray[np.int64]:
+        """The ids that hold one of the first k places and are noted in `seen`, ascending."""
+        return np.intersect1d(self.topk.images(self.identity["k"]), self.seen["id"])
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything as arrays, for an npz file without pickle."""
         reasons = sorted(set(self.failures.values()))

@@ -209,8 +209,39 @@ def test_shards_of_another_array_are_refused(precision: str) -> None:
         unitvis.scan(net(), pixels, ["0", "2"], shard=(number, 2), precision=precision, progress=False)
         for number, pixels in ((1, images()), (2, other))
     ]
-    with pytest.raises(UnitvisError, match=r"run 2 was not made of the images in 'array': 'image \d+' gave .* now"):
+    with pytest.raises(UnitvisError, match=r"run 2 was not made of the images in 'array': 'image \d+' is no longer"):
         merge(parts)
+
+
+def test_one_winner_of_an_array_that_changed_is_refused() -> None:
+    pixels = torch.randn(60, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    parts = [unitvis.scan(net(), pixels, ["2"], 9, shard=(number, 2), progress=False) for number in (1, 2)]
+    winners = unitvis.merge(parts, net(), images=pixels).winners.tolist()
+    assert len(winners) > 16
+    for id in winners:
+        other = pixels.clone()
+        other[id] = other[id].flip(-1)
+        with pytest.raises(UnitvisError, match=rf"'image {id}' is no longer the image .*: its pixels differ; restore"):
+            unitvis.merge(parts, net(), images=other)
+
+
+class Scaled(nn.Module):
+    """Two convolutions whose responses a factor changes by less than the numbers of the network's identity tell."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.net, self.factor = net(), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.factor)
+
+
+def test_other_responses_of_the_same_images_are_not_called_other_images() -> None:
+    pixels = torch.randn(60, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    parts = [unitvis.scan(Scaled(1.0), pixels, ["net.2"], shard=(number, 2), progress=False) for number in (1, 2)]
+    said = r"images of run 1 are those that were scanned and give other responses here: 'image \d+' gave .*; merge with"
+    with pytest.raises(UnitvisError, match=said):
+        unitvis.merge(parts, Scaled(1.000001), images=pixels)
 
 
 def test_what_a_merge_needs() -> None:
