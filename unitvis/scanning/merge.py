@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,19 @@ from torch import nn
 
 from unitvis import models
 from unitvis.errors import UnitvisError
+from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
 from unitvis.network.identity import outline
 from unitvis.ranking.recorder import Recorder
+from unitvis.reranking.witness import HALF_ROUNDINGS, ROUNDING
 from unitvis.results.folder import check_output
 from unitvis.run import Run, load
 from unitvis.scanning.scan import finish_run
 from unitvis.sources import Source, open_as_described, reopen_source
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.partial import Partial, joined_seen, refuse_differences, same_images
+from unitvis.state.overlap import contradiction
+from unitvis.state.partial import Identity, Partial, joined_seen, refuse_differences, same_images
+from unitvis.state.topk import TopK
 
 
 @torch.inference_mode(False)
@@ -100,6 +105,7 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
         except UnitvisError as error:
             raise UnitvisError(f"{first} and {name} cannot be merged: {error}") from error
         shared = coverage & part.coverage
+        _refuse_contradiction(f"{first} and {name} cannot be merged", merged.identity, topk, part.topk, shared)
         if len(shared) == len(part.coverage):
             continue
         if len(shared) and (topk.counts_nan() & part.topk.counts_nan()).any():
@@ -114,6 +120,31 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}
     seen = seen[np.isin(seen["id"], topk.images())]
     return Partial(merged.identity, topk, coverage, failures, seconds, seen)
+
+
+def _refuse_contradiction(what: str, scanned: Identity, one: TopK, other: TopK, shared: IntervalSet) -> None:
+    """UnitvisError, starting with `what`, where an image that both ranked gave them different responses.
+
+    Rounding alone may differ: of layers whose bits depend on an image's place in its batch, and of half precision.
+    """
+    if not len(shared):
+        return
+    mine, theirs = one.read(), other.read()
+    finite = np.where(np.isfinite(mine.values), np.abs(mine.values), 0).astype(np.float64)
+    sizes = [shape[0] if scanned["unit"] == "channel" else math.prod(shape) for shape in scanned["layers"].values()]
+    layer_of = np.repeat(np.arange(len(sizes)), sizes)
+    if (precision := scanned["precision"]) == "fp32":
+        largest = np.array([part.max() for part in np.split(finite, np.cumsum(sizes)[:-1])])
+        slack, share = ROUNDING * largest[layer_of], 0.0
+    else:
+        slack, share = HALF_ROUNDINGS * torch.finfo(HALF[precision]).eps * finite.max(axis=1), 0.5
+    if found := contradiction(mine, theirs, shared, slack, share):
+        values = " and ".join("less than the last winner" if v is None else f"{v:.9g}" for v in found[2:])
+        layer = list(scanned["layers"])[layer_of[found.unit]]
+        raise UnitvisError(
+            f"{what}: image {found.image} gave other responses in each ({values}, in layer {layer!r}); give each image "
+            "an id of its own, the same in all runs"
+        )
 
 
 def missing_ids(part: Partial, images: int | None) -> IntervalSet:

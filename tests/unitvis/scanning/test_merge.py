@@ -276,6 +276,34 @@ def test_recorders_of_other_loops_merge() -> None:
         recorder.partial()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "change", [lambda pixels: pixels * 2, lambda pixels: pixels / 2, lambda pixels: pixels.flip(0)]
+)
+def test_loops_that_used_the_same_ids_for_other_images_are_not_merged(
+    change: Callable[[Tensor], Tensor], precision: str
+) -> None:
+    pixels = torch.randn(96, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+
+    def part(images: Tensor, ids: range) -> unitvis.Run:
+        with unitvis.Recorder(net(), ["0", "2"], 3, precision=precision) as recorder:
+            recorder(images, list(ids))
+        return recorder.partial()
+
+    one, said = (
+        part(pixels[:48], range(48)),
+        r"run 1 and run 2 cannot be merged: image \d+ gave other responses in each",
+    )
+    for ids in (range(48), range(16, 32), range(20, 68)):  # as many, contained, overlapping
+        with pytest.raises(UnitvisError, match=said):
+            unitvis.merge([one, part(change(pixels[: len(ids)]), ids)], partial=True)
+        same_images = part(pixels[list(ids)], ids)
+        merged = unitvis.merge([one, same_images], partial=True).partial
+        assert merged.coverage.ranges.tolist() == [[0, max(48, ids.stop)]]
+        want = part(pixels[: max(48, ids.stop)], range(max(48, ids.stop))).partial.topk.read()
+        assert merged.topk.read().images[:, :3].tolist() == want.images[:, :3].tolist()
+
+
 def test_a_shard_is_resumed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (80, 12, 12, 3), np.uint8))
     options = {"transform": unitvis.Transform(), "progress": False, "batch_size": 16, "every": 1e-9}
