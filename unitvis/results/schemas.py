@@ -59,6 +59,7 @@ _MANIFEST: dict[str, Schema] = SHARED | {
     "warnings?": [TEXT],
     "shard?": Optional(TEXT),
     "partial?": FLAG,
+    "files?": ByName(TEXT),
 }
 MANIFEST_OF_A_SHARD = _MANIFEST | {"layers": ByName(_LAYER)}
 MANIFEST = _MANIFEST | {"layers": ByName(_RANKED_LAYER)}
