@@ -171,6 +171,11 @@ def _finished_run(
     """Make the run of all images from a part that covers them: re-rank if needed, then the second pass."""
     start = time.perf_counter()
     source = _reopened_source(manifest, images)
+    if len(beyond := part.coverage - IntervalSet([(0, source.length or 0)])):
+        raise UnitvisError(
+            f"the runs have images that are not there: {beyond}, of {source.length:,}; give the images that were "
+            "scanned"
+        )
     if len(gap := missing_ids(part, source.length)):
         raise UnitvisError(
             f"{len(gap):,} of {source.length:,} images are in none of the runs: {gap}; scan the shards that hold them, "
@@ -240,14 +245,18 @@ def _check_same_images(
 
 
 def _reopened_source(manifest: dict[str, Any], images: object) -> Source:
-    """Open the images of the runs; UnitvisError if `images` are others than those that were scanned."""
-    transform = manifest["transform"]
-    if images is None:
-        return reopen_source(manifest["source"], transform)
-    source = open_as_described(images, manifest["source"], transform)
-    if manifest["source"]["kind"] != "recorder":
-        found, wanted = (same_images(what) for what in (source.describe(), manifest["source"]))
-        refuse_differences("the images are not those of the runs", wanted, found)
+    """Open the images of the runs; UnitvisError if they, or their number or names, are not those that were scanned."""
+    transform, wanted = manifest["transform"], manifest["source"]
+    source = reopen_source(wanted, transform) if images is None else open_as_described(images, wanted, transform)
+    if wanted["kind"] == "recorder":
+        return source
+    found = source.describe()
+    if found["kind"] == wanted["kind"] and found.get("images") != wanted.get("images"):
+        raise UnitvisError(
+            f"the images are not those of the runs: the {source.kind} has {found.get('images')} images now, and "
+            f"{wanted.get('images')} were scanned; restore it, or scan again"
+        )
+    refuse_differences("the images are not those of the runs (then and now)", same_images(wanted), same_images(found))
     return source
 
 

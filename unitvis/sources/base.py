@@ -119,8 +119,9 @@ class Source(ABC):
         return dict(self._reasons)
 
     def add_failures(self, reasons: Mapping[int, str]) -> None:
-        """Add the failures of an earlier part of the same scan: reasons by image id."""
-        self._reasons.update((id, sys.intern(reason)) for id, reason in reasons.items())
+        """Add the failures of an earlier part of the same scan, reasons by image id; UnitvisError as for new ones."""
+        for id, reason in reasons.items():
+            self._note_failure(id, reason)
 
     def name(self, id: int) -> str:
         """Name of the image in messages and the manifest."""

@@ -225,6 +225,33 @@ def test_one_winner_of_an_array_that_changed_is_refused() -> None:
             unitvis.merge(parts, net(), images=other)
 
 
+def test_files_that_were_added_or_removed_since_are_said(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "images", 0)
+    options = {"transform": unitvis.Transform(), "progress": False}
+    parts = [unitvis.scan(net(), folder, shard=(number, 2), **options) for number in (1, 2)]
+    (folder / "40.png").write_bytes((folder / "00.png").read_bytes())
+    with pytest.raises(
+        UnitvisError, match="the folder has 41 images now, and 40 were scanned; restore it, or scan again"
+    ):
+        unitvis.merge(parts, net())
+    (folder / "40.png").unlink()
+    (folder / "07.png").rename(folder / "77.png")
+    with pytest.raises(UnitvisError, match=r"not those of the runs \(then and now\): names is"):
+        unitvis.merge(parts, net())
+    (folder / "77.png").unlink()
+    with pytest.raises(
+        UnitvisError, match="the folder has 39 images now, and 40 were scanned; restore it, or scan again"
+    ):
+        unitvis.merge(parts, net())
+
+
+def test_images_beyond_those_that_are_there_are_said() -> None:
+    with unitvis.Recorder(net(), ["0", "2"]) as recorder:
+        recorder(images())
+    with pytest.raises(UnitvisError, match="the runs have images that are not there: 50 to 52, of 50; give the images"):
+        merge([recorder.partial()], images=images()[:50])
+
+
 class Scaled(nn.Module):
     """Two convolutions whose responses a factor changes by less than the numbers of the network's identity tell."""
 
@@ -255,7 +282,9 @@ def test_what_a_merge_needs() -> None:
         unitvis.merge(shards(3), net(1), images=images())
     with pytest.raises(UnitvisError, match="the images came from a array, which has no path"):
         unitvis.merge(shards(3), net())
-    with pytest.raises(UnitvisError, match="the images are not those of the runs: images is 53 and 50"):
+    with pytest.raises(
+        UnitvisError, match="those of the runs: the array has 50 images now, and 53 were scanned; restore it"
+    ):
         merge(shards(3), images=images()[:50])
 
 

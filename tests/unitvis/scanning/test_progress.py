@@ -194,6 +194,23 @@ def test_another_scan_is_refused_with_the_difference(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_error": "raise"}, "'000.png' cannot be used: "),
+        ({"max_failures": 0}, "1 images could not be used, more than max_failures=0; the last is '000.png'"),
+    ],
+)
+def test_failures_before_a_crash_count(
+    options: dict[str, object], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("031.png", "069.png"):
+        shutil.copy(folder / "001.png", folder / name)
+    out = unfinished(folder, tmp_path / "run", monkeypatch)
+    with pytest.raises(UnitvisError, match=message):
+        scan(folder, out, resume=True, **options)
+
+
 def test_a_finished_run_is_not_scanned_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = scan(folder, tmp_path / "run")
     before = result(tmp_path / "run")
