@@ -51,6 +51,7 @@ def either(*schemas: Schema) -> Is:
 
 COUNT = whole(0, 2**62)
 NUMBER = Is("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v))
+SECONDS = Is("a number of seconds", lambda v: type(v) in (int, float) and abs(v) <= 1e12)
 TEXT = Is("text", lambda v: isinstance(v, str))
 FLAG = Is("true or false", lambda v: isinstance(v, bool))
 OBJECT = Is("an object", lambda v: isinstance(v, dict))

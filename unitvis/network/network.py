@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unitvis.errors import UnitvisError, abridged
 from unitvis.network.bits import Bits
 from unitvis.network.borrowing import Tensors, evaluating
-from unitvis.network.canonical import canonical_settings
+from unitvis.network.canonical import canonical_settings, refuse_other_arithmetic
 from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
 from unitvis.network.forward import CanonicalPass, Hooks, model_input
@@ -202,6 +202,7 @@ class Network:
 
     @torch.inference_mode(False)
     def _describe(self) -> dict[str, Any]:
+        refuse_other_arithmetic(self.device)  # or else the network would seem to be another one
         names, responses = [layer.name for layer in self.layers], {}
 
         def read(index: int, maps: Tensor) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,11 +62,13 @@ class Recording:
                 "device or not in float32; leave out device=, or move the model before"
             )
         self.k, self.images = k, 0  # images: how many are in the top-k
-        self.coverage = IntervalSet()  # the ids given; after `flush` all of them are in the top-k
+        self.coverage = IntervalSet()  # the ids in the top-k, where they came on the CPU
         self.topk: TopK  # made with the first batch
         self._layers, self._exclude, self._unit, self._weights = layers, exclude, unit, weights
         self._first_shape: torch.Size | None = None  # of the first image as it came
         self._next_id = 0
+        self._unranked = 0  # images that were given and are not in the top-k yet
+        self._lost = 0  # of those, the ones that never will be, because an exception ended the block
         self._waiting: list[tuple[Tensor, Tensor]] = []  # images and ids, fewer than are computed at once
         self._begun = self._settled = False
         self._watch: WeightsWatch | None = None  # of weights that are to stay fixed, from the first call on
@@ -78,15 +79,22 @@ class Recording:
         self.set_precision(precision, batch_size)
 
     def __enter__(self) -> Self:
+        if self._open:
+            raise UnitvisError("this Recorder's block is open already; leave it before you enter it again")
+        self._tell_of_lost_images()
+        self._begun = False  # the hooks of an earlier block are gone
         self._stack.enter_context(self.network.evaluating())
         self._open = True
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         with self._stack:
+            self._open = False
             if error is None:
                 self.flush()
-            self._open = False
+            else:
+                self._waiting.clear()
+                self._lost, self._unranked = self._unranked, 0
 
     def set_precision(self, precision: str, batch_size: int) -> None:
         """Choose how the images are computed, before the first one is."""
@@ -150,8 +158,8 @@ class Recording:
         if ids is None:
             ids = torch.arange(self._next_id, self._next_id + len(images), device="cpu")
         ids = checked_ids(ids, len(images))
-        known = ids.numpy().copy() if ids.device.type == "cpu" else ()  # ids that came on a GPU stay unknown
         self._next_id += len(images)
+        self._unranked += len(images)
         if self._waiting:
             waiting = self._waiting.pop()
             images, ids = torch.cat([waiting[0], images]), torch.cat([waiting[1], ids])
@@ -160,15 +168,24 @@ class Recording:
             self._rank(images[start : start + self._size], ids[start : start + self._size])
         if whole < len(images):
             self._waiting.append((images[whole:].clone(), ids[whole:].clone()))
-        self.coverage.add(np.asarray(known, np.int64))
         if self._weights == "moving":
             self.flush()
 
     @torch.inference_mode(False)
     def flush(self) -> None:
         """Compute the images that wait for a whole compute batch."""
+        self._tell_of_lost_images()
         if self._waiting:
             self._rank(*self._waiting.pop())
+
+    def _tell_of_lost_images(self) -> None:
+        """Warn once of the images that an exception cost."""
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            warnings.warn(
+                f"an exception ended the recorder's block, and the last {lost} images that it was given are not "
+                "ranked; record them again, under their ids"
+            )
 
     def _rank(self, images: Tensor, ids: Tensor) -> None:
         """Compute at most as many images as are computed at once, and fold them into the top-k."""
@@ -185,6 +202,9 @@ class Recording:
             if self._watch is not None:
                 self._watch.settle()
         self.images += len(ids)
+        self._unranked -= len(ids)
+        if ids.device.type == "cpu":  # ids that came on a GPU stay unknown
+            self.coverage.add(ids.numpy().copy())
 
     def _begin(self, images: Tensor) -> None:
         """Find the layers by the first images, and see that their responses can be ranked."""

@@ -14,6 +14,7 @@ gallery/               script, style and data of the page
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -35,6 +36,8 @@ from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import read_partial
 
 FORMAT = 1  # version of the folder's format, in the manifest
+_HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
+_RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
 _Data = TypeVar("_Data", bound=RunData)
 
 
@@ -56,14 +59,17 @@ def _write(run: RunData, folder: Path) -> None:
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
     with ExitStack() as stack:
         manifest = stack.enter_context(replacing(folder / "manifest.json"))  # entered first, so put in place last
+        names = ["top.npz"] * bool(arrays) + ["state.npz"] * (run.partial is not None) + ["images.jsonl"]
+        parts = {name: stack.enter_context(replacing(folder / name)) for name in names}
         if arrays:
-            with open(stack.enter_context(replacing(folder / "top.npz")), "wb") as file:
+            with open(parts["top.npz"], "wb") as file:
                 np.savez_compressed(file, **arrays)
         if run.partial is not None:
-            run.partial.write(stack.enter_context(replacing(folder / "state.npz")))
-        with open(stack.enter_context(replacing(folder / "images.jsonl")), "w", encoding="utf-8") as lines:
+            run.partial.write(parts["state.npz"])
+        with open(parts["images.jsonl"], "w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(record) + "\n" for _, record in sorted(run.records.items()))
-        manifest.write_text(json.dumps(run.manifest, indent=1) + "\n", encoding="utf-8")
+        hashes = {name: _file_hash(path) for name, path in parts.items()}
+        manifest.write_text(json.dumps({**run.manifest, "files": hashes}, indent=1) + "\n", encoding="utf-8")
         # All is written, so no disk that fills up can cost the run that was there.
         for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
             (folder / name).unlink(missing_ok=True)
@@ -88,6 +94,8 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
     try:
         tops = {} if manifest.get("partial") else _read_tops(folder / "top.npz", manifest)
         records = _read_records(folder / "images.jsonl")
+        if wrong := _files_problem(folder, manifest.pop("files", {})) or _records_problem(tops, records, manifest):
+            raise ValueError(wrong)
     except UnitvisError:
         raise
     except Exception as error:  # damaged files make numpy and zipfile raise nearly anything
@@ -108,6 +116,31 @@ def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerArrays
         if wrong := arrays_problem(top, manifest):
             raise ValueError(f"{path.name}: layer {name!r}: {wrong}")
     return tops
+
+
+def _files_problem(folder: Path, hashes: Mapping[str, str]) -> str | None:
+    """Which file is not the one that was written with the manifest; None if all are, or it is too old to say so."""
+    for name in _HASHED & hashes.keys():
+        if _file_hash(folder / name) != hashes[name]:
+            return f"{name} is not the one that was written with manifest.json"
+    return None
+
+
+def _records_problem(
+    tops: Mapping[str, LayerArrays], records: Mapping[int, Any], manifest: Mapping[str, Any]
+) -> str | None:
+    """Whether the record of a winner's image is missing, so that nothing would tell that the image has changed."""
+    if manifest["source"]["kind"] not in _RECORDED:
+        return None
+    images = np.unique(np.concatenate([top.images for top in tops.values()], axis=None)) if tops else np.zeros(0)
+    missing = np.setdiff1d(images[images >= 0], list(records))
+    return f"images.jsonl has no line for image {missing[0]}" if len(missing) else None
+
+
+def _file_hash(path: Path) -> str:
+    """BLAKE2b hash of a file, 32 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _read_records(path: Path) -> dict[int, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from unitvis.results.arrays import ARRAYS, SEPARATED, TIED, UNSEPARATED, LayerArrays
-from unitvis.schema import COUNT, FLAG, NUMBER, OBJECT, TEXT, ByName, Optional, Schema, choice, either, whole
+from unitvis.schema import COUNT, FLAG, NUMBER, OBJECT, SECONDS, TEXT, ByName, Optional, Schema, choice, either, whole
 from unitvis.state.partial import SHARED
 
 _SIDE = whole(1, 10**6)  # pixels of an input, cells of a map
@@ -55,10 +55,11 @@ _MANIFEST: dict[str, Schema] = SHARED | {
     "images": COUNT,
     "coverage": [(COUNT, COUNT)],
     "failures": [{"id": COUNT, "name": TEXT, "reason": TEXT}],
-    "seconds": ByName(NUMBER),
+    "seconds": ByName(SECONDS),
     "warnings?": [TEXT],
     "shard?": Optional(TEXT),
     "partial?": FLAG,
+    "files?": ByName(TEXT),
 }
 MANIFEST_OF_A_SHARD = _MANIFEST | {"layers": ByName(_LAYER)}
 MANIFEST = _MANIFEST | {"layers": ByName(_RANKED_LAYER)}
@@ -88,10 +89,18 @@ def arrays_problem(top: LayerArrays, manifest: Mapping[str, Any]) -> str | None:
     for name in ARRAYS:
         array, shape = getattr(top, name), (info["units"], *shapes[name])
         if array.shape != shape or (name in _DTYPES and array.dtype != np.dtype(_DTYPES[name])):
-            return f"{name} is {array.dtype} {list(array.shape)}, not {list(shape)}"
+            wanted = np.dtype(_DTYPES[name]) if name in _DTYPES else "text"
+            return f"{name} is {array.dtype} {list(array.shape)}, not {wanted} {list(shape)}"
     if top.status.dtype.kind != "U" or not np.isin(top.status, (SEPARATED, TIED, UNSEPARATED)).all():
         return "a status is none of separated, tied, unseparated"
     blank = top.images < 0
+    if (blank[:, :-1] & ~blank[:, 1:]).any():
+        return "a winner follows a blank place"
+    ordered = np.sort(top.images, axis=1)
+    if ((np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] >= 0)).any():
+        return "a unit has an image twice among its winners"
+    if not ((top.values[:, :-1] >= top.values[:, 1:]) | blank[:, 1:]).all():
+        return "values of winners do not descend"
     inside = (top.positions >= 0) & (top.positions < [info["height"], info["width"]])
     if (top.images < -1).any() or not (inside.all(axis=2) | blank).all():
         return "a winner lies outside of the feature map"

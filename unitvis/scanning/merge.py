@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,19 @@ from torch import nn
 
 from unitvis import models
 from unitvis.errors import UnitvisError
+from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
 from unitvis.network.identity import outline
 from unitvis.ranking.recorder import Recorder
+from unitvis.reranking.witness import HALF_ROUNDINGS, ROUNDING
 from unitvis.results.folder import check_output
 from unitvis.run import Run, load
 from unitvis.scanning.scan import finish_run
 from unitvis.sources import Source, open_as_described, reopen_source
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.partial import Partial, joined_seen, refuse_differences, same_images
+from unitvis.state.overlap import contradiction
+from unitvis.state.partial import Identity, Partial, joined_seen, refuse_differences, same_images
+from unitvis.state.topk import TopK
 
 
 @torch.inference_mode(False)
@@ -100,6 +105,7 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
         except UnitvisError as error:
             raise UnitvisError(f"{first} and {name} cannot be merged: {error}") from error
         shared = coverage & part.coverage
+        _refuse_contradiction(f"{first} and {name} cannot be merged", merged.identity, topk, part.topk, shared)
         if len(shared) == len(part.coverage):
             continue
         if len(shared) and (topk.counts_nan() & part.topk.counts_nan()).any():
@@ -114,6 +120,31 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}
     seen = seen[np.isin(seen["id"], topk.images())]
     return Partial(merged.identity, topk, coverage, failures, seconds, seen)
+
+
+def _refuse_contradiction(what: str, scanned: Identity, one: TopK, other: TopK, shared: IntervalSet) -> None:
+    """UnitvisError, starting with `what`, where an image that both ranked gave them different responses.
+
+    Rounding alone may differ: of layers whose bits depend on an image's place in its batch, and of half precision.
+    """
+    if not len(shared):
+        return
+    mine, theirs = one.read(), other.read()
+    finite = np.where(np.isfinite(mine.values), np.abs(mine.values), 0).astype(np.float64)
+    sizes = [shape[0] if scanned["unit"] == "channel" else math.prod(shape) for shape in scanned["layers"].values()]
+    layer_of = np.repeat(np.arange(len(sizes)), sizes)
+    if (precision := scanned["precision"]) == "fp32":
+        largest = np.array([part.max() for part in np.split(finite, np.cumsum(sizes)[:-1])])
+        slack, share = ROUNDING * largest[layer_of], 0.0
+    else:
+        slack, share = HALF_ROUNDINGS * torch.finfo(HALF[precision]).eps * finite.max(axis=1), 0.5
+    if found := contradiction(mine, theirs, shared, slack, share):
+        values = " and ".join("less than the last winner" if v is None else f"{v:.9g}" for v in found[2:])
+        layer = list(scanned["layers"])[layer_of[found.unit]]
+        raise UnitvisError(
+            f"{what}: image {found.image} gave other responses in each ({values}, in layer {layer!r}); give each image "
+            "an id of its own, the same in all runs"
+        )
 
 
 def missing_ids(part: Partial, images: int | None) -> IntervalSet:
@@ -140,6 +171,11 @@ def _finished_run(
     """Make the run of all images from a part that covers them: re-rank if needed, then the second pass."""
     start = time.perf_counter()
     source = _reopened_source(manifest, images)
+    if len(beyond := part.coverage - IntervalSet([(0, source.length or 0)])):
+        raise UnitvisError(
+            f"the runs have images that are not there: {beyond}, of {source.length:,}; give the images that were "
+            "scanned"
+        )
     if len(gap := missing_ids(part, source.length)):
         raise UnitvisError(
             f"{len(gap):,} of {source.length:,} images are in none of the runs: {gap}; scan the shards that hold them, "
@@ -176,33 +212,51 @@ def _finished_run(
 def _check_same_images(
     recorder: Recorder, source: Source, parts: Mapping[str, Partial], then: Mapping[str, str]
 ) -> dict[str, int]:
-    """Compute some winners of each part again; UnitvisError that names a part which other images made.
+    """Hash the winners of each part and compute some again; UnitvisError that names a part which other images made.
 
     then: the fingerprint of the parts. Returns the sums of what `check_witness` does.
     """
     sums: Counter[str] = Counter()
     bits = fingerprint(recorder.network.device) == then
+    winners = recorder.topk.images(recorder.k)
     for name, part in parts.items():
+        noted = part.noted_winners
+        others = f"{name} was not made of the images in {source.describe()['path'] or source.kind!r}"
         try:
             source.note(part.seen)
-            sums.update(recorder.check_witness(source, part.topk, bits=bits))
+            source.check_noted(np.intersect1d(noted, winners).tolist())
         except UnitvisError as error:
             raise UnitvisError(
-                f"{name} was not made of the images in {source.describe()['path'] or source.kind!r}: {error}; give the "
-                "images that were scanned (--images, images=), or scan that shard again"
+                f"{others}: {error}, or give the images that were scanned (--images, images=)"
+            ) from error
+        try:
+            sums.update(recorder.check_witness(source, part.topk, bits=bits))
+        except UnitvisError as error:
+            if len(noted):
+                raise UnitvisError(
+                    f"the images of {name} are those that were scanned and give other responses here: {error}; merge "
+                    "with the network, libraries and settings of the scan, or scan that shard again"
+                ) from error
+            raise UnitvisError(
+                f"{others}, or by another network: {error}; give the images that were scanned (--images, images=), or "
+                "scan that shard again"
             ) from error
     return dict(sums)
 
 
 def _reopened_source(manifest: dict[str, Any], images: object) -> Source:
-    """Open the images of the runs; UnitvisError if `images` are others than those that were scanned."""
-    transform = manifest["transform"]
-    if images is None:
-        return reopen_source(manifest["source"], transform)
-    source = open_as_described(images, manifest["source"], transform)
-    if manifest["source"]["kind"] != "recorder":
-        found, wanted = (same_images(what) for what in (source.describe(), manifest["source"]))
-        refuse_differences("the images are not those of the runs", wanted, found)
+    """Open the images of the runs; UnitvisError if they, or their number or names, are not those that were scanned."""
+    transform, wanted = manifest["transform"], manifest["source"]
+    source = reopen_source(wanted, transform) if images is None else open_as_described(images, wanted, transform)
+    if wanted["kind"] == "recorder":
+        return source
+    found = source.describe()
+    if found["kind"] == wanted["kind"] and found.get("images") != wanted.get("images"):
+        raise UnitvisError(
+            f"the images are not those of the runs: the {source.kind} has {found.get('images')} images now, and "
+            f"{wanted.get('images')} were scanned; restore it, or scan again"
+        )
+    refuse_differences("the images are not those of the runs (then and now)", same_images(wanted), same_images(found))
     return source
 
 

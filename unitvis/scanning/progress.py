@@ -98,15 +98,21 @@ class Progress:
         refuse_differences(what, found, self.identity)
 
     def _check_same_images(self, part: Partial) -> None:
-        """Raise UnitvisError where the images are not those of the checkpoint, as far as some winners tell."""
+        """Raise UnitvisError where winners' hashes, or some winners' responses, are not those of the checkpoint."""
+        what, remedy = f"the scan in {self._folder} cannot be resumed", "start again with --overwrite"
         try:
             self._source.note(part.seen)
+            self._source.check_noted(part.noted_winners.tolist())
+        except UnitvisError as error:
+            raise UnitvisError(f"{what}, because its images have changed: {error} (--overwrite)") from error
+        try:
             self.witness = self._recorder.check_witness(self._source, bits=True)
         except UnitvisError as error:
-            raise UnitvisError(
-                f"the scan in {self._folder} cannot be resumed, because its images have changed: {error}; restore "
-                "them, or start again with --overwrite"
-            ) from error
+            if len(part.noted_winners):
+                why = "because its responses have changed and its images have not: the network, a library or a setting"
+                raise UnitvisError(f"{what}, {why} differs: {error}; restore that, or {remedy}") from error
+            why = "because its images or the network have changed"
+            raise UnitvisError(f"{what}, {why}: {error}; restore them, or {remedy}") from error
 
     @property
     def identity(self) -> Identity:

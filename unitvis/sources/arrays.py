@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from unitvis.errors import UnitvisError
-from unitvis.sources.base import Chunks, Picture, Source, id_groups, map_in_order, require_transform
+from unitvis.sources.base import Chunks, Picture, Source, id_groups, map_in_order, require_transform, usable_cores
 from unitvis.sources.transform import Box, Transform
+from unitvis.state.partial import SEEN
 
 
 class ArraySource(Source):
     """Images of one array: uint8 [N, H, W, 3 or 1], to be transformed, or float [N, C, H, W], already normalised.
 
     A memory-mapped array is read row by row; a tensor stays on its device. Do not change the array while it is in use.
+    Rows are hashed only where `noted` asks for them; a row of another hash raises UnitvisError when it is read again.
+    name: names an image in messages, in place of `Source.name`.
     """
 
     kind = "array"
@@ -32,12 +36,18 @@ class ArraySource(Source):
         *,
         on_error: str = "skip",
         path: str | None = None,
+        name: Callable[[int], str] | None = None,
     ) -> None:
         check_pixels(array, 4, repr(path) if path else "the array")
         super().__init__(transform, len(array), on_error)
         if array.dtype in (np.uint8, torch.uint8):
             require_transform(transform)
-        self._array, self._path = array, path
+        self._array, self._path, self._own_name = array, path, name
+        self._digests: dict[int, bytes] = {}  # of the rows that were noted, by id
+
+    def name(self, id: int) -> str:
+        """Name of the image in messages and the manifest."""
+        return super().name(id) if self._own_name is None else self._own_name(id)
 
     def read(self, id: int) -> Tensor:
         """Read one image: uint8 [H, W, 3] or float32 [C, H, W], on the array's device."""
@@ -57,6 +67,23 @@ class ArraySource(Source):
         shape, dtype = list(self._array.shape), str(self._array.dtype).removeprefix("torch.")
         return {"kind": self.kind, "path": self._path, "images": self.length, "shape": shape, "dtype": dtype}
 
+    def noted(self, ids: NDArray[np.int64]) -> NDArray[np.void]:
+        """Hash and size of these images: rows that were not noted before are read and hashed in threads."""
+        new = [id for id in ids.tolist() if id not in self._digests]
+        hashed = map_in_order(self._hash, new, usable_cores(), ahead=2 * usable_cores())
+        self._digests |= {id: bytes.fromhex(result()) for id, result in hashed}
+        self._digests = {id: self._digests[id] for id in ids.tolist()}
+        found = np.zeros(len(ids), SEEN)
+        found["id"], found["digest"] = ids, [np.void(digest) for digest in self._digests.values()]
+        if len(ids):
+            found["width"], found["height"] = size_of(self._rows(ids[:1].tolist())[0])
+        return found
+
+    def note(self, seen: NDArray[np.void]) -> None:
+        """Take over hashes; UnitvisError for an image that there is not."""
+        ids = [self._checked_id(id) for id in seen["id"].tolist()]
+        self._digests |= dict(zip(ids, (digest.tobytes() for digest in seen["digest"]), strict=True))
+
     def _hash(self, id: int) -> str:
         return pixel_hash(self._rows([id])[0])
 
@@ -70,7 +97,13 @@ class ArraySource(Source):
     def _rows(self, ids: list[int]) -> Tensor:
         ids = [self._checked_id(id) for id in ids]
         consecutive = ids == list(range(ids[0], ids[0] + len(ids)))  # a slice of a tensor is a view, not a copy
-        return as_pixels(self._array[ids[0] : ids[-1] + 1] if consecutive else self._array[ids], 4, "the array")
+        rows = as_pixels(self._array[ids[0] : ids[-1] + 1] if consecutive else self._array[ids], 4, "the array")
+        for row, id in enumerate(ids):
+            if (digest := self._digests.get(id)) is not None and pixel_hash(rows[row]) != digest.hex():
+                raise UnitvisError(
+                    f"{self.name(id)!r} {self._changed_message}: its pixels differ; restore them, or {self._remedy}"
+                )
+        return rows
 
 
 def check_pixels(value: object, ndim: int, what: str) -> None:

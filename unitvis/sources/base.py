@@ -74,6 +74,7 @@ class Source(ABC):
 
     rereadable = True  # False: a stream, which is read once and in one order
     has_files = False  # True: images are files, which several threads may read at once
+    threads = True  # True: several threads may read images at once
     separate_originals = False  # True: the files that `record` describes are not those that pixels are read from
     length: int | None  # number of images; None while it is unknown
     kind: str  # name of the kind of source, in messages and the manifest
@@ -105,7 +106,7 @@ class Source(ABC):
             raise UnitvisError(f"batch_size={batch_size}; at least 1 is needed")
         if ids is not None and not self.rereadable:
             raise UnitvisError(f"the {self.kind} can be read once only, so no image can be asked for by its id")
-        return self._batches(batch_size, _usable_cores() if workers is None else workers, ids)
+        return self._batches(batch_size, usable_cores() if workers is None else workers, ids)
 
     @property
     def failures(self) -> list[Failure]:
@@ -118,8 +119,9 @@ class Source(ABC):
         return dict(self._reasons)
 
     def add_failures(self, reasons: Mapping[int, str]) -> None:
-        """Add the failures of an earlier part of the same scan: reasons by image id."""
-        self._reasons.update((id, sys.intern(reason)) for id, reason in reasons.items())
+        """Add the failures of an earlier part of the same scan, reasons by image id; UnitvisError as for new ones."""
+        for id, reason in reasons.items():
+            self._note_failure(id, reason)
 
     def name(self, id: int) -> str:
         """Name of the image in messages and the manifest."""
@@ -168,6 +170,15 @@ class Source(ABC):
     def note(self, seen: NDArray[np.void]) -> None:  # noqa: B027  a source that notes nothing takes nothing over
         """Take over what `noted` gave in another process: an image that is not the same raises when it is read."""
 
+    def check_noted(self, ids: Iterable[int]) -> None:
+        """Read images again, in threads; UnitvisError about the first one that is not as `note` was told."""
+        workers = usable_cores() if self.threads else 0
+        for id, result in map_in_order(self._read_noted, self._checked_ids(ids), workers, ahead=2 * workers):
+            try:
+                result()
+            except ImageError as error:
+                raise UnitvisError(f"{self.name(id)!r} {self._changed_message}: {error}") from error
+
     def value_range(self, ids: Iterable[int]) -> tuple[float, float]:
         """Smallest and largest finite value of these images if `picture` needs them, otherwise 0 and 1."""
         low, high = float("inf"), float("-inf")
@@ -187,6 +198,10 @@ class Source(ABC):
     @abstractmethod
     def _hash(self, id: int) -> str:
         """Hash of the image as it is now."""
+
+    def _read_noted(self, id: int) -> object:
+        """Read as much of an image as tells whether it is the one that was noted; UnitvisError if it is not."""
+        return self.read(id)
 
     def _batches(self, batch_size: int, workers: int, ids: Iterable[int] | None) -> Generator[Batch]:
         """Regroup the images of `_chunks` into batches; a chunk that is a whole batch is not copied."""
@@ -324,8 +339,6 @@ class ImageInfoTable:
 class ItemSource(Source):
     """Source that reads images one at a time; each may fail alone, and must be unchanged when it is read again."""
 
-    threads = True  # True: several threads may read images at once
-
     def __init__(
         self, transform: Transform | None, length: int, on_error: str, infos: ImageInfoTable | None = None
     ) -> None:
@@ -364,11 +377,16 @@ class ItemSource(Source):
             self._checked_id(id)
         self._infos.note(seen)
 
+    def _read_noted(self, id: int) -> object:
+        return self._load(id)
+
     def _check_unchanged(self, id: int, digest: bytes) -> bytes:
         """Return the digest; UnitvisError if the image was read before with another one."""
         info = self._infos[id]
         if info and info.digest != digest:
-            raise UnitvisError(f"{self.name(id)!r} {self._changed_message}: read again, it differs")
+            raise UnitvisError(
+                f"{self.name(id)!r} {self._changed_message}: read again, it differs; restore it, or {self._remedy}"
+            )
         return digest
 
 
@@ -427,6 +445,6 @@ def _describe_shape(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{shape[1]} x {shape[0]} pixels" if dtype == torch.uint8 else f"{dtype} {list(shape)}"
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -103,6 +103,9 @@ class EncodedSource(ItemSource):
     def _hash(self, id: int) -> str:
         return _digest(self._contents(id)).hex()
 
+    def _read_noted(self, id: int) -> object:
+        return self._checked_contents(id)
+
     def _load(self, id: int) -> tuple[Tensor, ImageInfo]:
         data, digest = self._checked_contents(id)
         self._may_decode.wait()

@@ -66,7 +66,7 @@ class PackSource(Source):
     ) -> None:
         super().__init__(transform, len(pixels), **options)
         self.path, self._about = path, about
-        self._rows = ArraySource(pixels, Transform(), path=path)
+        self._rows = ArraySource(pixels, Transform(), path=path, name=self.name)
         self._names, self._infos = Names.from_arrays(tables), ImageInfoTable.of(tables["seen"])
         self.unusable = {one["id"]: sys.intern(one["reason"]) for one in about["failures"]}  # id -> reason
 
@@ -94,6 +94,14 @@ class PackSource(Source):
         source = self._about["source"]
         own = {"kind": self.kind, "path": self.path, "of": source["kind"]}
         return {**source, **own, "shape": self._about["shape"], "pixels": self._about["pixels"]}
+
+    def noted(self, ids: NDArray[np.int64]) -> NDArray[np.void]:
+        """Hash and size of the packed pixels of these images."""
+        return self._rows.noted(ids)
+
+    def note(self, seen: NDArray[np.void]) -> None:
+        """Take over hashes of packed pixels; UnitvisError for an image that there is not."""
+        self._rows.note(seen)
 
     def _hash(self, id: int) -> str:
         return self.record(id)["hash"] if self._originals is None else self._originals._hash(id)

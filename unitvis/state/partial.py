@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError, abridged
 from unitvis.files import read_arrays, write_arrays
-from unitvis.schema import COUNT, NUMBER, OBJECT, TEXT, ByName, Optional, Schema, choice, problem, whole
+from unitvis.schema import COUNT, NUMBER, OBJECT, SECONDS, TEXT, ByName, Optional, Schema, choice, problem, whole
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.topk import TopK
 
@@ -40,10 +40,10 @@ SHARED: dict[str, Schema] = {
 _IDENTITY = SHARED | {
     "precision": choice("fp32", "fp16", "bf16"),
     "layers": ByName((whole(1, 10**6), whole(1, 10**6), whole(1, 10**6))),
-    "source": {"kind": TEXT},
+    "source": {"kind": TEXT, "images?": Optional(COUNT)},
     "shard?": Optional(TEXT),
 }
-_ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": NUMBER}
+_ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": SECONDS}
 FORMAT = 2  # version of the arrays
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -64,6 +64,11 @@ class Partial:
     def candidates(self) -> NDArray[np.int64]:
         """The ids that hold a place, ascending."""
         return self.topk.images()
+
+    @property
+    def noted_winners(self) -> NDArray[np.int64]:
+        """The ids that hold one of the first k places and are noted in `seen`, ascending."""
+        return np.intersect1d(self.topk.images(self.identity["k"]), self.seen["id"])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything as arrays, for an npz file without pickle."""
@@ -131,6 +136,18 @@ def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> s
     coverage = arrays["coverage"].ravel()
     if (coverage < 0).any() or (np.diff(coverage) <= 0).any():
         return "the coverage is no list of ranges"
+    total = identity["source"].get("images")  # None: not known
+    if total is not None and len(coverage) and coverage[-1] > total:
+        return f"the coverage ends at image {coverage[-1] - 1}, of {total}"
+    seen, failed = arrays["seen"]["id"], arrays["failed"]
+    if (np.diff(seen) <= 0).any():
+        return "the table of images is not in order"
+    held, covered = TopK(torch.from_numpy(state)).read(), IntervalSet(arrays["coverage"])
+    for ids in (held.images[held.images != -1], seen):
+        if len(outside := ids[~covered.holds(ids)]):
+            return f"image {outside[0]} holds a place, or a line in the table of images, and was not scanned"
+    if len(outside := failed[(failed < 0) | (failed >= (np.inf if total is None else total))]):
+        return f"image {outside[0]} is said to have failed, of {total}"
     return None
 
 

@@ -76,9 +76,9 @@ class TopK:
         values, images, positions = (part.numpy() for part in uk.topk_read(tensor))
         return Ranked(values, images, positions, tensor[:, -2:].numpy())
 
-    def images(self) -> NDArray[np.int64]:
-        """The ids that hold a place, ascending."""
-        ids = np.unique(self.read().images)
+    def images(self, places: int | None = None) -> NDArray[np.int64]:
+        """The ids that hold one of the first so many places (None: any), ascending."""
+        ids = np.unique(self.read().images[:, :places])
         return ids[ids >= 0]
 
     def counts_nan(self) -> Tensor:

@@ -14,6 +14,7 @@ from support.scans import arrays, images, scan, small_net
 from unitvis import UnitvisError
 from unitvis.network import canonical
 from unitvis.network.device import fingerprint
+from unitvis.network.network import Network
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,10 @@ def test_operands_of_fewer_bits_are_refused(name: str, monkeypatch: pytest.Monke
     with pytest.raises(UnitvisError, match=rf"rounded to fewer bits here \({name}=BF16\).*; unset {name}") as raised:
         scan(small_net(), images(3))
     assert "\n" not in str(raised.value)
+    network = Network(small_net())
+    network.examine((3, 28, 28))
+    with pytest.raises(UnitvisError, match="rounded to fewer bits"):  # before it is taken for another network
+        network.description  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["conv2d", "mm"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from support.scans import LAYERS, arrays, images, planted, recorded, scan, small_net
+from support.scans import LAYERS, arrays, images, planted, recorded, scan, small_net, two_convolutions
 from unitvis import Recorder, UnitvisError
 
 
@@ -103,3 +106,50 @@ def test_a_loop_may_train_the_model_meanwhile() -> None:
             assert all(module.training for module in model.modules())
     assert arrays(recorder.result()) == want
     assert torch.equal(model[4].running_mean, mean)
+
+
+class Interruption(BaseException):
+    """What Ctrl-C raises, as far as a test can have it."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_exception_in_the_block_costs_the_images_that_wait_and_says_so(precision: str) -> None:
+    model, pixels = two_convolutions(), images(60, 12)
+    recorder = Recorder(model, ["0", "2"], 4, precision=precision, batch_size=16)
+    with suppress(Interruption), recorder:
+        recorder(pixels[:25], range(100, 125))
+        raise Interruption
+    with pytest.warns(UserWarning, match="ended the recorder's block, and the last 9 images that it was given are not"):
+        run = recorder.result()
+    assert run.manifest["coverage"] == [[100, 116]]
+    assert recorder.partial().partial.coverage.ranges.tolist() == [[100, 116]]
+    with recorder:  # a second time
+        recorder(pixels[16:], range(116, 160))
+        with pytest.raises(UnitvisError, match="block is open already; leave it before"), recorder:
+            pass
+    with Recorder(two_convolutions(), ["0", "2"], 4, precision=precision, batch_size=16) as other:
+        other(pixels, range(100, 160))
+    assert arrays(recorder.result()) == arrays(other.result())
+
+
+def test_an_exception_while_images_are_computed_leaves_what_was_ranked() -> None:
+    model, pixels = two_convolutions(), images(60, 12)
+    recorder, computed = Recorder(model, ["0", "2"], 4), []
+    real = recorder._rank
+
+    def rank(batch: Tensor, ids: Tensor) -> None:
+        if len(computed) == 2:
+            raise Interruption
+        computed.append(len(batch))
+        real(batch, ids)
+
+    recorder._rank = rank
+    with suppress(Interruption), recorder:
+        recorder(pixels[:10])
+        recorder(pixels[10:])
+    with pytest.warns(UserWarning, match="the last 28 images"):
+        run = recorder.result()
+    with Recorder(two_convolutions(), ["0", "2"], 4) as other:
+        other(pixels[:32])
+    assert run.manifest["coverage"] == [[0, 32]]
+    assert arrays(run) == arrays(other.result())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +47,41 @@ def test_a_full_disk_does_not_cost_the_run_that_was_there(
     other.save(folder, overwrite=True)
     assert set(contents(folder)) == {"manifest.json", "top.npz", "images.jsonl"}  # pictures of the old run are gone
     assert unitvis.load(folder)["0"].values.tobytes() == other["0"].values.tobytes()
+
+
+def without_hashes(folder: Path) -> None:
+    """Make a run one of a version that did not hash its files."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["top.npz", "images.jsonl"])
+def test_files_that_were_not_written_together_are_refused(name: str, tmp_path: Path) -> None:
+    one, other = (scanned(seed).save(tmp_path / str(seed)) for seed in (0, 1))
+    (other / "images.jsonl").write_text((other / "images.jsonl").read_text().replace('"image 3"', '"image three"'))
+    shutil.copy(other / name, one / name)
+    with pytest.raises(UnitvisError, match=f"not a whole run \\({name} is not the one that was written with manifest"):
+        unitvis.load(one)
+
+
+def test_a_winner_without_a_record_is_refused(tmp_path: Path) -> None:
+    folder = scanned(0).save(tmp_path / "run")
+    without_hashes(folder)
+    assert unitvis.load(folder).records  # the run of an older version is read
+    lines = (folder / "images.jsonl").read_text().splitlines(keepends=True)
+    for kept in (lines[1:], []):
+        (folder / "images.jsonl").write_text("".join(kept))
+        with pytest.raises(
+            UnitvisError, match=r"not a whole run \(images.jsonl has no line for image \d+\); scan again"
+        ):
+            unitvis.load(folder)
+
+
+def test_a_loop_without_images_has_no_records(tmp_path: Path) -> None:
+    with unitvis.Recorder(nn.Sequential(nn.Conv2d(3, 2, 3))) as recorder:
+        recorder(torch.rand(5, 3, 8, 8))
+    folder = recorder.result().save(tmp_path / "run")
+    assert unitvis.load(folder).records == {}
+    stream = unitvis.scan(nn.Sequential(nn.Conv2d(3, 2, 3)), iter([torch.rand(5, 3, 8, 8)]), progress=False)
+    assert unitvis.load(stream.save(tmp_path / "stream")).manifest == stream.manifest

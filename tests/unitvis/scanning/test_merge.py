@@ -209,8 +209,66 @@ def test_shards_of_another_array_are_refused(precision: str) -> None:
         unitvis.scan(net(), pixels, ["0", "2"], shard=(number, 2), precision=precision, progress=False)
         for number, pixels in ((1, images()), (2, other))
     ]
-    with pytest.raises(UnitvisError, match=r"run 2 was not made of the images in 'array': 'image \d+' gave .* now"):
+    with pytest.raises(UnitvisError, match=r"run 2 was not made of the images in 'array': 'image \d+' is no longer"):
         merge(parts)
+
+
+def test_one_winner_of_an_array_that_changed_is_refused() -> None:
+    pixels = torch.randn(60, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    parts = [unitvis.scan(net(), pixels, ["2"], 9, shard=(number, 2), progress=False) for number in (1, 2)]
+    winners = unitvis.merge(parts, net(), images=pixels).winners.tolist()
+    assert len(winners) > 16
+    for id in winners:
+        other = pixels.clone()
+        other[id] = other[id].flip(-1)
+        with pytest.raises(UnitvisError, match=rf"'image {id}' is no longer the image .*: its pixels differ; restore"):
+            unitvis.merge(parts, net(), images=other)
+
+
+def test_files_that_were_added_or_removed_since_are_said(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "images", 0)
+    options = {"transform": unitvis.Transform(), "progress": False}
+    parts = [unitvis.scan(net(), folder, shard=(number, 2), **options) for number in (1, 2)]
+    (folder / "40.png").write_bytes((folder / "00.png").read_bytes())
+    with pytest.raises(
+        UnitvisError, match="the folder has 41 images now, and 40 were scanned; restore it, or scan again"
+    ):
+        unitvis.merge(parts, net())
+    (folder / "40.png").unlink()
+    (folder / "07.png").rename(folder / "77.png")
+    with pytest.raises(UnitvisError, match=r"not those of the runs \(then and now\): names is"):
+        unitvis.merge(parts, net())
+    (folder / "77.png").unlink()
+    with pytest.raises(
+        UnitvisError, match="the folder has 39 images now, and 40 were scanned; restore it, or scan again"
+    ):
+        unitvis.merge(parts, net())
+
+
+def test_images_beyond_those_that_are_there_are_said() -> None:
+    with unitvis.Recorder(net(), ["0", "2"]) as recorder:
+        recorder(images())
+    with pytest.raises(UnitvisError, match="the runs have images that are not there: 50 to 52, of 50; give the images"):
+        merge([recorder.partial()], images=images()[:50])
+
+
+class Scaled(nn.Module):
+    """Two convolutions whose responses a factor changes by less than the numbers of the network's identity tell."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.net, self.factor = net(), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.factor)
+
+
+def test_other_responses_of_the_same_images_are_not_called_other_images() -> None:
+    pixels = torch.randn(60, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    parts = [unitvis.scan(Scaled(1.0), pixels, ["net.2"], shard=(number, 2), progress=False) for number in (1, 2)]
+    said = r"images of run 1 are those that were scanned and give other responses here: 'image \d+' gave .*; merge with"
+    with pytest.raises(UnitvisError, match=said):
+        unitvis.merge(parts, Scaled(1.000001), images=pixels)
 
 
 def test_what_a_merge_needs() -> None:
@@ -224,7 +282,9 @@ def test_what_a_merge_needs() -> None:
         unitvis.merge(shards(3), net(1), images=images())
     with pytest.raises(UnitvisError, match="the images came from a array, which has no path"):
         unitvis.merge(shards(3), net())
-    with pytest.raises(UnitvisError, match="the images are not those of the runs: images is 53 and 50"):
+    with pytest.raises(
+        UnitvisError, match="those of the runs: the array has 50 images now, and 53 were scanned; restore it"
+    ):
         merge(shards(3), images=images()[:50])
 
 
@@ -243,6 +303,34 @@ def test_recorders_of_other_loops_merge() -> None:
         recorder(images()[:3], [1, 2, 1])
     with pytest.raises(UnitvisError, match="3 images were recorded under 2 known ids"):
         recorder.partial()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "change", [lambda pixels: pixels * 2, lambda pixels: pixels / 2, lambda pixels: pixels.flip(0)]
+)
+def test_loops_that_used_the_same_ids_for_other_images_are_not_merged(
+    change: Callable[[Tensor], Tensor], precision: str
+) -> None:
+    pixels = torch.randn(96, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+
+    def part(images: Tensor, ids: range) -> unitvis.Run:
+        with unitvis.Recorder(net(), ["0", "2"], 3, precision=precision) as recorder:
+            recorder(images, list(ids))
+        return recorder.partial()
+
+    one, said = (
+        part(pixels[:48], range(48)),
+        r"run 1 and run 2 cannot be merged: image \d+ gave other responses in each",
+    )
+    for ids in (range(48), range(16, 32), range(20, 68)):  # as many, contained, overlapping
+        with pytest.raises(UnitvisError, match=said):
+            unitvis.merge([one, part(change(pixels[: len(ids)]), ids)], partial=True)
+        same_images = part(pixels[list(ids)], ids)
+        merged = unitvis.merge([one, same_images], partial=True).partial
+        assert merged.coverage.ranges.tolist() == [[0, max(48, ids.stop)]]
+        want = part(pixels[: max(48, ids.stop)], range(max(48, ids.stop))).partial.topk.read()
+        assert merged.topk.read().images[:, :3].tolist() == want.images[:, :3].tolist()
 
 
 def test_a_shard_is_resumed_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

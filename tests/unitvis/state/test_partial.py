@@ -24,7 +24,7 @@ def seen(ids: tuple[int, ...] = (2, 7), digest: bytes = bytes(range(16))) -> np.
 def test_state_and_coverage_are_read_as_they_were_written(tmp_path: Path) -> None:
     images = torch.zeros(12, 3, 12, 12)
     part = unitvis.scan(two_convolutions(), images, shard="1/3", progress=False).partial
-    part = Partial(part.identity, part.topk, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5, seen())
+    part = Partial(part.identity, part.topk, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5, seen((0, 3)))
     part.write(tmp_path / "a.npz")
     again = read_partial(tmp_path / "a.npz")
     assert again.identity == part.identity
@@ -43,6 +43,34 @@ def test_state_of_an_older_version_is_refused(tmp_path: Path) -> None:
         read_partial(tmp_path / "a.npz")
     with pytest.raises(UnitvisError, match=r"a.npz has format 1, .* reads format 2; start again with --overwrite"):
         Checkpoints(tmp_path / "a.npz").read(Partial.from_arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"failed": [5000], "reason": [0]}, "image 5000 is said to have failed, of 12"),
+        ({"failed": [-1], "reason": [0]}, "image -1 is said to have failed, of 12"),
+        ({"coverage": [[0, 4], [6, 2**61]]}, f"the coverage ends at image {2**61 - 1}, of 12"),
+        ({"coverage": [[0, 13]]}, "the coverage ends at image 12, of 12"),
+        ({"coverage": [[1, 12]]}, "image 0 holds a place, or a line in the table of images, and was not scanned"),
+        ({"seen": seen((0, 10**9))}, "image 1000000000 holds a place, or a line in the table"),
+        ({"seen": seen((3, 0))}, "the table of images is not in order"),
+        ({"seconds": 1e308}, "seconds is 1e.308, not a number of seconds"),
+    ],
+)
+def test_a_state_that_contradicts_itself_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    images = torch.rand(12, 3, 12, 12)
+    arrays = unitvis.scan(two_convolutions(), images, shard="1/3", progress=False).partial.arrays()
+    about = json.loads(arrays["about"].tobytes()) | {"reasons": ["x"]}
+    for name, value in changes.items():
+        if name == "seconds":
+            about[name] = value
+        else:
+            arrays[name] = value if name == "seen" else np.array(value, np.int64)
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UnitvisError, match=rf"a.npz is damaged \({message}"):
+        read_partial(tmp_path / "a.npz")
 
 
 def test_tables_of_images_join_unless_they_contradict_each_other() -> None:
