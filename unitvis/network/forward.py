@@ -188,6 +188,24 @@ class CanonicalPass:
             batch = self._compute_batch(images)
             return self._hooks.keys(batch, self._columns, threshold, neurons=self._neurons)[: len(images)]
 
+    def alone(self, images: Tensor, *, padded: bool = False) -> Tensor:
+        """Responses, float32 [n, units], of images as they were read, each computed in a forward pass of its own.
+
+        padded: the pass is of a compute batch, whose other images are black, and so has the bits of `keys`; else of one
+        image, which is faster and differs by rounding.
+        """
+        never = torch.full((self._columns[-1].stop,), torch.inf, device=self._device)  # no position is looked for
+        keys = []
+        for image in torch.split(images, 1):
+            with self._computing(image):
+                if padded:
+                    batch = self._compute_batch(image)
+                else:  # a copy: a model may overwrite its input
+                    batch = model_input(image, self._transform, self._device, self._channels)
+                    batch = batch.clone(memory_format=torch.channels_last)
+                keys.append(self._hooks.keys(batch, self._columns, never, neurons=self._neurons)[:1])
+        return uk.unpack(torch.cat(keys))[0]
+
     def maps(self, images: Tensor, read: ReadMap, under: AbstractContextManager[object] | None = None) -> None:
         """Call `read(number of the layer, map [n, C, H, W])` for every layer, of at most `COMPUTE_BATCH` images.
 

@@ -179,6 +179,8 @@ class Recording:
                 self._begin(images)
             if self.precision == "fp32":
                 keys = self._canonical.keys(images, self.topk.threshold())
+                if self.network.unfollowed is not None:
+                    self.network.check_alone(self._canonical, images, keys)
                 self.topk.merge(keys, ids.to(keys.device))
             else:
                 self._step(images, ids)
@@ -197,6 +199,11 @@ class Recording:
         if self.precision == "fp32":
             self._canonical = self._stack.enter_context(self.network.reading())
             self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])
+            if (layer := self.network.unfollowed) is not None:
+                warnings.warn(
+                    f"the model's code could not be followed as far as layer {layer!r} and may mix the images of later "
+                    f"batches, so each image is computed alone as well, which takes two to three times as long"
+                )
         else:
             self._step = self.make_step(self.network, self.topk, images, precision=self.precision, size=self._size)
         self._begun = True
