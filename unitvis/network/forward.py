@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
@@ -77,6 +78,7 @@ class Hooks:
         self._model, self._layers, self._shapes = model, dict(layers), shapes
         self._handles: list[RemovableHandle] = []
         self._read: ReadMap | None = None
+        self._thread = 0  # the one that reads
         self._seen: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -94,7 +96,7 @@ class Hooks:
 
     def _hook(self, index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if self._read is None:  # the model is called by somebody else meanwhile
+            if self._read is None or self._thread != threading.get_ident():  # somebody else calls the model, or a copy
                 return
             if index in self._seen:
                 raise UnitvisError(
@@ -115,7 +117,7 @@ class Hooks:
 
     def run(self, batch: Tensor, read: ReadMap) -> None:
         """Forward a batch and call `read(number of the layer, map [N, C, H, W])` for every layer."""
-        self._read, self._seen = read, set()
+        self._read, self._seen, self._thread = read, set(), threading.get_ident()
         try:
             call(self._model, batch)
         except _LastLayerRead:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import unitvis_kernels as uk
 from unitvis.errors import UnitvisError, abridged
 from unitvis.network.bits import Bits, close
-from unitvis.network.borrowing import Tensors, evaluating
+from unitvis.network.borrowing import Tensors, evaluating, turn
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
@@ -116,6 +116,10 @@ class Network:
     def evaluating(self) -> AbstractContextManager[None]:
         """The model in eval mode, and eager where it was compiled, for the length of a `with` block."""
         return evaluating(self.model)
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Context in which no other thread computes with the model, or copies it, through unitvis."""
+        return turn(self.model)
 
     def normalise(self, images: Tensor) -> Tensor:
         """The model's input, float32 [N, C, H, W] on the device, of images as they were read."""

@@ -77,8 +77,7 @@ def test_images_that_mix_only_in_a_later_batch_are_refused(model: type[nn.Module
         with pytest.raises(UnitvisError, match=said):
             scan(model().eval(), marked(*places), ["a", "b"], precision=precision)
     with Recorder(model().eval(), ["a", "b"], precision="bf16") as recorder, pytest.raises(UnitvisError, match=said):
-        recorder(marked(*places))
-        recorder.flush()
+        recorder(torch.cat([marked(*places), images(8, 12)]))
 
 
 def test_layers_before_the_mixing_are_ranked() -> None:
