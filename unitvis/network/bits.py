@@ -83,6 +83,12 @@ def examine_bits(names: list[str], run: Run, batch: Tensor) -> Bits:
     return Bits(frozenset(names), {here: threads}, by_slot, mixed)
 
 
+def close(a: Tensor, b: Tensor) -> Tensor:
+    """Where the responses of a layer, of one shape, differ by no more than rounding: bool of that shape."""
+    slack = 1e-4 * float(a.nan_to_num(0, 0, 0).abs().max())
+    return torch.isclose(a, b, rtol=1e-4, atol=slack, equal_nan=True)
+
+
 class _Seen:
     """What a forward pass showed of each layer, of the first three quarters of the images.
 
@@ -119,9 +125,7 @@ class _Seen:
 
     def close(self, other: _Seen, index: int) -> bool:
         """Whether a layer's largest values differ by no more than rounding."""
-        a, b = self.largest[index], other.largest[index]
-        slack = 1e-4 * float(a.nan_to_num(0, 0, 0).abs().max())
-        return torch.allclose(a, b, rtol=1e-4, atol=slack, equal_nan=True)
+        return bool(close(self.largest[index], other.largest[index]).all())
 
 
 class _RoundingByPlace(TorchDispatchMode):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,38 +17,99 @@ from unitvis.errors import UnitvisError
 LEARNING_PASSES = 4  # the first one gets an image of zeros, by which an observed range does not change
 
 
+@dataclass
+class _Use:
+    """The use of one model by this process.
+
+    lock: of the thread that computes with it, which may take it several times. before: for each open block of
+    `evaluating`, in the order in which they began, what is to be put back at its end.
+    """
+
+    lock: AbstractContextManager[object] = field(default_factory=threading.RLock)
+    before: dict[object, _Before] = field(default_factory=dict)
+
+
+_uses: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
+_uses_lock = threading.Lock()
+
+
+def _use_of(model: nn.Module) -> _Use:
+    with _uses_lock:
+        return _uses.setdefault(model, _Use())
+
+
+def turn(model: nn.Module) -> AbstractContextManager[object]:
+    """Context in which no other thread computes with the model through unitvis; it may be entered again inside."""
+    return _use_of(model).lock
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode, and a compiled one into eager mode, for a `with` block.
 
-    Each module's training flag is restored afterwards. A module with a `train` method of its own, such as LoRA layers
-    that merge their weights in eval mode, is switched back by it; then the tensors that `eval` changed get their bits
-    back, unless they were trained meanwhile. Raises UnitvisError where `eval` replaces parameters or modules for good.
+    Each module's training flag is restored afterwards; by the last one where blocks overlap, as in two threads. A
+    module with a `train` method of its own, such as LoRA layers that merge their weights in eval mode, is switched back
+    by it; then the tensors that `eval` changed get their bits back, unless they were trained meanwhile. Raises
+    UnitvisError where `eval` replaces parameters or modules for good.
     """
-    modules = list(model.modules())
-    flags = [module.training for module in modules]
-    switching = [module for module in modules if _switches_itself(module)] if any(flags) else []
-    before = {key: (name, _Held.of(tensor)) for key, (name, tensor) in _tensors(switching).items()}
-    if any(flags):
-        model.eval()
-    kept = _tensors(switching)
-    if gone := [name for key, (name, _) in before.items() if key not in kept]:
-        raise UnitvisError(
-            f"the model's eval() replaces {gone[0]!r} for good, and so it could not be left as it came; give "
-            f"copy.deepcopy(model).eval()"
-        )
-    changed = [(held, _mark(held.tensor)) for _, held in before.values() if held.differs()]
-    before.clear()  # the copies of what did not change
-    compiled = any(module._compiled_call_impl or type(module).__name__ == "OptimizedModule" for module in modules)
+    use, block = _use_of(model), object()
+    with use.lock:
+        use.before[block] = before = _Before.of(model)
+    compiled = any(
+        module._compiled_call_impl or type(module).__name__ == "OptimizedModule" for module in before.modules
+    )
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
-        untrained = [held for held, mark in changed if _mark(held.tensor) == mark]
-        for module, flag in zip(modules, flags, strict=True):  # parents first: their train() reaches their children
-            if module in switching and module.training != flag:
+        with use.lock:
+            blocks = list(use.before)
+            later = blocks[blocks.index(block) + 1 :]
+            before = use.before.pop(block)
+            if later:  # it needs eval mode still, and began in the mode that this block had chosen
+                use.before[later[0]] = before
+            else:
+                before.put_back()
+
+
+class _Before(NamedTuple):
+    """How a model was before `evaluating`: its modules, their training flags, and what `eval` changed.
+
+    switching: the modules that have a `train` or `eval` method of their own. changed: tensors with their marks after
+    `eval`.
+    """
+
+    modules: list[nn.Module]
+    flags: list[bool]
+    switching: list[nn.Module]
+    changed: list[tuple[_Held, tuple[int | None, int | None]]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Put a model into eval mode, and tell how it was."""
+        modules = list(model.modules())
+        flags = [module.training for module in modules]
+        switching = [module for module in modules if _switches_itself(module)] if any(flags) else []
+        before = {key: (name, _Held.of(tensor)) for key, (name, tensor) in _tensors(switching).items()}
+        if any(flags):
+            model.eval()
+        kept = _tensors(switching)
+        if gone := [name for key, (name, _) in before.items() if key not in kept]:
+            raise UnitvisError(
+                f"the model's eval() replaces {gone[0]!r} for good, and so it could not be left as it came; give "
+                f"copy.deepcopy(model).eval()"
+            )
+        changed = [(held, _mark(held.tensor)) for _, held in before.values() if held.differs()]
+        return cls(modules, flags, switching, changed)
+
+    def put_back(self) -> None:
+        """Put the model back into the mode that it had."""
+        untrained = [held for held, mark in self.changed if _mark(held.tensor) == mark]
+        flags = list(zip(self.modules, self.flags, strict=True))
+        for module, flag in flags:  # parents first: their train() reaches their children
+            if module in self.switching and module.training != flag:
                 module.train(flag)
-        for module, flag in zip(modules, flags, strict=True):
+        for module, flag in flags:
             if module.training != flag:
                 module.training = flag
         for held in untrained:
@@ -106,7 +170,14 @@ class Tensors:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Context of one forward pass; UnitvisError where a later one changes a tensor that the first ones did not."""
+        """Context of one forward pass, which has the model for itself.
+
+        UnitvisError where a later pass changes a tensor that the first ones did not.
+        """
+        with turn(self._model):
+            yield from self._kept()
+
+    def _kept(self) -> Iterator[None]:
         self._passes += 1
         registries = [
             (f"{name}." if name else "", registry, dict(registry.items()))  # those of TorchScript are not quite dicts

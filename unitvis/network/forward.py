@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
@@ -77,6 +78,7 @@ class Hooks:
         self._model, self._layers, self._shapes = model, dict(layers), shapes
         self._handles: list[RemovableHandle] = []
         self._read: ReadMap | None = None
+        self._thread = 0  # the one that reads
         self._seen: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -94,7 +96,7 @@ class Hooks:
 
     def _hook(self, index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if self._read is None:  # the model is called by somebody else meanwhile
+            if self._read is None or self._thread != threading.get_ident():  # somebody else calls the model, or a copy
                 return
             if index in self._seen:
                 raise UnitvisError(
@@ -115,7 +117,7 @@ class Hooks:
 
     def run(self, batch: Tensor, read: ReadMap) -> None:
         """Forward a batch and call `read(number of the layer, map [N, C, H, W])` for every layer."""
-        self._read, self._seen = read, set()
+        self._read, self._seen, self._thread = read, set(), threading.get_ident()
         try:
             call(self._model, batch)
         except _LastLayerRead:
@@ -187,6 +189,24 @@ class CanonicalPass:
         with self._computing(images):
             batch = self._compute_batch(images)
             return self._hooks.keys(batch, self._columns, threshold, neurons=self._neurons)[: len(images)]
+
+    def alone(self, images: Tensor, *, padded: bool = False) -> Tensor:
+        """Responses, float32 [n, units], of images as they were read, each computed in a forward pass of its own.
+
+        padded: the pass is of a compute batch, whose other images are black, and so has the bits of `keys`; else of one
+        image, which is faster and differs by rounding.
+        """
+        never = torch.full((self._columns[-1].stop,), torch.inf, device=self._device)  # no position is looked for
+        keys = []
+        for image in torch.split(images, 1):
+            with self._computing(image):
+                if padded:
+                    batch = self._compute_batch(image)
+                else:  # a copy: a model may overwrite its input
+                    batch = model_input(image, self._transform, self._device, self._channels)
+                    batch = batch.clone(memory_format=torch.channels_last)
+                keys.append(self._hooks.keys(batch, self._columns, never, neurons=self._neurons)[:1])
+        return uk.unpack(torch.cat(keys))[0]
 
     def maps(self, images: Tensor, read: ReadMap, under: AbstractContextManager[object] | None = None) -> None:
         """Call `read(number of the layer, map [n, C, H, W])` for every layer, of at most `COMPUTE_BATCH` images.

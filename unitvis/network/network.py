@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import unitvis_kernels as uk
 from unitvis.errors import UnitvisError, abridged
-from unitvis.network.bits import Bits
-from unitvis.network.borrowing import Tensors, evaluating
+from unitvis.network.bits import Bits, close
+from unitvis.network.borrowing import Tensors, evaluating, turn
 from unitvis.network.canonical import canonical_settings, refuse_other_arithmetic
 from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
@@ -116,6 +117,10 @@ class Network:
         """The model in eval mode, and eager where it was compiled, for the length of a `with` block."""
         return evaluating(self.model)
 
+    def turn(self) -> AbstractContextManager[object]:
+        """Context in which no other thread computes with the model, or copies it, through unitvis."""
+        return turn(self.model)
+
     def normalise(self, images: Tensor) -> Tensor:
         """The model's input, float32 [N, C, H, W] on the device, of images as they were read."""
         channels = self.input_shape_of(images)[0]
@@ -187,6 +192,43 @@ class Network:
                 f"{len(found.by_slot)} of {len(self.layers)} layers ({abridged(found.by_slot)}); such responses are "
                 f"compared to rounding"
             )
+
+    @property
+    def unfollowed(self) -> str | None:
+        """The first layer that is computed by code which may treat the images of some batches otherwise; None if none.
+
+        It is the first whose receptive field is unknown: the model's code branches on values, picks images or positions
+        by them, or could not be traced.
+        """
+        return next((field.layer for field in self.fields.values() if field.note), None)
+
+    def check_alone(self, canonical: CanonicalPass, images: Tensor, keys: Tensor) -> None:
+        """See that the images of a compute batch have the responses that each has alone.
+
+        canonical: an open pass over all layers. images: as they were read. keys: theirs, int64 [n, units]. UnitvisError
+        names the first layer where they differ by more than rounding.
+        """
+        together = uk.unpack(keys)[0]
+        differing = self._differing_layers(together, canonical.alone(images))
+        if not differing:
+            return
+        rows = torch.stack(list(differing.values())).any(0).nonzero()[:, 0]
+        # Code that branches on values may take another branch after another rounding: that is no mixing.
+        differing = self._differing_layers(together[rows], canonical.alone(images[rows.to(images.device)], padded=True))
+        if differing:
+            raise UnitvisError(
+                f"layer {next(iter(differing))!r} gives other responses when an image is computed alone than beside "
+                f"others: the model's code mixes or reorders the images of some batches; such responses cannot be "
+                f"ranked, rank the layers before it"
+            )
+
+    def _differing_layers(self, found: Tensor, other: Tensor) -> dict[str, Tensor]:
+        """Names of layers with, bool [n], the images whose responses [n, units of all] differ beyond rounding."""
+        rows = {
+            layer.name: ~close(found[:, own], other[:, own]).all(1)
+            for layer, own in zip(self.layers, self.columns, strict=True)
+        }
+        return {name: differ for name, differ in rows.items() if differ.any()}
 
     @property
     def description(self) -> dict[str, Any]:

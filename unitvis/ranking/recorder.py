@@ -59,6 +59,10 @@ class Recorder(Recording):
         Sixteen winners are read from them and computed again: UnitvisError if they give other responses than were
         recorded under their ids. The manifest's `witness` says so, or why it was not checked.
         """
+        with self._lock:
+            return self._result(images)
+
+    def _result(self, images: object) -> Run:
         self._check_recorded()
         source = None if images is None else open_source(images, self.network.transform)
         checked: dict[str, int] | str
@@ -86,8 +90,9 @@ class Recorder(Recording):
 
     def ranked(self, source: Source | None = None) -> Run:
         """Like `result`, without the witness and with no images to cut patches from; source: see `_ranked`."""
-        self._check_recorded()
-        return self._ranked(source)
+        with self._lock:
+            self._check_recorded()
+            return self._ranked(source)
 
     def _ranked(self, source: Source | None) -> Run:
         """The run of the top-k as it is. source: after half precision, to compute again what can win."""
@@ -156,6 +161,12 @@ class Recorder(Recording):
         self, identity: Identity, failures: Mapping[int, str], seconds: float, read_from: Source | None = None
     ) -> Partial:
         """All that was recorded so far, taken at once: one copy from the device. read_from: see `partial`."""
+        with self._lock:
+            return self._snapshot(identity, failures, seconds, read_from)
+
+    def _snapshot(
+        self, identity: Identity, failures: Mapping[int, str], seconds: float, read_from: Source | None
+    ) -> Partial:
         self.flush()
         check_coverage(self.coverage, self.images)
         if self._weights == "moving":

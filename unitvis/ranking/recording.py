@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -76,6 +77,7 @@ class Recording:
         self._step: Step  # in half precision, once it has begun
         self._stack = ExitStack()
         self._open = False
+        self._lock = threading.RLock()  # held while images or results are taken, by one thread at a time
         self.set_precision(precision, batch_size)
 
     def __enter__(self) -> Self:
@@ -115,7 +117,7 @@ class Recording:
             return None
         if not self.network.layers:
             self.prepare(self.network.input_shape_of(images))
-        with self.network.evaluating():
+        with self.network.turn(), self.network.evaluating():
             precision, reason = suitable_precision(self.network, images, self.precision)
         self.set_precision(precision, self._size)
         return reason
@@ -126,6 +128,10 @@ class Recording:
 
         All that can fail because of the model fails here, before the first image is computed.
         """
+        with self.network.turn():
+            self._prepare(shape)
+
+    def _prepare(self, shape: Shape) -> None:
         self.network.examine(shape, self._layers, self._unit, self._exclude)
         try:
             self.network.description  # noqa: B018  it is kept
@@ -145,6 +151,10 @@ class Recording:
 
         ids: whole numbers from 0, one an image, each used once; None counts up.
         """
+        with self._lock:
+            self._take(batch, ids)
+
+    def _take(self, batch: Tensor, ids: Tensor | Sequence[int] | None) -> None:
         if not self._open:
             raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
         images = checked_images(batch, self._first_shape, uint8=self.network.transform is not None)
@@ -175,8 +185,9 @@ class Recording:
     def flush(self) -> None:
         """Compute the images that wait for a whole compute batch."""
         self._tell_of_lost_images()
-        if self._waiting:
-            self._rank(*self._waiting.pop())
+        with self._lock:
+            if self._waiting:
+                self._rank(*self._waiting.pop())
 
     def _tell_of_lost_images(self) -> None:
         """Warn once of the images that an exception cost."""
@@ -189,13 +200,15 @@ class Recording:
 
     def _rank(self, images: Tensor, ids: Tensor) -> None:
         """Compute at most as many images as are computed at once, and fold them into the top-k."""
-        with self.network.evaluating():  # a loop may train the model meanwhile
+        with self.network.turn(), self.network.evaluating():  # a loop may train the model meanwhile
             if self._watch is not None:
                 self._watch.look()
             if not self._begun:
                 self._begin(images)
             if self.precision == "fp32":
                 keys = self._canonical.keys(images, self.topk.threshold())
+                if self.network.unfollowed is not None:
+                    self.network.check_alone(self._canonical, images, keys)
                 self.topk.merge(keys, ids.to(keys.device))
             else:
                 self._step(images, ids)
@@ -217,6 +230,11 @@ class Recording:
         if self.precision == "fp32":
             self._canonical = self._stack.enter_context(self.network.reading())
             self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])
+            if (layer := self.network.unfollowed) is not None:
+                warnings.warn(
+                    f"the model's code could not be followed as far as layer {layer!r} and may mix the images of later "
+                    f"batches, so each image is computed alone as well, which takes two to three times as long"
+                )
         else:
             self._step = self.make_step(self.network, self.topk, images, precision=self.precision, size=self._size)
         self._begun = True

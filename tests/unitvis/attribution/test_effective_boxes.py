@@ -53,6 +53,7 @@ def test_a_pass_over_several_layers_gives_each_layer_the_gradients_of_its_own_wi
         assert top.info["effective_box"] == want, name
 
 
+@pytest.mark.filterwarnings("ignore:the model's code could not be followed")
 def test_where_boxes_are_unknown_there_is_no_effective_box() -> None:
     class Branches(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

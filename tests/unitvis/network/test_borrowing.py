@@ -42,6 +42,7 @@ class Recording(nn.Module):
         return self.conv(x) + self.passes  # what ran before would show
 
 
+@pytest.mark.filterwarnings("ignore:the model's code could not be followed")
 @pytest.mark.filterwarnings("ignore:the receptive fields of conv are unknown")  # writes to .data cannot be traced
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_what_a_forward_pass_changes_is_put_back(precision: str) -> None:
@@ -62,6 +63,7 @@ def test_what_a_forward_pass_changes_is_put_back(precision: str) -> None:
     model(pixels[:2]).sum().backward()  # no tensor of inference mode was left behind
 
 
+@pytest.mark.filterwarnings("ignore:the model's code could not be followed")
 def test_a_tensor_that_changes_in_a_later_pass_alone_is_refused() -> None:
     class Later(nn.Module):
         def __init__(self) -> None:
