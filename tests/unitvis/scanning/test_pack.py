@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import os
 import resource
@@ -21,7 +22,7 @@ from support.packs import BROKEN, COUNT, NORMAL, originals, pack, same, scan
 from unitvis import Interrupted, UnitvisError
 from unitvis.sources import open_source
 
-packing = sys.modules["unitvis.scanning.pack"]
+packing = importlib.import_module("unitvis.scanning.pack")
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +139,10 @@ def test_a_signal_writes_a_checkpoint(
 
 
 KILLED = """
-import io, os, signal, sys
+import importlib, io, os, signal, sys
 from pathlib import Path
 import unitvis
-packing = sys.modules["unitvis.scanning.pack"]
+packing = importlib.import_module("unitvis.scanning.pack")
 packing.COMPUTE_BATCH = 1
 os.fsync = lambda file: None  # slow, and of no matter while the system lives
 folder, out = sys.argv[1], Path(sys.argv[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -552,7 +553,7 @@ def test_time_is_summed_over_attempts(folder: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("owner", "during"),
-    [(Recorder, "ranked"), (sys.modules["unitvis.scanning.scan"], "finish_run"), (unitvis.Run, "write")],
+    [(Recorder, "ranked"), (importlib.import_module("unitvis.scanning.scan"), "finish_run"), (unitvis.Run, "write")],
 )
 def test_after_the_last_image_the_first_signal_ends_it(
     owner: object, during: str, number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
