@@ -101,8 +101,14 @@ def whole_input(picture: Any, to_picture: Any, input_size: tuple[int, int], size
 
 
 def _clamped(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Clamp a box to the picture, which it may leave by a rounding error."""
-    return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[0])), min(box[3], float(size[1]))
+    """Clamp a box to the picture, which it may leave by a rounding error; UnitvisError if nothing is left."""
+    clamped = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[0])), min(box[3], float(size[1]))
+    if clamped[0] >= clamped[2] or clamped[1] >= clamped[3]:
+        raise UnitvisError(
+            f"a patch lies outside of its picture of {size[0]} x {size[1]} pixels, so the transform or the images are "
+            "not those of the scan; scan again"
+        )
+    return clamped
 
 
 def fired_winners(run: RunData, layer: str, units: Iterable[int]) -> dict[int, list[tuple[int, int]]]:

@@ -25,15 +25,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, abridged
 from unitvis.files import read_arrays, replacing
 from unitvis.results.arrays import ARRAYS, LayerArrays
 from unitvis.results.data import RunData
-from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD, arrays_problem
+from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD, arrays_problem, crop_problem
 from unitvis.schema import problem
 from unitvis.sources import open_as_described
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
-from unitvis.state.partial import read_partial
+from unitvis.state.partial import differences, identity, read_partial
 
 FORMAT = 1  # version of the folder's format, in the manifest
 _HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
@@ -89,6 +89,17 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
         partial = read_partial(state) if state.exists() else None
     except UnitvisError as error:
         raise UnitvisError(f"{error}; scan that shard again with --overwrite") from error
+    if partial is not None:
+        # A merged run may have been finished with images that loops did not name, and on another machine.
+        own, ignored = identity(manifest), () if manifest.get("partial") else ("source", "fingerprint")
+        found, wanted = (
+            {k: v for k, v in one.items() if k not in ("shard", *ignored)} for one in (partial.identity, own)
+        )
+        if different := list(differences(found, wanted)):
+            raise UnitvisError(
+                f"{folder}: {state.name} does not belong to manifest.json (there and here): {abridged(different)}; "
+                "scan that shard again with --overwrite"
+            )
     if manifest.get("partial") and partial is None:
         raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
     try:
@@ -160,13 +171,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UnitvisError(f"{folder} is not a run: there is no {path.name} in it") from None
     except OSError as error:
         raise UnitvisError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnitvisError(f"{path} is damaged ({error}); scan again with --overwrite") from error
     if not isinstance(manifest, dict):
         raise UnitvisError(f"{path} is damaged (it holds no object); scan again with --overwrite")
     if manifest.get("format") != FORMAT:
         raise UnitvisError(f"{path} has format {manifest.get('format')}; this version of unitvis reads format {FORMAT}")
-    if wrong := problem(manifest, MANIFEST_OF_A_SHARD if manifest.get("partial") is True else MANIFEST):
+    schema = MANIFEST_OF_A_SHARD if manifest.get("partial") is True else MANIFEST
+    if wrong := problem(manifest, schema) or crop_problem(manifest):
         raise UnitvisError(f"{path} is damaged ({wrong}); scan again with --overwrite")
     return manifest
 

@@ -76,7 +76,20 @@ DRAWN = {
     ),
 }
 _DTYPES = {"values": "<f4", "images": "<i8", "positions": "<i4", "boxes": "<i4"}
+_CROPPED = {"folder", "list", "paths", "tar", "pack"}  # sources whose images all pass the transform
 _MAX_BOX = 10**7  # pixels that a side of a box may lie from the image's corner
+
+
+def crop_problem(manifest: Mapping[str, Any]) -> str | None:
+    """Whether the transform of files crops to another size than the network's input; None if it does not."""
+    crop, (_, *size) = (manifest["transform"] or {}).get("crop"), manifest["input"]
+    if (
+        crop is None
+        or manifest["source"]["kind"] not in _CROPPED
+        or (crop if isinstance(crop, list) else [crop] * 2) == size
+    ):
+        return None
+    return f"transform.crop is {crop} and the input {size}"
 
 
 def arrays_problem(top: LayerArrays, manifest: Mapping[str, Any]) -> str | None:

@@ -70,12 +70,14 @@ class Comparison:
         return same & (self.recomputed.positions == self.winners.positions)
 
     def describe(self, row: int) -> str:
-        """Describe one winner in words: its value in the run and now."""
-        winners = self.winners
-        return (
-            f"image {winners.images[row]} in layer {self._network.layers[winners.layer[row]].name!r}: "
-            f"{winners.values[row]:.9g} in the run, {self.recomputed.values[row]:.9g} now"
-        )
+        """Describe one winner in words: its value in the run and now, and its positions where they differ."""
+        winners, layer = self.winners, self._network.layers[self.winners.layer[row]]
+        told = [f"{values[row]:.9g}" for values in (winners.values, self.recomputed.values)]
+        positions = [int(found[row]) for found in (winners.positions, self.recomputed.positions)]
+        if positions[0] != positions[1]:
+            places = (divmod(position, layer.width) for position in positions)
+            told = [f"{value} at row {r}, column {c}" for value, (r, c) in zip(told, places, strict=True)]
+        return f"image {winners.images[row]} in layer {layer.name!r}: {told[0]} in the run, {told[1]} now"
 
 
 def verify(

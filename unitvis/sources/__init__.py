@@ -199,6 +199,8 @@ def _open_path(
         unfinished = os.path.exists(f"{path}.part") and ending == ".npy"
         hint = "; that pack is not finished: resume it with `unitvis pack --resume`" if unfinished else ""
         raise UnitvisError(f"there is no file or folder {path!r}{hint}")
+    if ending in (".txt", ".npy") and not os.path.isfile(path):  # a pipe would be waited for
+        raise UnitvisError(f"{path!r} is not a regular file; give a folder, a .txt list of paths or a .npy array")
     try:
         if ending == ".txt":
             return list_source(path, transform, on_error=on_error, decoding=decoding)

@@ -207,7 +207,7 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
             about = json.load(file)
     except OSError as error:
         raise UnitvisError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnitvisError(f"{path} is damaged: {first_line(error)}; pack again") from error
     if not isinstance(about, dict) or about.get(FORMAT_KEY) != FORMAT:
         found = about.get(FORMAT_KEY) if isinstance(about, dict) else "none"

@@ -20,6 +20,7 @@ from torch import nn
 import unitvis
 from unitvis import UnitvisError
 from unitvis.scanning.verify import verify
+from unitvis.sources import open_source
 
 DELETED = object()
 VALUES = [DELETED, None, -1, 10**18, "x", [], {}, float("nan"), True, 1.5]
@@ -212,3 +213,31 @@ def test_nothing_is_allocated_for_a_length_that_is_only_claimed(folder: Path) ->
         archive.writestr("0/values.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     with pytest.raises(UnitvisError, match=r"not a whole run .*0/values.npy claims float32 \[1000000000, 1000\] in"):
         unitvis.load(folder)
+
+
+def test_json_without_an_end_is_damaged(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"a":' * 100_000)
+    with pytest.raises(UnitvisError, match=r"manifest.json is damaged \(.*\); scan again with --overwrite"):
+        unitvis.load(folder)
+
+
+def test_a_crop_of_another_size_than_the_input_is_refused(whole: Path, folder: Path) -> None:
+    manifest = read(whole / "manifest.json")
+    for crop in (8, [16, 8]):
+        write(folder / "manifest.json", changed(manifest, ("transform", "crop"), crop))
+        with pytest.raises(
+            UnitvisError, match=r"is damaged \(transform.crop is .* and the input \[16, 16\]\); scan again"
+        ):
+            unitvis.load(folder)
+    write(folder / "manifest.json", changed(manifest, ("transform", "crop"), [16, 16]))
+    assert unitvis.load(folder).layers == ["0", "2"]
+
+
+def test_patches_outside_of_their_picture_are_refused() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    run = unitvis.scan(nn.Sequential(nn.Conv2d(3, 8, 3)), pixels, transform=unitvis.Transform(), progress=False)
+    other = unitvis.Run(run.tops, run.manifest, run.records, open_source(pixels, unitvis.Transform(crop=2)))
+    with pytest.raises(
+        UnitvisError, match="a patch lies outside of its picture of 16 x 16 pixels, so the transform or"
+    ):
+        other.sheet("0", crop="rf")

@@ -202,6 +202,28 @@ def test_shards_of_other_pixels_under_the_same_names_are_refused(tmp_path: Path)
         unitvis.merge([one, two, foreign], net(), partial=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m | {"k": 4}, "k is 9 and 4"),
+        (lambda m: m | {"k": 2}, "k is 9 and 2"),
+        (lambda m: m | {"unit": "neuron"}, "unit is channel and neuron"),
+        (lambda m: m | {"layers": {"0": m["layers"]["0"]}}, r"layers.2 is \[5, 8, 8\] and nothing"),
+    ],
+)
+def test_a_manifest_that_is_not_that_of_the_state_is_refused(
+    change: Callable[[dict[str, object]], dict[str, object]], message: str, tmp_path: Path
+) -> None:
+    one = scan((1, 2)).save(tmp_path / "one")
+    merged = merge(shards(2)).save(tmp_path / "merged")
+    assert unitvis.load(merged).layers == ["0", "2"]
+    path = one / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    said = rf"one: state.npz does not belong to manifest.json \(there and here\): {message}; scan that shard again"
+    with pytest.raises(UnitvisError, match=said):
+        unitvis.load(one)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_shards_of_another_array_are_refused(precision: str) -> None:
     other = images().flip(0)

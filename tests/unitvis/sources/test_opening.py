@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -72,3 +73,11 @@ def test_a_source_opens_again(folder, tmp_path):
     ):
         reopen_source({"kind": "folder", "path": str(tmp_path / "moved")}, PLAIN.to_json())
     assert open_source(source) is source
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("name", ["list.txt", "array.npy"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UnitvisError, match=f"{name}' is not a regular file; give a folder"):
+        open_source(tmp_path / name, PLAIN)
