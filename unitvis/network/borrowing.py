@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
 
-LEARNING_PASSES = 4  # the first one gets an image of zeros, by which an observed range does not change
+LEARNING_PASSES = 5  # the first two get images of zeros, by which an observed range does not change
 
 
 @dataclass
