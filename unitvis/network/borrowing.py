@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
 
-LEARNING_PASSES = 4  # the first one gets an image of zeros, by which an observed range does not change
+LEARNING_PASSES = 5  # the first two get images of zeros, by which an observed range does not change
 
 
 @dataclass
@@ -146,8 +146,12 @@ class _Held(NamedTuple):
         return cls(tensor, tensor.data, tensor.data.clone(), _mark(tensor))
 
     def differs(self) -> bool:
-        """Whether the tensor was written to; by its values too, since writes to `.data` leave no mark."""
-        return _mark(self.tensor) != self.mark or not torch.equal(self.tensor.data, self.values)
+        """Whether the tensor has other values or other memory; a write of equal values moves its mark alone."""
+        return _mark(self.tensor)[1] != self.mark[1] or not torch.equal(self.tensor.data, self.values)
+
+    def still(self, mark: tuple[int | None, int | None]) -> bool:
+        """Whether the tensor, which had this mark before it was written to, has the values that it has here."""
+        return mark == self.mark and not self.differs()
 
     def put_back(self) -> None:
         """Give the tensor its memory and values back; autograd and version counters do not see it."""
@@ -166,6 +170,8 @@ class Tensors:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.changing: set[str] = set()  # names of the tensors that were seen to change
+        self._rewritten: set[str] = set()  # and of those that later passes wrote to without a change
+        self._settled: dict[str, _Held] = {}  # buffers that the first passes did not change, as they were then
         self._passes = 0
 
     @contextmanager
@@ -190,7 +196,7 @@ class Tensors:
             for key, tensor in before.items()
             if isinstance(tensor, Tensor)
         }
-        copied = tensors if self._passes <= LEARNING_PASSES else tensors.keys() & self.changing
+        copied = tensors if self._passes <= LEARNING_PASSES else tensors.keys() & (self.changing | self._rewritten)
         held = {name: _Held.of(tensors[name]) for name in copied}
         marks = {name: _mark(tensor) for name, tensor in tensors.items() if name not in held}
         try:
@@ -206,7 +212,14 @@ class Tensors:
             for name in changed:
                 held[name].put_back()
         self.changing |= changed
-        if lost := [name for name, mark in marks.items() if _mark(tensors[name]) != mark]:
+        if self._passes == LEARNING_PASSES:
+            buffers = dict(self._model.named_buffers())
+            kept = {name: one for name, one in held.items() if name in buffers and name not in self.changing}
+            self._settled = {name: one._replace(mark=_mark(one.tensor)) for name, one in kept.items()}
+        written = {name for name, mark in marks.items() if _mark(tensors[name]) != mark}
+        equal = {name for name in written if name in self._settled and self._settled[name].still(marks[name])}
+        self._rewritten |= equal
+        if lost := sorted(written - equal):
             raise UnitvisError(
                 f"{lost[0]!r} changed in this forward pass, though not in the first ones, so the model cannot be left "
                 f"as it came; switch off what counts or records"

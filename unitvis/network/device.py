@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from unitvis.errors import UnitvisError
 from unitvis.network.copies import copied
@@ -53,7 +54,12 @@ def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.M
     device: None is the device of the model's first tensor. Raises UnitvisError for a device other than the CPU and
     CUDA GPUs that are present.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    if unmade := [name for name, tensor in named if is_lazy(tensor)]:
+        raise UnitvisError(
+            f"{unmade[0]!r} has no shape yet (a lazy module); run the model once on a batch, then scan it"
+        )
+    tensors = [tensor for _, tensor in named]
     own = tensors[0].device if tensors else torch.device("cpu")
     try:
         wanted = own if device is None else torch.device(device)

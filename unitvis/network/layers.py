@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,10 @@ class Examination:
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         self.modules = {name: module for name, module in model.named_modules() if name}
+        self._model = model
         self.runs: dict[str, int] = {}
         self._outputs: dict[str, object] = {}
-        self._inputs: dict[str, list[str]] = {}  # the modules whose output each module takes
+        self._inputs: dict[str, list[str]] = {}  # the modules whose output each module takes, in any of its runs
         self._operators: dict[str, range] = {}  # the numbers of those that ran in each module
         self._made_by: dict[str, int | None] = {}  # the number of the operator that made each module's output
         self.axes: dict[str, int | None] = {}
@@ -94,7 +95,7 @@ class Examination:
 
         def enter(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                self._inputs[name] = list(uses.producers(args[0])) if args else []
+                self._inputs.setdefault(name, []).extend(uses.producers(args[0]) if args else [])
                 self._operators[name] = range(len(seen.operators), len(seen.operators))
 
             return hook
@@ -131,19 +132,28 @@ class Examination:
             for source in sources
         }
 
-    def chosen(self, patterns: Sequence[str] | str | None, exclude: Sequence[str] | str = ()) -> list[Layer]:
+    def chosen(
+        self,
+        patterns: Sequence[str] | str | None,
+        exclude: Sequence[str] | str = (),
+        of_two: Mapping[str, list[int]] | None = None,
+    ) -> list[Layer]:
         """Describe the layers that are ranked, in forward order.
 
         patterns: names or shell patterns; None: `_default_names`, of which those that cannot be ranked are left out
-        with a warning. exclude: names or shell patterns of layers to leave out. Raises UnitvisError for a pattern
-        without a match, for a layer that was named and cannot be ranked, and where no layer is left.
+        with a warning. exclude: names or shell patterns of layers to leave out. of_two: see `maps_of_two`; default
+        layers that are called for each image alone are left out by it. Raises UnitvisError for a pattern without a
+        match, for a layer that was named and cannot be ranked, and where no layer is left.
         """
         excluded = self._matching(exclude)
         if patterns is not None:
             return [self.layer(name) for name in self._named(patterns, excluded)]
         layers: list[Layer] = []
         reasons: dict[str, str] = {}
-        for name in self._default_names():
+        names, unfit = self._default_names()
+        for line in unfit:
+            warnings.warn(line)
+        for name in names:
             tap = self.before_activation(name) or name
             if excluded.intersection((name, tap)):
                 continue
@@ -153,7 +163,13 @@ class Examination:
                         f"layer {name!r} ({type(self.modules[name]).__name__}) goes on to compute {operator} and has "
                         f"no module whose output is the value before; name {name!r} to rank what it returns"
                     )
-                layers.append(self.layer(tap))
+                layer = self.layer(tap)
+                if of_two and of_two.get(tap) != [2]:
+                    raise UnitvisError(
+                        f"layer {tap!r} is not computed for all images of a batch at once: for 2 images it returned "
+                        f"{' and '.join(map(str, of_two.get(tap, [0])))} maps; name a layer outside that loop"
+                    )
+                layers.append(layer)
             except UnitvisError as error:
                 reasons[name] = str(error)
         if reasons:
@@ -161,24 +177,39 @@ class Examination:
             also = f"; left out too, for such a reason: {abridged(others)}" if others else ""
             warnings.warn(f"left out: {reasons[last]}{also}")
         if not layers:
+            if isinstance(self._model, _CONVOLUTION):
+                raise UnitvisError(
+                    "the model itself is the convolution, and layers are modules inside of a model; give "
+                    "torch.nn.Sequential(model)"
+                )
+            first = next(iter([*reasons.values(), *unfit]), "")
             raise UnitvisError(
-                f"the model has no convolution that can be ranked; name layers: {abridged(list(self.runs))}"
+                f"the model has no convolution that can be ranked{f' ({first})' if first else ''}; name layers: "
+                f"{abridged(list(self.runs))}"
             )
         return layers
 
-    def _default_names(self) -> list[str]:
-        """Convolutions in forward order; a BatchNorm that directly follows one replaces it.
+    def _default_names(self) -> tuple[list[str], list[str]]:
+        """Convolutions in forward order, each replaced by a BatchNorm that directly follows it; and lines of the rest.
 
-        A warning names those that do not run, or more than once.
+        The lines name convolutions that do not run, or more than once, and those whose BatchNorm does.
         """
+        unfit: list[str] = []
         batch_norms = self.following_batch_norms()
-        convolutions = [n for n, module in self.modules.items() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
-        if idle := [name for name in convolutions if name not in self.runs]:
-            warnings.warn(f"left out, because they do not run in a forward pass: {abridged(idle)}")
-        order = [name for name in self.runs if name in set(convolutions)]
-        if repeated := [name for name in order if max(self.runs[name], self.runs[batch_norms.get(name, name)]) > 1]:
-            warnings.warn(f"left out, because they run more than once in a forward pass: {abridged(repeated)}")
-        return list(dict.fromkeys(batch_norms.get(name, name) for name in order if name not in set(repeated)))
+        convolutions = {name for name, module in self.modules.items() if isinstance(module, _CONVOLUTION)}
+        if idle := [name for name in self.modules if name in convolutions and name not in self.runs]:
+            unfit.append(f"left out, because they do not run in a forward pass: {abridged(idle)}")
+        order = [name for name in self.runs if name in convolutions]
+        if repeated := [name for name in order if self.runs[name] > 1]:
+            unfit.append(f"left out, because they run more than once in a forward pass: {abridged(repeated)}")
+        once = [name for name in order if self.runs[name] == 1]
+        if shared := [name for name in once if self.runs[batch_norms.get(name, name)] > 1]:
+            norms = abridged(list(dict.fromkeys(batch_norms[name] for name in shared)))
+            unfit.append(
+                f"left out, because the BatchNorm behind them ({norms}) runs more than once in a forward pass: "
+                f"{abridged(shared)}; name them to rank what they return before it"
+            )
+        return list(dict.fromkeys(batch_norms.get(name, name) for name in once if name not in shared)), unfit
 
     def _matching(self, patterns: Sequence[str] | str) -> set[str]:
         """Names that names or shell patterns match; UnitvisError for a pattern without a match."""
@@ -244,4 +275,27 @@ class Examination:
         return next(inside, None)
 
 
-_LINEAR = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
+def maps_of_two(model: nn.Module, image: Tensor) -> dict[str, list[int]]:
+    """For each module, the lengths of the tensors that it returns in a forward pass of an image [1, C, H, W] twice."""
+    found: dict[str, list[int]] = {}
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if isinstance(output, Tensor):
+                found.setdefault(name, []).append(len(output) if output.ndim else 0)
+
+        return hook
+
+    modules = {n: m for n, m in model.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)}
+    handles = [module.register_forward_hook(leave(name)) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            call(model, torch.cat([image, image]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+_CONVOLUTION = (nn.Conv2d, nn.ConvTranspose2d)
+_LINEAR = (*_CONVOLUTION, nn.Linear, nn.modules.batchnorm._BatchNorm)

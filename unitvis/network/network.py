@@ -24,7 +24,7 @@ from unitvis.network.device import free_memory, on_device, unwrapped
 from unitvis.network.forward import CanonicalPass, Hooks, model_input
 from unitvis.network.identity import describe_model, noise, numbers_of, outline
 from unitvis.network.inputs import input_channels, refuse_channels_last
-from unitvis.network.layers import Examination, Layer
+from unitvis.network.layers import Examination, Layer, maps_of_two
 from unitvis.network.receptive_fields.fields import receptive_fields
 from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.sources.transform import Transform
@@ -73,8 +73,12 @@ class Network:
         start = time.perf_counter()
         with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
             examination = Examination(self.model, self._blank_image(shape))
+        of_two = None
+        if layers is None:
+            with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
+                of_two = maps_of_two(self.model, self._blank_image(shape))
         self._channel_axes |= examination.axes
-        self.layers = examination.chosen(layers, exclude)
+        self.layers = examination.chosen(layers, exclude, of_two)
         counts = [layer.channels * (layer.height * layer.width if unit == "neuron" else 1) for layer in self.layers]
         ends = np.cumsum(counts).tolist()
         self.columns = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]

@@ -6,7 +6,7 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ def _new_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, Ima
     """List the names of all images below, and count the other files; a long listing is saved for the next run."""
     folders, start = dict[bytes, _Stamp](), time.time_ns()
     chosen = ImageNames(endings)
-    names = Names(filter(chosen.take, _walk(root, folders)))
+    names = Names(filter(chosen.take, _walk(root, folders, lambda name: chosen.take(name, hidden=True))))
     newest = max(changed for _, _, changed in folders.values())
     if len(names) + chosen.others.total() >= MIN_SAVED_NAMES and start - newest > SETTLE_NS:
         inside = {f"folder_{key}": value for key, value in Names(folders).arrays().items()}
@@ -128,11 +128,12 @@ def _listed_files(
     return FileSource(kind, path, os.fsencode(root), Names(names), transform, **options)
 
 
-def _walk(root: bytes, folders: dict[bytes, _Stamp]) -> Iterator[bytes]:
+def _walk(root: bytes, folders: dict[bytes, _Stamp], skip: Callable[[bytes], object]) -> Iterator[bytes]:
     """Yield relative paths of all files below, sorted as bytes; hidden names are left out, no folder is visited twice.
 
     Folders of runs are left out: a run written into the images' own folder must not become part of the images.
-    folders: filled with the stamp that each folder had before it was listed.
+    folders: filled with the stamp that each folder had before it was listed. skip: called with each hidden name, those
+    inside of hidden folders excepted.
     """
     visited: set[tuple[int, int]] = set()
     waiting = [(b"", [b""])]  # open folders, each with its names not yet visited, last name first
@@ -154,11 +155,15 @@ def _walk(root: bytes, folders: dict[bytes, _Stamp]) -> Iterator[bytes]:
             folders[name] = stamp
             with os.scandir(path) as entries:
                 # the slash makes a folder sort as the paths of its contents do
-                inside = [entry.name + b"/" * _is_folder(entry) for entry in entries if entry.name[:1] != b"."]
+                found = [entry.name + b"/" * _is_folder(entry) for entry in entries]
         except OSError as error:
             raise UnitvisError(f"cannot read the folder {os.fsdecode(path)!r}: {error.strerror}") from error
+        inside = [one for one in found if one[:1] != b"."]
         if name and _is_run(set(inside)):
             continue
+        for one in found:
+            if one[:1] == b".":
+                skip(name + one)
         inside.sort(reverse=True)
         waiting.append((name, inside))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import unitvis
+from support import brute
 from support.scans import arrays, images, scan
 from unitvis import Recorder, UnitvisError
 from unitvis.network.borrowing import evaluating
@@ -79,6 +80,50 @@ def test_a_tensor_that_changes_in_a_later_pass_alone_is_refused() -> None:
     pixels = torch.cat([images(32, 9), 1000 * images(16, 9)])
     with pytest.raises(UnitvisError, match="'passes' changed in this forward pass, though not in the first ones"):
         scan(Later(), pixels)
+
+
+class WritesEqual(nn.Conv2d):
+    """Writes to its buffer, as fused fake quantisation does in inference mode, what it holds; or, if odd, more."""
+
+    def __init__(self, later: float) -> None:
+        super().__init__(3, 6, 3)
+        self.later = later
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x[:, 0, 0, 0] > 30).any():
+            self.scale.copy_(self.scale * self.later)
+        return super().forward(x) * self.scale[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_writing_what_a_buffer_holds_is_no_change() -> None:
+    torch.manual_seed(0)
+    pixels = images(64, 9)
+    pixels[20:, 0, 0, 0] = 60
+    model = nn.Sequential(WritesEqual(1.0))
+    brute.check(
+        scan(model, pixels, "0", precision="fp32"),
+        brute.responses(model, ["0"], pixels, brute.canonical_batches(pixels)),
+    )
+    with pytest.raises(UnitvisError, match=r"'0\.scale' changed in this forward pass"):
+        scan(nn.Sequential(WritesEqual(2.0)), pixels, "0", precision="fp32")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantisation_aware_training_with_observers_off_is_scanned() -> None:
+    quantisation = torch.ao.quantization
+    torch.manual_seed(0)
+    layers = [quantisation.QuantStub(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), quantisation.DeQuantStub()]
+    model = nn.Sequential(*layers).train()
+    model.qconfig = quantisation.get_default_qat_qconfig("x86")
+    model = quantisation.prepare_qat(model)
+    model(images(8, 9))
+    model.apply(quantisation.disable_observer).eval()
+    before, pixels = memory(model), images(40, 9)
+    run = scan(model, pixels, ["1", "3"], precision="fp32")
+    assert memory(model) == before
+    brute.check(run, brute.responses(model, ["1", "3"], pixels, brute.canonical_batches(pixels)))
 
 
 class LowRank(nn.Conv2d):

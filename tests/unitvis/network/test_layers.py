@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+from support import brute
 from support.scans import images, scan, small_net
 from unitvis import UnitvisError
 
@@ -51,3 +53,66 @@ def test_layers_are_chosen_by_name_or_pattern() -> None:
         assert scan(Twice(), pixels).layers == ["other"]
     with pytest.raises(UnitvisError, match="no convolution that can be ranked; name layers"):
         scan(nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)), pixels)
+
+
+class ImageByImage(nn.Module):
+    """Computes all images together, then each by one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return torch.stack([self.b(i[None])[0] if i.mean() > 0 else self.c(i[None])[0] for i in x])
+
+
+class OneByOne(ImageByImage):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.c(self.b(self.a(i[None])))[0] for i in x])
+
+
+class SharedNorm(nn.Module):
+    """One BatchNorm directly behind two convolutions, and one of its own behind a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.bn, self.own = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.c(self.bn(self.b(self.bn(self.a(x)).relu())).relu()))
+
+
+@pytest.mark.filterwarnings("ignore:left out, because they do not run")
+def test_default_layers_that_are_computed_image_by_image_are_left_out() -> None:
+    model, pixels = ImageByImage().eval(), images(40, 12)
+    with pytest.warns(UserWarning, match=r"left out: layer '[bc]' is not computed for all images of a batch at once"):
+        run = scan(model, pixels, precision="fp32")
+    assert run.layers == ["a"]
+    brute.check(run, brute.responses(model, ["a"], pixels, brute.canonical_batches(pixels)))
+    with (
+        pytest.warns(UserWarning, match="left out: layer"),
+        pytest.raises(
+            UnitvisError, match=r"no convolution that can be ranked \(layer 'a' is not computed for all images"
+        ),
+    ):
+        scan(OneByOne().eval(), pixels)
+
+
+def test_convolutions_that_share_a_batch_norm_are_left_out_with_the_true_reason() -> None:
+    model, pixels = SharedNorm().eval(), images(40, 12)
+    with pytest.warns(UserWarning, match=r"BatchNorm behind them \(bn\) runs more than once in .*: a, b; name them to"):
+        run = scan(model, pixels)
+    assert run.layers == ["own"]
+    named = scan(model, pixels, ["a", "b"])
+    brute.check(named, brute.responses(model, ["a", "b"], pixels, brute.canonical_batches(pixels)))
+
+
+def test_a_model_without_layers_inside_is_told_apart() -> None:
+    with pytest.raises(UnitvisError, match=r"the model itself is the convolution.*give torch\.nn\.Sequential\(model\)"):
+        scan(nn.Conv2d(3, 4, 3), images(3))
+    with pytest.raises(UnitvisError, match=r"'0\.weight' has no shape yet.*run the model once"):
+        scan(nn.Sequential(nn.LazyConv2d(8, 3)), images(3))

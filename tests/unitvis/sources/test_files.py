@@ -24,9 +24,9 @@ def test_a_folder_in_the_order_of_its_paths(tmp_path):
         (tmp_path / other).write_bytes(b"")
     source = open_source(tmp_path, PLAIN)
     assert [source.name(id) for id in range(source.length)] == sorted(names, key=os.fsencode)
-    assert source.other_files == 2
+    assert source.other_files == 5
     assert source.describe()["images"] == len(names)
-    assert source.describe()["others"] == 2
+    assert source.describe()["others"] == 5
 
 
 def test_links_and_loops_end(tmp_path):
@@ -164,3 +164,12 @@ def test_endings_and_entries_where_there_are_none(tmp_path):
         UnitvisError, match="entry='x' names the image in items of a dataset or batches, not in a folder"
     ):
         open_source(tmp_path, PLAIN, entry="x")
+
+
+def test_hidden_files_and_folders_are_counted_as_left_alone(tmp_path):
+    for name in ("b.png", "inside/c.png", ".hidden.png", "inside/.d.txt", ".folder/e.png", ".folder/f.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    source = open_source(tmp_path, PLAIN)
+    assert [source.name(id) for id in range(source.length)] == ["b.png", "inside/c.png"]
+    assert others_in_words(source.others) == "3 other files (hidden 3)"
