@@ -99,12 +99,12 @@ class _Before(NamedTuple):
                 f"the model's eval() replaces {gone[0]!r} for good, and so it could not be left as it came; give "
                 f"copy.deepcopy(model).eval()"
             )
-        changed = [(held, _mark(held.tensor)) for _, held in before.values() if held.differs()]
+        changed = [(held, mark_of(held.tensor)) for _, held in before.values() if held.differs()]
         return cls(modules, flags, switching, changed)
 
     def put_back(self) -> None:
         """Put the model back into the mode that it had."""
-        untrained = [held for held, mark in self.changed if _mark(held.tensor) == mark]
+        untrained = [held for held, mark in self.changed if mark_of(held.tensor) == mark]
         flags = list(zip(self.modules, self.flags, strict=True))
         for module, flag in flags:  # parents first: their train() reaches their children
             if module in self.switching and module.training != flag:
@@ -127,7 +127,7 @@ def _tensors(modules: list[nn.Module]) -> dict[int, tuple[str, Tensor]]:
     return {id(tensor): (name, tensor) for name, tensor in reversed(named)}  # the first name, its longest, counts
 
 
-def _mark(tensor: Tensor) -> tuple[int | None, int | None]:
+def mark_of(tensor: Tensor) -> tuple[int | None, int | None]:
     """What changes when a tensor is written to or given other memory: its version and address, where it has them."""
     address = tensor.data_ptr() if tensor.layout == torch.strided else None
     return None if tensor.is_inference() else tensor._version, address
@@ -143,11 +143,11 @@ class _Held(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Held:
-        return cls(tensor, tensor.data, tensor.data.clone(), _mark(tensor))
+        return cls(tensor, tensor.data, tensor.data.clone(), mark_of(tensor))
 
     def differs(self) -> bool:
         """Whether the tensor has other values or other memory; a write of equal values moves its mark alone."""
-        return _mark(self.tensor)[1] != self.mark[1] or not torch.equal(self.tensor.data, self.values)
+        return mark_of(self.tensor)[1] != self.mark[1] or not torch.equal(self.tensor.data, self.values)
 
     def still(self, mark: tuple[int | None, int | None]) -> bool:
         """Whether the tensor, which had this mark before it was written to, has the values that it has here."""
@@ -198,7 +198,7 @@ class Tensors:
         }
         copied = tensors if self._passes <= LEARNING_PASSES else tensors.keys() & (self.changing | self._rewritten)
         held = {name: _Held.of(tensors[name]) for name in copied}
-        marks = {name: _mark(tensor) for name, tensor in tensors.items() if name not in held}
+        marks = {name: mark_of(tensor) for name, tensor in tensors.items() if name not in held}
         try:
             yield
         finally:
@@ -215,8 +215,8 @@ class Tensors:
         if self._passes == LEARNING_PASSES:
             buffers = dict(self._model.named_buffers())
             kept = {name: one for name, one in held.items() if name in buffers and name not in self.changing}
-            self._settled = {name: one._replace(mark=_mark(one.tensor)) for name, one in kept.items()}
-        written = {name for name, mark in marks.items() if _mark(tensors[name]) != mark}
+            self._settled = {name: one._replace(mark=mark_of(one.tensor)) for name, one in kept.items()}
+        written = {name for name, mark in marks.items() if mark_of(tensors[name]) != mark}
         equal = {name for name in written if name in self._settled and self._settled[name].still(marks[name])}
         self._rewritten |= equal
         if lost := sorted(written - equal):

@@ -243,13 +243,15 @@ class Network:
         if self._description is None:
             if not self.layers:
                 return outline(self.model)
-            self._description = self._describe()
+            responses = self.responses_to_noise()  # first: it shows tensors that a pass changes
+            self._description = {**describe_model(self.model, self._tensors.changing), "responses": responses}
         return self._description
 
     @torch.inference_mode(False)
-    def _describe(self) -> dict[str, Any]:
+    def responses_to_noise(self) -> dict[str, list[float] | None]:
+        """Five numbers for each layer of what the model computes now from fixed noise, see `numbers_of`."""
         refuse_other_arithmetic(self.device)  # or else the network would seem to be another one
-        names, responses = [layer.name for layer in self.layers], {}
+        names, responses = [layer.name for layer in self.layers], dict[str, list[float] | None]()
 
         def read(index: int, maps: Tensor) -> None:
             responses[names[index]] = numbers_of(maps)
@@ -257,4 +259,4 @@ class Network:
         hooks = Hooks(self.model, self._layer_axes(), self.map_shapes)
         with torch.no_grad(), self.evaluating(), canonical_settings(self.device), hooks, self._tensors.kept():
             hooks.run(noise(self.input_shape).to(self.device), read)
-        return {**describe_model(self.model, self._tensors.changing), "responses": responses}
+        return responses

@@ -23,6 +23,7 @@ from unitvis.ranking.batches import check_coverage, checked_ids, checked_images
 from unitvis.ranking.watch import WeightsWatch
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
+from unitvis.state.partial import RESPONSES, differences
 from unitvis.state.topk import TopK
 
 
@@ -248,3 +249,18 @@ class Recording:
             check_coverage(self.coverage, self.images)
         if self._watch is not None:
             self._watch.refuse(hashes=True)
+            self._refuse_another_network()
+
+    def _refuse_another_network(self) -> None:
+        """Raise UnitvisError where the model computes something else than at the first image, for whatever reason.
+
+        An attribute, a hook or a function may have changed as well as a tensor.
+        """
+        if self.network.model is not self._given:  # a copy was ranked, which nobody else has
+            return
+        before, now = self.network.description["responses"], self.network.responses_to_noise()
+        if different := list(differences(before, now, RESPONSES)):
+            raise UnitvisError(
+                f"the model changed while images were recorded ({different[0]}), so the responses are those of "
+                f"different networks; leave its attributes, modules and hooks as they are until the result is made"
+            )

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
+from unitvis.network.borrowing import mark_of
 
 
 class WeightsWatch:
     """Watches the parameters and buffers of a model for changes between the passes of a Recorder.
 
-    `look` goes before each pass and `settle` after it: they compare the tensors' version counters, which PyTorch keeps
-    on the host and raises with each write. What a pass itself writes (a counter of calls) does not count. Writes that
-    bypass the counters (`parameter.data`) are found by `refuse`, by a hash.
+    `look` goes before each pass and `settle` after it: they compare which tensors there are, their addresses and their
+    version counters, which PyTorch keeps on the host and raises with each write. What a pass itself writes (a counter
+    of calls) does not count. Writes that bypass the counters (`parameter.data`) are found by `refuse`, by a hash,
+    unless they were taken back.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        # Tensors made in inference mode have no version counter.
-        self._tensors = {name: tensor for name, tensor in _tensors(model) if not tensor.is_inference()}
-        self._versions = self._now()
+        self._seen = self._now()
         self._hashes = _hashes(model)
         self._moved: str | None = None  # name of a tensor
         self.own: set[str] = set()  # names of the tensors that a pass writes
@@ -37,7 +37,7 @@ class WeightsWatch:
     def settle(self) -> None:
         """Count what was written to since `look` as the passes' own."""
         self.own |= self._changed()
-        self._versions = self._now()
+        self._seen = self._now()
 
     def refuse(self, *, hashes: bool) -> None:
         """Raise UnitvisError that names a tensor that moved, if one did. hashes: compare contents, too."""
@@ -53,18 +53,21 @@ class WeightsWatch:
                 "whose units are unseparated"
             )
 
-    def _now(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors.values()]
+    def _now(self) -> dict[str, tuple[Tensor, tuple[int | None, int | None]]]:
+        """Each tensor, by name, with what `mark_of` tells of it."""
+        return {name: (tensor, mark_of(tensor)) for name, tensor in _tensors(self._model)}
 
     def _changed(self) -> set[str]:
-        now = self._now()
-        if now == self._versions:
-            return set()
-        return {
+        before, now = self._seen, self._now()
+        names = {
             name
-            for name, before, after in zip(self._tensors, self._versions, now, strict=True)
-            if before != after and name not in self.own
+            for name in {**before, **now}
+            if name not in before
+            or name not in now
+            or before[name][0] is not now[name][0]
+            or before[name][1] != now[name][1]
         }
+        return names - self.own
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -61,6 +61,70 @@ def test_weights_that_move_are_refused(between: Callable[[nn.Module], object], n
             recorder.partial()
 
 
+def swapped(model: nn.Module) -> Callable[[], None]:
+    """Exchange the memory of a parameter; returns what takes it back."""
+    own = model[2].weight.data
+    model[2].weight.data = own * 2
+    return lambda: setattr(model[2].weight, "data", own)
+
+
+def assigned(model: nn.Module) -> Callable[[], None]:
+    own = dict(model.named_parameters())
+    model.load_state_dict({name: value.detach() * 2 for name, value in own.items()}, assign=True)
+
+    def back() -> None:
+        for name, parameter in own.items():
+            module, _, key = name.rpartition(".")
+            setattr(model.get_submodule(module), key, parameter)
+
+    return back
+
+
+@pytest.mark.parametrize("change", [swapped, assigned])
+def test_weights_that_move_and_come_back_are_refused(change: Callable[[nn.Module], Callable[[], None]]) -> None:
+    model, pixels = two_convolutions(), images(64, 12)
+    with Recorder(model, LAYERS) as recorder:
+        recorder(pixels[:32])
+        back = change(model)
+        recorder(pixels[32:48])
+        back()
+        recorder(pixels[48:])
+    with pytest.raises(UnitvisError, match="the weights moved while images were recorded"):
+        recorder.result()
+
+
+class Attributes(nn.Module):
+    """Computes with an attribute that is no tensor, and with a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.bn, self.last = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 3)
+        self.scale, self.act = 2.0, torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.bn(self.first(x))) * self.scale)
+
+
+ATTRIBUTES: dict[str, Callable[[Attributes], object]] = {
+    "eps": lambda model: setattr(model.bn, "eps", 1.0),
+    "function": lambda model: setattr(model, "act", torch.tanh),
+    "number": lambda model: setattr(model, "scale", 3.0),
+    "hook": lambda model: model.bn.register_forward_hook(lambda module, args, output: output * 2),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_a_model_that_changes_otherwise_is_refused(name: str) -> None:
+    model, pixels = Attributes().eval(), images(64, 12)
+    with Recorder(model) as recorder:
+        recorder(pixels[:32])
+        ATTRIBUTES[name](model)
+        recorder(pixels[32:])
+    with pytest.raises(UnitvisError, match=r"the model changed while images were recorded \(the network computes"):
+        recorder.result()
+
+
 def test_weights_of_which_a_copy_is_ranked_may_not_move_either() -> None:
     model = two_convolutions().bfloat16()
     recorder, _ = recorded(model, lambda model: model[0].weight.data.mul_(2))
