@@ -42,7 +42,10 @@ class Network:
     def __init__(
         self, model: nn.Module, *, device: torch.device | str | None = None, transform: Transform | None = None
     ) -> None:
-        self.model, self.device = on_device(unwrapped(model), device)
+        given = unwrapped(model)
+        floats = {t.dtype for t in (*given.parameters(), *given.buffers()) if t.is_floating_point()}
+        self._mixed_types = sorted(str(one).removeprefix("torch.") for one in floats) if len(floats) > 1 else []
+        self.model, self.device = on_device(given, device)
         self.transform = transform
         self.input_shape: Shape = (0, 0, 0)  # [C, H, W] of the model's input
         self.unit = "channel"
@@ -71,8 +74,16 @@ class Network:
         was named and cannot be ranked; see `Examination.chosen`.
         """
         start = time.perf_counter()
-        with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
-            examination = Examination(self.model, self._blank_image(shape))
+        try:
+            with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
+                examination = Examination(self.model, self._blank_image(shape))
+        except UnitvisError as error:
+            if not self._mixed_types:
+                raise
+            raise UnitvisError(
+                f"the model mixes {' and '.join(self._mixed_types)}, and does not run converted to float32, in which "
+                f"responses are computed ({error}); give model.float() whose code casts to no other type"
+            ) from error
         of_two = None
         if layers is None:
             with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):

@@ -70,3 +70,21 @@ def test_weights_spread_over_processes_are_refused_and_those_of_ddp_are_not(proc
         sharded = shard(copy.deepcopy(model))
         with pytest.raises(UnitvisError, match=r"spread over processes \(FSDP\); give a whole one"):
             scan(sharded, images(5))
+
+
+class PartlyHalf(nn.Module):
+    """A layer in half precision between casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3).half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).half()).float()
+
+
+def test_a_model_of_mixed_types_that_casts_is_refused_with_the_reason() -> None:
+    with pytest.raises(
+        UnitvisError, match=r"the model mixes float16 and float32, and does not run .*; give model.float"
+    ):
+        scan(PartlyHalf().eval(), images(3, 12))
