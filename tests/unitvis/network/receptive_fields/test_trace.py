@@ -265,6 +265,7 @@ UNTRACEABLE = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:the model.s code could not be followed")
 @pytest.mark.parametrize(("build", "note"), [u[1:] for u in UNTRACEABLE], ids=[u[0] for u in UNTRACEABLE])
 def test_models_that_run_but_cannot_be_followed_are_scanned_with_unknown_boxes(build: object, note: str) -> None:
     model, pixels = nn.Sequential(nn.Conv2d(3, 2, 3), build(), nn.Conv2d(2, 2, 3)), images(5, size=10)
