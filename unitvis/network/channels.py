@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from unitvis.network.operators import CONVOLUTIONS_AND_NORMS, names
 
@@ -26,20 +28,29 @@ Axes = frozenset[int]
 UNKNOWN: Axes = frozenset()
 
 
+class _Labelled(NamedTuple):
+    """The label of a tensor that may be gone, with what tells its memory and its view of that."""
+
+    storage: StorageWeakRef
+    axes: Axes
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
 class ChannelAxes(TorchDispatchMode):
     """Dispatch mode that labels every tensor computed under it with its channel axes; `axis_of` tells them.
 
-    Tensors are kept alive as long as the mode is, since a label belongs to a tensor by identity. A tensor into whose
-    views something computed was written, such as a preallocated output, takes its label from the last of them.
+    Labels do not keep tensors alive. A tensor into whose views something computed was written, such as a preallocated
+    output, takes its label from the last of them.
     operators: names of all that computed with the image so far, in their order.
     """
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
         self.operators: list[str] = []
-        self._maker: dict[int, int] = {}  # by tensor: the number of the operator that made or overwrote it last
-        self._labels: dict[int, tuple[Tensor, Axes]] = {}
-        self._last_by_storage: dict[int, Tensor] = {}
+        self._maker = WeakTensorKeyDictionary()  # the number of the operator that made or overwrote a tensor last
+        self._labels = WeakTensorKeyDictionary()  # the axes of a tensor
+        self._last_by_storage: dict[int, _Labelled] = {}
         self._label(image, frozenset([1]))
 
     def axis_of(self, tensor: Tensor) -> int | None:
@@ -49,27 +60,32 @@ class ChannelAxes(TorchDispatchMode):
 
     def operator_of(self, tensor: Tensor) -> int | None:
         """The number of the operator that made or overwrote a tensor last; None if it does not depend on the image."""
-        return self._maker.get(id(tensor))
+        return self._maker.get(tensor)
 
     def _label(self, tensor: Tensor, axes: Axes) -> None:
-        self._labels[id(tensor)] = tensor, axes
+        self._labels[tensor] = axes
         if tensor.layout == torch.strided:
-            self._last_by_storage[tensor.untyped_storage()._cdata] = tensor
+            storage = tensor.untyped_storage()
+            self._last_by_storage[storage._cdata] = _Labelled(
+                StorageWeakRef(storage), axes, tuple(tensor.shape), tensor.stride()
+            )
 
     def _axes_of(self, tensor: Tensor) -> Axes:
-        if id(tensor) in self._labels:
-            return self._labels[id(tensor)][1]
+        if tensor in self._labels:
+            return self._labels[tensor]
         written = self._written_view(tensor)
-        return UNKNOWN if written is None else _same_strides(self._labels[id(written)][1], written, tensor)
+        return UNKNOWN if written is None else _same_strides(written, tensor)
 
     def is_computed(self, tensor: object) -> bool:
         """Whether a tensor depends on the image; parameters and constants do not."""
-        return isinstance(tensor, Tensor) and (id(tensor) in self._labels or self._written_view(tensor) is not None)
+        return isinstance(tensor, Tensor) and (tensor in self._labels or self._written_view(tensor) is not None)
 
-    def _written_view(self, tensor: Tensor) -> Tensor | None:
+    def _written_view(self, tensor: Tensor) -> _Labelled | None:
         """The last labelled tensor in the memory of an unlabelled one."""
-        strided = tensor.layout == torch.strided
-        return self._last_by_storage.get(tensor.untyped_storage()._cdata) if strided else None
+        if tensor.layout != torch.strided:
+            return None
+        found = self._last_by_storage.get(tensor.untyped_storage()._cdata)
+        return None if found is None or found.storage.expired() else found  # its address may be another's by now
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -83,7 +99,7 @@ class ChannelAxes(TorchDispatchMode):
                 self.operators.append(name)
             for made in tree_leaves(result):
                 if isinstance(made, Tensor):
-                    self._maker[id(made)] = len(self.operators) - 1
+                    self._maker[made] = len(self.operators) - 1
                     self._label(made, self._axes(name, args, kwargs, given, made))
         return result
 
@@ -157,11 +173,11 @@ def _agreed(axes: Iterable[Axes], given: Sequence[Tensor], made: Tensor) -> Axes
     return found[-1] if found and all(own <= found[-1] for own in found) else UNKNOWN
 
 
-def _same_strides(axes: Axes, old: Tensor, new: Tensor) -> Axes:
+def _same_strides(old: _Labelled, new: Tensor) -> Axes:
     """The axes of another tensor in the same memory that step through it as these do; unknown unless each is one."""
     steps = [
-        [other for other in range(new.ndim) if new.shape[other] > 1 and new.stride(other) == old.stride(axis)]
-        for axis in axes
+        [other for other in range(new.ndim) if new.shape[other] > 1 and new.stride(other) == old.strides[axis]]
+        for axis in old.axes
         if old.shape[axis] > 1
     ]
     return frozenset(step[0] for step in steps) if all(len(step) == 1 for step in steps) else UNKNOWN

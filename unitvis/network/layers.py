@@ -1,5 +1,7 @@
 """The layers of a model as one forward pass shows them, and their selection by name, by pattern or by default."""
 
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 import fnmatch
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from unitvis.errors import UnitvisError, abridged, closest_names
 from unitvis.network.channels import ChannelAxes
@@ -39,22 +42,22 @@ class _OutputUses(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs: dict[int, tuple[Tensor, list[str]]] = {}  # by id; holding the tensors keeps each id unique
+        self.outputs = WeakTensorKeyDictionary()  # names of modules; a tensor that is gone has no further uses
         self.used_by_relu: dict[str, list[bool]] = {}  # one entry for each use of a module's output: True for a ReLU
 
     def producers(self, tensor: object) -> list[str]:
         """Names of the modules that returned this tensor, innermost first."""
-        return self.outputs.get(id(tensor), (None, []))[1]
+        return self.outputs.get(tensor, []) if isinstance(tensor, Tensor) else []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Record that a module returned a tensor."""
-        self.outputs.setdefault(id(tensor), (tensor, []))[1].append(name)
+        self.outputs.setdefault(tensor, []).append(name)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        known = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.outputs]
+        known = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self.outputs]
         versions = [t._version for t in known]
         result = func(*args, **kwargs)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # reading a shape does not count
@@ -62,7 +65,7 @@ class _OutputUses(TorchFunctionMode):
                 for name in self.producers(tensor):
                     self.used_by_relu.setdefault(name, []).append(_is_relu(func, args, kwargs))
                 if tensor._version != version:
-                    self.outputs.pop(id(tensor), None)  # overwritten in place: no longer the module's output
+                    self.outputs.pop(tensor, None)  # overwritten in place: no longer the module's output
         return result
 
 
@@ -88,6 +91,7 @@ class Examination:
         self._outputs: dict[str, object] = {}
         self._inputs: dict[str, list[str]] = {}  # the modules whose output each module takes, in any of its runs
         self._operators: dict[str, range] = {}  # the numbers of those that ran in each module
+        self._computed: set[str] = set()  # the modules whose output depends on the image
         self._made_by: dict[str, int | None] = {}  # the number of the operator that made each module's output
         self.axes: dict[str, int | None] = {}
         self._uses = uses = _OutputUses()
@@ -103,9 +107,12 @@ class Examination:
         def leave(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
                 self.runs[name] = self.runs.get(name, 0) + 1
-                self._outputs[name] = output.detach() if isinstance(output, Tensor) else output
+                self._outputs[name] = output
                 self._operators[name] = range(self._operators[name].start, len(seen.operators))
                 if isinstance(output, Tensor):
+                    self._outputs[name] = torch.empty(output.shape, dtype=output.dtype, device="meta")  # no values
+                    if seen.is_computed(output):
+                        self._computed.add(name)
                     uses.add(name, output)
                     self.axes[name] = seen.axis_of(output)
                     self._made_by[name] = seen.operator_of(output)
@@ -239,7 +246,7 @@ class Examination:
     def layer(self, name: str) -> Layer:
         """Describe one layer; raises UnitvisError where its output cannot be ranked (see `as_map`)."""
         output = self._outputs[name]
-        if isinstance(output, Tensor) and not self._seen.is_computed(output):
+        if isinstance(output, Tensor) and name not in self._computed:
             raise UnitvisError(
                 f"layer {name!r} returns a tensor of shape {list(output.shape)} that does not depend on the image, or "
                 f"not by operators of PyTorch; name another layer"
