@@ -174,9 +174,8 @@ class Network:
     def channel_axes(self, layers: Sequence[str], shape: Shape) -> dict[str, int | None]:
         """Names of layers with the axis of their channels; found by a pass of an input [C, H, W] if not known."""
         if new := [name for name in layers if name not in self._channel_axes]:
-            image = torch.zeros(1, *shape, dtype=torch.float32, device=self.device)
             with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
-                self._channel_axes |= channel_axes(self.model, new, image)
+                self._channel_axes |= channel_axes(self.model, new, self._blank_image(shape))
         return {name: self._channel_axes[name] for name in layers}
 
     def reading_maps(self, layers: Sequence[str], shape: Shape) -> CanonicalPass:

@@ -20,7 +20,7 @@ from unitvis.files import make_folder, replacing, unoccupied
 from unitvis.network.network import Network
 from unitvis.pages import facts, pictures
 from unitvis.results.data import RunData
-from unitvis.state.partial import refuse_differences
+from unitvis.state.partial import refuse_another_model
 
 MAX_UNITS = 200_000  # in all layers: each has its own files and its own tile on a page
 ANOTHER_MODEL = "the model is not the one that was scanned (then and now)"
@@ -72,15 +72,13 @@ def _check_model(run: RunData, model: nn.Module, device: torch.device | str | No
     """Raise UnitvisError for another model than was scanned: other tensors, modules, or responses of a layer."""
     network = Network(model, device=device)
     then = run.manifest["model"]
-    refuse_differences(
-        ANOTHER_MODEL, {"model": {k: then[k] for k in network.description}}, {"model": network.description}
-    )
+    refuse_another_model(ANOTHER_MODEL, then, network.description)
     channels, height, width = run.manifest["input"]
     network.examine((channels, height, width), run.layers, run.manifest["unit"])
     now = dict(network.description)
     if run.manifest["fingerprint"]["torch"] != torch.__version__:
         del now["modules"]  # PyTorch may print them in other words
-    refuse_differences(ANOTHER_MODEL, {"model": {k: then[k] for k in now if k in then}}, {"model": now})
+    refuse_another_model(ANOTHER_MODEL, then, now)
 
 
 def _prepare_folder(run: RunData, folder: Path) -> Path:

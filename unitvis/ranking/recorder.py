@@ -18,11 +18,11 @@ from unitvis.ranking.recording import Recording
 from unitvis.ranking.repetition import repetition_warning
 from unitvis.ranking.winners import ranked_run, reranked_run
 from unitvis.reranking.rerank import Scanned
-from unitvis.reranking.witness import ROUNDING, check_witness
+from unitvis.reranking.witness import check_witness
 from unitvis.results.manifest import scan_manifest
 from unitvis.run import Run
 from unitvis.sources import Source, open_source
-from unitvis.state.partial import SEEN, Identity, Partial, identity
+from unitvis.state.partial import ROUNDING, SEEN, Identity, Partial, identity
 from unitvis.state.topk import TopK
 
 # Share of a layer's largest response by which the images of a loop may give others when they are read again.

@@ -15,11 +15,11 @@ from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.reranking.rereading import read_again
 from unitvis.sources import Source
+from unitvis.state.partial import ROUNDING
 from unitvis.state.sampling import smallest_hashes
-from unitvis.state.topk import Ranked, TopK
+from unitvis.state.topk import TopK
 
 WITNESSES = COMPUTE_BATCH  # images that are computed again
-ROUNDING = 1e-5  # share of a layer's largest response by which another device may change a float32 response
 HALF_ROUNDINGS = 16  # steps of half precision, at a unit's largest response, by which another pass may change one
 
 HalfResponses = Callable[[Tensor], NDArray[np.float64]]  # images as they were read -> [N, units]
@@ -40,9 +40,8 @@ def check_witness(
 
     network: in eval mode, its layers known. k: places of winners. bits: values and positions must be bit-equal, except
     in layers whose bits depend on an image's place in its batch; otherwise values may differ by `rounding` of the
-    layer's largest. half: computes responses in half precision, where the top-k holds such; then an
-    image is refused if more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the unit's
-    largest.
+    layer's largest. half: computes responses in half precision, where the top-k holds such; then an image is refused if
+    more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the unit's largest.
 
     Returns {"images": computed, "responses": compared, "equal": bit-equal}. Raises UnitvisError about the first image
     that is absent, has changed, or gives other responses.
@@ -66,12 +65,13 @@ def check_witness(
         pairs.take(keys, batch.ids)
         now = pairs.values
         equal = (now.view(np.int32) == then.view(np.int32)) & (pairs.positions == ranked.positions[unit, rank])
+        sizes = [own.stop - own.start for own in network.columns]
         in_bits = np.array([bits and layer.name not in by_slot for layer in network.layers])[network.layer_of[unit]]
-        wrong = ~equal & (in_bits | ~_close(then, now, rounding * _largest_of_layers(network, ranked)[unit]))
+        wrong = ~equal & (in_bits | ~_close(then, now, rounding * ranked.largest_of_layers(sizes)[unit]))
     else:
         now = half(batch.pixels)[np.searchsorted(ids, pairs.images), unit].astype(np.float32)
         equal = (now == then) | ~(np.isfinite(now) | np.isfinite(then))  # NaN and overflow are recorded as infinity
-        far = ~equal & ~_close(then, now, HALF_ROUNDINGS * resolution * _largest(ranked.values)[unit])
+        far = ~equal & ~_close(then, now, HALF_ROUNDINGS * resolution * ranked.largest[unit])
         at = np.searchsorted(ids, pairs.images)
         wrong = far & (np.bincount(at, far) > np.bincount(at) / 2)[at]
     if wrong.any():
@@ -87,14 +87,3 @@ def check_witness(
 def _close(then: NDArray[Any], now: NDArray[Any], slack: NDArray[np.float64]) -> NDArray[np.bool_]:
     with np.errstate(invalid="ignore", over="ignore"):
         return np.abs(now.astype(np.float64) - then) <= slack
-
-
-def _largest(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """float64 [units]: the largest magnitude among the finite values [units, places]."""
-    return np.where(np.isfinite(values), np.abs(values), 0).max(axis=1).astype(np.float64)
-
-
-def _largest_of_layers(network: Network, ranked: Ranked) -> NDArray[np.float64]:
-    """float64 [units]: the largest magnitude in each unit's layer."""
-    largest = _largest(ranked.values)
-    return np.concatenate([np.full(own.stop - own.start, largest[own].max()) for own in network.columns])

@@ -20,7 +20,6 @@ _LAYER: dict[str, Schema] = {
     "feeds_relu": FLAG,
     "fed_by": Optional(TEXT),
 }
-_ODD = Optional({"images": COUNT, "first?": OBJECT})
 _RANKED_LAYER = _LAYER | {
     "unit": choice("channel", "neuron"),
     "units": COUNT,

@@ -20,14 +20,22 @@ from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
 from unitvis.network.identity import outline
 from unitvis.ranking.recorder import Recorder
-from unitvis.reranking.witness import HALF_ROUNDINGS, ROUNDING
+from unitvis.reranking.witness import HALF_ROUNDINGS
 from unitvis.results.folder import check_output
 from unitvis.run import Run, load
 from unitvis.scanning.scan import finish_run
 from unitvis.sources import Source, open_as_described, reopen_source
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.overlap import contradiction
-from unitvis.state.partial import Identity, Partial, joined_seen, refuse_differences, same_images
+from unitvis.state.partial import (
+    ROUNDING,
+    Identity,
+    Partial,
+    joined_seen,
+    refuse_another_model,
+    refuse_differences,
+    same_images,
+)
 from unitvis.state.topk import TopK
 
 
@@ -130,14 +138,12 @@ def _refuse_contradiction(what: str, scanned: Identity, one: TopK, other: TopK, 
     if not len(shared):
         return
     mine, theirs = one.read(), other.read()
-    finite = np.where(np.isfinite(mine.values), np.abs(mine.values), 0).astype(np.float64)
     sizes = [shape[0] if scanned["unit"] == "channel" else math.prod(shape) for shape in scanned["layers"].values()]
     layer_of = np.repeat(np.arange(len(sizes)), sizes)
     if (precision := scanned["precision"]) == "fp32":
-        largest = np.array([part.max() for part in np.split(finite, np.cumsum(sizes)[:-1])])
-        slack, share = ROUNDING * largest[layer_of], 0.0
+        slack, share = ROUNDING * mine.largest_of_layers(sizes), 0.0
     else:
-        slack, share = HALF_ROUNDINGS * torch.finfo(HALF[precision]).eps * finite.max(axis=1), 0.5
+        slack, share = HALF_ROUNDINGS * torch.finfo(HALF[precision]).eps * mine.largest, 0.5
     if found := contradiction(mine, theirs, shared, slack, share):
         values = " and ".join("less than the last winner" if v is None else f"{v:.9g}" for v in found[2:])
         layer = list(scanned["layers"])[layer_of[found.unit]]
@@ -188,8 +194,7 @@ def _finished_run(
     ) as recorder:
         channels, height, width = manifest["input"]
         recorder.prepare((channels, height, width))
-        wanted = {key: value for key, value in manifest["model"].items() if key in recorder.network.description}
-        refuse_differences(ANOTHER_MODEL, {"model": wanted}, {"model": recorder.network.description})
+        refuse_another_model(ANOTHER_MODEL, manifest["model"], recorder.network.description)
         recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         recorder.restore(part)
         source.add_failures(part.failures)
@@ -277,6 +282,5 @@ def _checked_model(
             )
         model = models.load(spec, recorded["file"], pretrained=recorded["pretrained"])
     module, _, origin = models.resolved(model)
-    found = outline(module)
-    refuse_differences(ANOTHER_MODEL, {"model": {key: recorded[key] for key in found}}, {"model": found})
+    refuse_another_model(ANOTHER_MODEL, recorded, outline(module))
     return module, origin

@@ -19,6 +19,7 @@ from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
 from unitvis.sources import Source
+from unitvis.state.partial import ROUNDING
 
 
 class _WinnerRows:
@@ -121,7 +122,7 @@ def compare_winners(run: RunData, network: Network) -> dict[str, Any]:
         distance = np.where(comparison.equal, 0, np.abs(now - winners.values) / largest[winners.layer])
     by_slot = layers_by_slot(run, network)
     to_rounding = np.isin(winners.layer, [run.layers.index(name) for name in by_slot]) | (not same)
-    wrong = np.where(to_rounding, ~(distance <= 1e-5), ~comparison.equal)
+    wrong = np.where(to_rounding, ~(distance <= ROUNDING), ~comparison.equal)
     return {
         "winners": len(wrong),
         "equal": int(comparison.equal.sum()),

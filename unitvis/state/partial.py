@@ -21,7 +21,7 @@ from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
 RESPONSES = "model.responses"  # entry that has numbers for each layer of what it computes from fixed noise
-_ROUNDING = 1e-5  # share of a layer's largest response by which other hardware or threads may change its numbers
+ROUNDING = 1e-5  # share of a layer's largest response by which other hardware may change a float32 response
 # Entries that a manifest and an identity share, as JSON.
 SHARED: dict[str, Schema] = {
     "model": {
@@ -195,13 +195,21 @@ def refuse_differences(what: str, one: Identity, other: Identity) -> None:
         raise UnitvisError(f"{what}: {abridged(different)}")
 
 
+def refuse_another_model(what: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """UnitvisError, starting with `what`, if a manifest's description of a model lacks or contradicts one of `now`.
+
+    Entries: see `network.identity`; what the manifest says beside them does not count.
+    """
+    refuse_differences(what, {"model": {key: then[key] for key in now if key in then}}, {"model": dict(now)})
+
+
 def _same_numbers(one: Any, other: Any) -> bool:
     """Whether a layer's numbers, the largest magnitude first, are equal up to rounding; for anything else, equality."""
     if not all(
         isinstance(value, list) and value and all(isinstance(v, float) for v in value) for value in (one, other)
     ):
         return one == other
-    slack = _ROUNDING * max(abs(one[0]), abs(other[0]))
+    slack = ROUNDING * max(abs(one[0]), abs(other[0]))
     return len(one) == len(other) and all(abs(a - b) <= slack for a, b in zip(one, other, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,15 @@ class Ranked(NamedTuple):
     def of(self, units: slice) -> Ranked:
         """The rows of some units, as views."""
         return Ranked(self.values[units], self.images[units], self.positions[units], self.nan[units])
+
+    @property
+    def largest(self) -> NDArray[np.float64]:
+        """float64 [units]: the largest magnitude among the finite values of a unit."""
+        return np.where(np.isfinite(self.values), np.abs(self.values), 0).max(axis=1).astype(np.float64)
+
+    def largest_of_layers(self, sizes: Sequence[int]) -> NDArray[np.float64]:
+        """float64 [units]: the largest magnitude in each unit's layer. sizes: number of units of each layer."""
+        return np.repeat(np.maximum.reduceat(self.largest, np.cumsum([0, *sizes[:-1]])), sizes)
 
 
 class TopK:
