@@ -60,6 +60,20 @@ _CONTINUOUS = CONVOLUTIONS_AND_NORMS | names(
     real_copy imag_copy _fft_r2c _fft_c2r _fft_c2c native_dropout _unsafe_view _unsafe_index slice_scatter
     select_scatter diagonal_scatter as_strided_scatter split_copy unbind_copy"""
 )
+# Functions between two bounds, with how far apart inputs near the one and near the other lie.
+_WIDTHS = {
+    "tanh": 2.0,
+    "erf": 2.0,
+    "erfc": 2.0,
+    "sin": 2.0,
+    "cos": 2.0,
+    "atan": 4.0,
+    "relu6": 6.0,
+    "hardsigmoid": 6.0,
+    **dict.fromkeys(("sigmoid", "softmax", "_softmax", "_safe_softmax"), 4.0),
+}
+_LIMITING = names("hardtanh clamp clip clamp_min clamp_max maximum minimum")  # between bounds that are arguments
+STEEPEST = 1 / 8  # widths of a function between two bounds that two neighbouring half precision inputs may lie apart
 _READ_OUTSIDE = ("numpy", "tolist", "__array__", "__dlpack__")  # methods by which numbers leave PyTorch
 
 
@@ -169,7 +183,11 @@ class _Observer(TorchDispatchMode):
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
+        self.look(func, args, kwargs)
         return self.see(func, args, kwargs, func(*args, **kwargs))
+
+    def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Observe the arguments, which the operation may overwrite."""
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """The result to go on with."""
@@ -180,18 +198,32 @@ class _Watch(_Observer):
     """Finds the largest finite magnitude of any result, and the first step that what comes from the images has to take.
 
     A step is an operation that is not `_CONTINUOUS`, one that computes floats from whole numbers or truth values that
-    came from floats, as after a comparison or an argmax, or numbers that the model reads outside of PyTorch.
+    came from floats, as after a comparison or an argmax, or numbers that the model reads outside of PyTorch. Of the
+    functions between two bounds, the steepest for its inputs is kept.
     """
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.largest = 0.0
         self.step: str | None = None  # the name of the operation
+        self.steepest, self.widths = "", 0.0  # a function between two bounds, and how many widths its inputs reach
+        self._input = 0.0  # the largest magnitude that the operation at hand reads and that comes from the images
         # Memory that depends on the images: floats, and other numbers that were computed from floats.
         self._floats, self._others = {StorageWeakRef(images.untyped_storage())}, set[StorageWeakRef]()
 
+    def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the largest input of a function between two bounds."""
+        self._input = 0.0
+        if _name(func) in _WIDTHS or _name(func) in _LIMITING:
+            inputs = (x for x in _tensors((args, kwargs)) if StorageWeakRef(x.untyped_storage()) in self._floats)
+            if "softmax" in _name(func):  # those far below the largest, as behind a mask, have no part in it
+                inputs = (x.amax(args[1]) for x in inputs if x.numel())
+            self._input = max((_largest(x) for x in inputs if x.numel() and x.is_floating_point()), default=0.0)
+
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Observe a result; it stays as it is."""
+        if self._input and (widths := self._input / max(_width(func, args, result), 1e-30)) > self.widths:
+            self.steepest, self.widths = str(func), widths
         inputs = {StorageWeakRef(x.untyped_storage()) for x in _tensors((args, kwargs))}
         name = func.overloadpacket.__name__
         from_floats, from_others = not inputs.isdisjoint(self._floats), not inputs.isdisjoint(self._others)
@@ -225,6 +257,11 @@ class _Watch(_Observer):
             )
         if self.step is not None:
             return f"{self.step} makes a step, which a rounding error can take"
+        if self.widths * torch.finfo(HALF[precision]).eps > STEEPEST:
+            return (
+                f"{self.steepest} goes from one bound to the other within 1/{self.widths:.0f} of the largest number "
+                f"that it reads, of which {NAMES[precision]} tells 1/{1 / torch.finfo(HALF[precision]).eps:.0f}"
+            )
         return None
 
 
@@ -277,6 +314,23 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return not bool(((difference > slack) | ~found.isfinite())[wanted.isfinite()].any())
 
 
+def _name(func: Any) -> str:
+    """The name of an operation, the same for its form in place."""
+    name = str(func.overloadpacket.__name__)
+    return name.rstrip("_") or name
+
+
+def _width(func: Any, args: tuple[Any, ...], result: Tensor) -> float:
+    """How far apart inputs at the two bounds of a function of `_WIDTHS` or `_LIMITING` lie."""
+    if (width := _WIDTHS.get(_name(func))) is not None:
+        return width
+    low, high = (*args, *((-1.0, 1.0) if _name(func) == "hardtanh" else (None, None))[len(args) - 1 :])[1:3]
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        return float(high - low)
+    finite = result[result.isfinite()]
+    return float(finite.amax() - finite.amin()) if len(finite) else 0.0
+
+
 def _is_view(func: Any) -> bool:
     """True for an operation whose result is a view of an argument."""
     return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
@@ -287,13 +341,13 @@ def _makes_step(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
 
     Whole numbers and truth values are no step themselves; what is computed from them is.
     """
-    name = func.overloadpacket.__name__
+    name = _name(func)
     if _is_view(func) or not any(
         leaf.is_floating_point() or leaf.is_complex() if isinstance(leaf, Tensor) else isinstance(leaf, int | float)
         for leaf in tree_leaves(result)
     ):
         return False
-    if func.namespace != "aten" or (name.rstrip("_") or name) not in _CONTINUOUS:
+    if func.namespace != "aten" or name not in _CONTINUOUS:
         return True
     narrowed = any(one.is_floating_point() and one.element_size() == 1 for one in _tensors(result))
     return (

@@ -181,6 +181,30 @@ def test_operations_without_a_trace_in_the_layers() -> None:
     assert clauses(model, images) == {}
 
 
+@pytest.mark.parametrize(
+    ("steep", "harmless"),
+    [
+        (lambda x: F.hardtanh(1000 * x, 0, 1), lambda x: F.hardtanh(1000 * x, 0, 100)),
+        (lambda x: F.hardtanh_(1000 * x), lambda x: F.hardtanh_(40 * x)),
+        (lambda x: (1000 * x).clamp_(0, 1), lambda x: (40 * x).clamp_(0, 1)),
+        (lambda x: (1000 * x).clamp(min=0).clamp(max=1), lambda x: (40 * x).clamp(min=0).clamp(max=1000)),
+        (lambda x: torch.minimum(F.relu(1000 * x), torch.ones(1)), lambda x: torch.minimum(F.relu(x), torch.ones(1))),
+        (lambda x: F.relu6(-1500 * x), lambda x: F.relu6(-90 * x)),
+        (lambda x: F.hardsigmoid(-1500 * x), lambda x: F.hardsigmoid(-90 * x)),
+        (lambda x: x * torch.sigmoid(1000 * x), lambda x: x * torch.sigmoid(40 * x)),
+        (lambda x: torch.tanh(1000 * x), lambda x: torch.tanh(40 * x)),
+        (lambda x: torch.softmax(-1000 * x, 1), lambda x: torch.softmax(torch.cat([x, x - 1000], 1), 1)[:, :8]),
+    ],
+)
+def test_functions_whose_slope_a_rounding_error_crosses(
+    steep: Callable[[Tensor], Tensor], harmless: Callable[[Tensor], Tensor]
+) -> None:
+    images = pictures(16, 8)
+    reason = clauses(Between(steep), images)["last"]
+    assert "goes from one bound to the other within 1/" in reason
+    assert clauses(Between(harmless), images) == {}
+
+
 @torch.library.custom_op("unitvis_test::steps", mutates_args=())
 def steps(x: Tensor) -> Tensor:
     """An operator of which PyTorch knows nothing."""
