@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from unitvis.sources.decode import decode
+from unitvis.decoding.decode import decode
 
 
 def stored(image, kind, **options):

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged
 from unitvis.sources.arrays import ArraySource
 from unitvis.sources.base import Batch, Failure, Source
-from unitvis.sources.decoding import Decoding
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.entries import is_batch
 from unitvis.sources.files import FileSource, folder_source, list_source, paths_source

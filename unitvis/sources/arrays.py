@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from unitvis.decoding.geometry import Box
 from unitvis.errors import UnitvisError
 from unitvis.sources.base import Chunks, Picture, Source, id_groups, map_in_order, require_transform, usable_cores
-from unitvis.sources.transform import Box, Transform
+from unitvis.sources.transform import Transform
 from unitvis.state.partial import SEEN
 
 

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from unitvis.decoding.geometry import Box
 from unitvis.errors import ImageError, UnitvisError
-from unitvis.sources.transform import Box, Transform
+from unitvis.sources.transform import Transform
 from unitvis.state.partial import SEEN
 
 Picture = tuple[Image.Image, Callable[[Box], Box]]  # and the map of a box in model-input pixels to pixels of that image
@@ -100,7 +101,8 @@ class Source(ABC):
         """Read all images in the order of their ids, or those of `ids` in that order, each once.
 
         Every batch but the last has `batch_size` images, even if some fail. Files and arrays are read by `workers`
-        threads (None: one a core, 0: the caller's thread), at most two batches ahead; results do not depend on it.
+        threads, or many image files by as many processes (None: one a core, 0: the caller's thread), about two batches
+        ahead; results do not depend on it.
         """
         if batch_size < 1:
             raise UnitvisError(f"batch_size={batch_size}; at least 1 is needed")
@@ -320,6 +322,18 @@ class ImageInfoTable:
         row = self._rows[id]
         return ImageInfo(row["digest"].tobytes(), int(row["width"]), int(row["height"])) if row["width"] else None
 
+    def note_new(self, ids: Sequence[int], read: NDArray[np.void]) -> bool:
+        """Take over images that were just read, an array [n] with the fields of `ROW`.
+
+        Returns False, and takes over none, if one was read before with another digest.
+        """
+        known = self._rows[ids]
+        if ((known["width"] > 0) & (known["digest"] != read["digest"])).any():
+            return False
+        for name in self.ROW.names or ():
+            self._rows[name][ids] = read[name]
+        return True
+
     def noted(self, ids: NDArray[np.int64]) -> NDArray[np.void]:
         """`SEEN` [n] of those images that were read."""
         rows = self._rows[ids]
@@ -360,9 +374,7 @@ class ItemSource(Source):
             try:
                 pixels, info = result()
             except ImageError as error:
-                if self._infos[id]:
-                    raise UnitvisError(f"{self.name(id)!r} {self._changed_message}: {error}") from error
-                self._note_failure(id, str(error))
+                self._note_unusable(id, error)
             else:
                 self._infos[id] = info
                 yield [id], pixels[None]
@@ -379,6 +391,12 @@ class ItemSource(Source):
 
     def _read_noted(self, id: int) -> object:
         return self._load(id)
+
+    def _note_unusable(self, id: int, error: ImageError) -> None:
+        """Record a failure; UnitvisError if the image could be used before."""
+        if self._infos[id]:
+            raise UnitvisError(f"{self.name(id)!r} {self._changed_message}: {error}") from error
+        self._note_failure(id, str(error))
 
     def _check_unchanged(self, id: int, digest: bytes) -> bytes:
         """Return the digest; UnitvisError if the image was read before with another one."""

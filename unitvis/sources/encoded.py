@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unitvis.sources.base import ImageInfo, ImageInfoTable, ItemSource, Picture, require_transform
-from unitvis.sources.decoding import Decoding
+from unitvis.decoding.board import BROKEN, ERROR, JOB_IMAGES, OTHER_SIZE, READ, UNUSABLE
+from unitvis.decoding.contents import Contents, digest
+from unitvis.decoding.options import Decoding
+from unitvis.decoding.pool import Done, Pool, PoolError, may_start
+from unitvis.errors import ImageError, UnitvisError
+from unitvis.sources.base import Chunks, ImageInfo, ImageInfoTable, ItemSource, Picture, id_groups, require_transform
 from unitvis.sources.names import Names
 from unitvis.sources.transform import Transform
 
-MAX_BYTES = 1 << 29  # of one file, which is read whole; no image within the limit of pixels needs more
+MIN_IMAGES = 256  # fewer are read by threads before processes have started
 
 
 class EncodedSource(ItemSource):
     """Named image files; a pass over them reads each file once, hashes its bytes and decodes them from memory.
 
-    others: number of files beside them that are not read, by the ending of their names. endings: those that the user
-    chose for images. infos: hashes and sizes that the files must have; None: they are noted as the files are read.
+    contents: reads them. others: number of files beside them that are not read, by the ending of their names. endings:
+    those that the user chose for images. infos: hashes and sizes that the files must have; None: they are noted as the
+    files are read.
     """
 
     has_files = True
@@ -36,6 +44,7 @@ class EncodedSource(ItemSource):
         self,
         kind: str,
         names: Names,
+        contents: Contents,
         transform: Transform | None,
         *,
         on_error: str = "skip",
@@ -47,9 +56,10 @@ class EncodedSource(ItemSource):
         self.kind, self.others, self._endings = kind, others or {}, endings
         super().__init__(transform, len(names), on_error, infos)
         self._transform, self._decoding = require_transform(transform), decoding or Decoding()
-        self._names = names
+        self._names, self._contents = names, contents
         self._may_decode = threading.Event()
         self._may_decode.set()
+        self._pools: set[Pool] = set()
 
     @property
     def other_files(self) -> int:
@@ -60,9 +70,13 @@ class EncodedSource(ItemSource):
     def pause_decoding(self) -> Iterator[None]:
         """Start no decoding while the block runs, so that the cores are free to compute; files are still read."""
         self._may_decode.clear()
+        for pool in self._pools:
+            pool.pause()
         try:
             yield
         finally:
+            for pool in self._pools:
+                pool.go_on()
             self._may_decode.set()
 
     def name(self, id: int) -> str:
@@ -97,26 +111,94 @@ class EncodedSource(ItemSource):
         """Path or paths that open the source again; None if there is none."""
 
     @abstractmethod
-    def _contents(self, id: int) -> bytes:
-        """Read the file's bytes; ImageError if they cannot be read."""
+    def _place(self, id: int) -> Any:
+        """Where the file is, as `Contents.read` takes it."""
 
     def _hash(self, id: int) -> str:
-        return _digest(self._contents(id)).hex()
+        return digest(self._contents.read(self._place(id))).hex()
 
     def _read_noted(self, id: int) -> object:
         return self._checked_contents(id)
 
     def _load(self, id: int) -> tuple[Tensor, ImageInfo]:
-        data, digest = self._checked_contents(id)
+        data, hashed = self._checked_contents(id)
         self._may_decode.wait()
         pixels, size = self._decoding.pixels(data, self._transform)
-        return torch.from_numpy(pixels), ImageInfo(digest, *size)
+        return torch.from_numpy(pixels), ImageInfo(hashed, *size)
 
     def _checked_contents(self, id: int) -> tuple[bytes, bytes]:
         """Read the file's bytes and their hash; UnitvisError if the file changed since it was read before."""
-        data = self._contents(id)
-        return data, self._check_unchanged(id, _digest(data))
+        data = self._contents.read(self._place(id))
+        return data, self._check_unchanged(id, digest(data))
 
+    def _chunks(self, ids: Iterable[int] | None, batch_size: int, workers: int) -> Chunks:
+        """Read images in worker processes, or in threads where there are few, or where there can be no processes."""
+        left = iter(self._checked_ids(ids))
+        first = list(islice(left, MIN_IMAGES))
+        left = chain(first, left)
+        if workers > 0 and len(first) == MIN_IMAGES and type(self._transform) is Transform and may_start():
+            for numbers, pixels in super()._chunks(left, batch_size, 0):  # until one image has told its size
+                yield numbers, pixels
+                left = yield from self._chunks_of_processes(left, pixels, batch_size, workers)
+                break
+        yield from super()._chunks(left, batch_size, workers)
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+    def _chunks_of_processes(
+        self, ids: Iterator[int], pixels: Tensor, batch_size: int, workers: int
+    ) -> Generator[tuple[Sequence[int], Tensor], None, Iterator[int]]:
+        """Read images in processes; return the ids that are left where there can be none. pixels: of one image."""
+        under_way = deque[list[int]]()
+        size = (pixels.shape[1], pixels.shape[2])
+        reading = self._contents, self._decoding, self._transform.geometry, size
+        try:
+            with Pool(*reading, workers=workers, ahead=2 * batch_size) as pool, self._pausing(pool):
+                for numbers in id_groups(ids, JOB_IMAGES):
+                    under_way.append(numbers)
+                    pool.issue([self._place(id) for id in numbers])
+                    while pool.full:
+                        yield from self._received(under_way[0], pool.receive(), batch_size)
+                        under_way.popleft()
+                while under_way:
+                    yield from self._received(under_way[0], pool.receive(), batch_size)
+                    under_way.popleft()
+        except PoolError as error:
+            warnings.warn(f"images are decoded in threads, since worker processes cannot be had: {error}")
+        return chain(*under_way, ids)
+
+    @contextmanager
+    def _pausing(self, pool: Pool) -> Iterator[None]:
+        """Let `pause_decoding` reach a pool while the block runs."""
+        self._pools.add(pool)
+        try:
+            yield
+        finally:
+            self._pools.discard(pool)
+
+    def _received(self, ids: list[int], done: Done, batch_size: int) -> Chunks:
+        """Note what a job of a pool found out about its images, and yield those that have pixels."""
+        pixels = torch.from_numpy(done.pixels)
+        if (done.records["state"] == READ).all() and self._infos.note_new(ids, done.records):
+            # A chunk that is a batch goes to the caller as it is, and the next job overwrites this memory.
+            yield ids, pixels if len(ids) < batch_size else pixels.clone()
+            return
+        for id, record, one in zip(ids, done.records, pixels, strict=True):
+            try:
+                self._infos[id] = self._info_of(id, record)
+            except ImageError as error:
+                self._note_unusable(id, error)
+            else:
+                yield [id], one[None].clone()
+
+    def _info_of(self, id: int, record: np.void) -> ImageInfo:
+        """What a worker has written about an image; raises what it raised there."""
+        state, reason = record["state"], record["reason"].decode("utf-8", "replace")
+        if state == UNUSABLE:
+            raise ImageError(reason)
+        if state == ERROR:
+            raise UnitvisError(reason)
+        if state == BROKEN:
+            raise RuntimeError(f"reading {self.name(id)!r} failed: {reason}")
+        width, height = int(record["width"]), int(record["height"])
+        if state == OTHER_SIZE:
+            self._check_same_size([id], torch.empty((1, height, width, 3), dtype=torch.uint8, device="cpu"))
+        return ImageInfo(self._check_unchanged(id, record["digest"].tobytes()), width, height)

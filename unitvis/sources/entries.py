@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from unitvis.decoding.decode import decode
 from unitvis.errors import ImageError, UnitvisError, abridged, error_text
 from unitvis.sources.arrays import is_pixels
-from unitvis.sources.decode import decode
 
 # Names that datasets give to their images; one of them decides where several entries of a dict may be the image.
 _USUAL_NAMES = frozenset("image images img imgs pixel_values picture photo input inputs x jpg jpeg png webp".split())  # noqa: SIM905

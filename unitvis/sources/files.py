@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from unitvis.errors import ImageError, UnitvisError
-from unitvis.sources.encoded import MAX_BYTES, EncodedSource
+from unitvis.decoding.contents import FileContents
+from unitvis.errors import UnitvisError
+from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.image_names import ImageNames, others_in_words
 from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing
 from unitvis.sources.transform import Transform
@@ -24,23 +24,14 @@ class FileSource(EncodedSource):
     def __init__(
         self, kind: str, path: str | None, root: bytes, names: Names, transform: Transform | None, **options: Any
     ) -> None:
-        super().__init__(kind, names, transform, **options)
-        self.path, self._root = path, root
+        super().__init__(kind, names, FileContents(root), transform, **options)
+        self.path = path
 
     def _origin(self) -> str | None:
         return self.path
 
-    def _contents(self, id: int) -> bytes:
-        try:
-            with open(os.path.join(self._root, self._names[id]), "rb", opener=_open_without_waiting) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise ImageError("not a regular file")
-                if status.st_size > MAX_BYTES:
-                    raise ImageError(f"a file of {status.st_size:,} bytes; more than {MAX_BYTES:,} are refused")
-                return file.read()
-        except OSError as error:
-            raise ImageError(error.strerror or type(error).__name__) from error
+    def _place(self, id: int) -> bytes:
+        return self._names[id]
 
 
 def folder_source(
@@ -179,8 +170,3 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself; reading it will fail with this reason
         return False
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file for `open` without blocking: a pipe named like an image would hang the scan."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged, first_line
 from unitvis.sources.arrays import ArraySource
 from unitvis.sources.base import Chunks, ImageInfoTable, Picture, Source
-from unitvis.sources.decoding import Decoding
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.files import FileSource
 from unitvis.sources.names import Names

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from unitvis.decoding.decode import to_rgb
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.arrays import as_pixels, picture_from_pixels, pixel_hash, resize_and_crop, size_of
 from unitvis.sources.base import Chunks, ImageInfo, ItemSource, Picture, Source, require_transform
-from unitvis.sources.decode import to_rgb
 from unitvis.sources.entries import ImageEntry, is_batch
 from unitvis.sources.transform import Transform
 

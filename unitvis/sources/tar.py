@@ -10,23 +10,21 @@ import tarfile
 import time
 import warnings
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unitvis.errors import ImageError, UnitvisError, abridged, first_line
-from unitvis.sources.decoding import Decoding
-from unitvis.sources.encoded import MAX_BYTES, EncodedSource
+from unitvis.decoding.contents import TarContents
+from unitvis.decoding.options import Decoding
+from unitvis.errors import UnitvisError, abridged, first_line
+from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.image_names import ImageNames, others_in_words
 from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing
 from unitvis.sources.transform import Transform
 
-_MAX_OPEN_SHARDS = 64  # file descriptors kept open at once
 MAX_SHARDS = 1_000_000  # archives that a pattern may name
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -46,10 +44,9 @@ class TarSource(EncodedSource):
     def __init__(
         self, path: str | list[str], shards: Sequence[str], index: Index, transform: Transform | None, **options: Any
     ) -> None:
-        super().__init__("tar", index.names, transform, others=index.chosen.others, **options)
+        contents = TarContents(shards)
+        super().__init__("tar", index.names, contents, transform, others=index.chosen.others, **options)
         self.path, self._shards, self._index = path, shards, index
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
-        self._lock = Lock()
 
     def describe(self) -> dict[str, Any]:
         """Describe the archives as `EncodedSource.describe` does, with the number of shards."""
@@ -58,47 +55,9 @@ class TarSource(EncodedSource):
     def _origin(self) -> str | list[str]:
         return self.path
 
-    def _contents(self, id: int) -> bytes:
-        offset, size = int(self._index.offsets[id]), int(self._index.sizes[id])
-        if size < 0:
-            raise ImageError("a link or a file with holes inside a tar; make it with tar --dereference")
-        if size > MAX_BYTES:
-            raise ImageError(f"a file of {size:,} bytes; more than {MAX_BYTES:,} are refused")
+    def _place(self, id: int) -> tuple[int, int, int]:
         shard = int(np.searchsorted(self._index.ends, id, "right"))
-        try:
-            return self._descriptor(shard).read(offset, size)
-        except OSError as error:
-            raise ImageError(error.strerror or type(error).__name__) from error
-
-    def _descriptor(self, shard: int) -> _Descriptor:
-        """Open a shard, or return it if it is open; the one that was not used for longest is dropped."""
-        with self._lock:
-            found = self._open.pop(shard, None) or _Descriptor(self._shards[shard])
-            self._open[shard] = found  # the most recently used comes last
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return found
-
-
-class _Descriptor:
-    """Open file that closes with its last reference: a thread may still read from one that was dropped."""
-
-    def __init__(self, path: str) -> None:
-        self._number = os.open(path, os.O_RDONLY)
-        self._length = os.fstat(self._number).st_size
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes from `offset`, fewer at the end of the file."""
-        size = min(size, self._length - offset)  # pread allocates all that it is asked for
-        parts = []
-        while size > 0 and (part := os.pread(self._number, size, offset)):
-            parts.append(part)
-            offset, size = offset + len(part), size - len(part)
-        return b"".join(parts)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_number"):
-            os.close(self._number)
+        return shard, int(self._index.offsets[id]), int(self._index.sizes[id])
 
 
 @dataclass(frozen=True)

@@ -12,27 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import unitvis_kernels as uk
-from unitvis.errors import ImageError, UnitvisError
-from unitvis.sources.decode import MAX_PIXELS, to_rgb
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, half-open
-
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-}
+from unitvis.decoding.geometry import FILTERS, Geometry, ResizeCrop
+from unitvis.errors import UnitvisError
 
 
 @dataclass(frozen=True)
-class Transform:
+class Transform(Geometry):
     """Resize, crop the centre, divide by 255, subtract `mean`, divide by `std`, as torchvision does, rounding included.
 
     Args:
@@ -50,36 +38,17 @@ class Transform:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in _FILTERS:
-            raise UnitvisError(f"interpolation={self.interpolation!r}; it must be one of {', '.join(_FILTERS)}")
+        if self.interpolation not in FILTERS:
+            raise UnitvisError(f"interpolation={self.interpolation!r}; it must be one of {', '.join(FILTERS)}")
         for name in ("resize", "crop"):
             object.__setattr__(self, name, _checked_size(name, getattr(self, name)))
         for name in ("mean", "std"):
             object.__setattr__(self, name, _checked_colour(name, getattr(self, name)))
 
-    def __call__(self, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
-        """Resize and crop an image: uint8 [H, W, 3]; ImageError if the crop is larger than the resized image.
-
-        size: (width, height) of the original if `image` is a smaller copy of it.
-        """
-        height, width = self.resized(*(size or image.size))
-        left, top, right, bottom = self._crop_window(height, width)
-        image = to_rgb(image)
-        if (width, height) != image.size:
-            image = image.resize((width, height), _FILTERS[self.interpolation])
-        return np.array(image)[top:bottom, left:right]
-
-    def input_size(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) of the model's input from an image of this width and height."""
-        left, top, right, bottom = self._crop_window(*self.resized(width, height))
-        return bottom - top, right - left
-
-    def to_source(self, box: Box, width: int, height: int) -> Box:
-        """Convert a box in model-input pixels to pixels of an original of this size; it is not clipped to the image."""
-        tall, wide = self.resized(width, height)
-        left, top, _, _ = self._crop_window(tall, wide)
-        x, y = width / wide, height / tall
-        return (box[0] + left) * x, (box[1] + top) * y, (box[2] + left) * x, (box[3] + top) * y
+    @property
+    def geometry(self) -> ResizeCrop:
+        """Resize, crop and interpolation without the rest."""
+        return ResizeCrop(self.resize, self.crop, self.interpolation)
 
     def normalize(self, batch: Tensor, dtype: torch.dtype = torch.float32, *, channels: int = 3) -> Tensor:
         """Normalise uint8 [N, H, W, 3 or 1] to the model's input: [N, channels, H, W] of `dtype`, channels_last memory.
@@ -129,32 +98,6 @@ class Transform:
         if unknown := set(values) - {field.name for field in dataclasses.fields(cls)}:
             raise UnitvisError(f"a transform has no {', '.join(sorted(map(repr, unknown)))}; a newer unitvis wrote it")
         return cls(**values)
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) after the resize of an image of this size; ImageError above MAX_PIXELS."""
-        if self.resize is None:
-            return height, width
-        if isinstance(self.resize, tuple):
-            tall, wide = self.resize
-        elif width <= height:
-            tall, wide = int(self.resize * height / width), self.resize
-        else:
-            tall, wide = self.resize, int(self.resize * width / height)
-        if tall * wide > MAX_PIXELS:
-            raise ImageError(
-                f"{width} x {height} would be resized to {wide} x {tall} pixels; no more than {MAX_PIXELS:,}"
-            )
-        return tall, wide
-
-    def _crop_window(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom of the crop in the resized image."""
-        if self.crop is None:
-            return 0, 0, width, height
-        tall, wide = self.crop if isinstance(self.crop, tuple) else (self.crop, self.crop)
-        if tall > height or wide > width:
-            raise ImageError(f"the crop of {wide} x {tall} is larger than the image, {width} x {height} when resized")
-        top, left = round((height - tall) / 2), round((width - wide) / 2)
-        return left, top, left + wide, top + tall
 
 
 def grey(batch: Tensor) -> Tensor:

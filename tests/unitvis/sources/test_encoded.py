@@ -106,13 +106,13 @@ def test_photographs():
 def test_files_are_read_but_not_decoded_while_somebody_else_has_the_cores(folder, monkeypatch):
     source = open_source(folder, Transform(crop=8))
     read, decoded, all_read, four_decoded = [], [], threading.Event(), threading.Event()
-    contents, pixels = source._contents, source._decoding.pixels
+    contents, pixels = source._contents.read, source._decoding.pixels
 
-    def reading(id):
-        read.append(id)
+    def reading(place):
+        read.append(place)
         if len(read) == 6:
             all_read.set()
-        return contents(id)
+        return contents(place)
 
     def decoding(data, transform):
         decoded.append(len(data))
@@ -120,7 +120,7 @@ def test_files_are_read_but_not_decoded_while_somebody_else_has_the_cores(folder
             four_decoded.set()
         return pixels(data, transform)
 
-    monkeypatch.setattr(source, "_contents", reading)
+    monkeypatch.setattr(source._contents, "read", reading)
     monkeypatch.setattr(type(source._decoding), "pixels", lambda self, data, transform: decoding(data, transform))
     batches = source.batches(4, workers=6)
     with ThreadPoolExecutor(1) as pool:

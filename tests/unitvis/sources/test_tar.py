@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unitvis.decoding import contents
 from unitvis.errors import UnitvisError
 from unitvis.sources import open_source, reopen_source, tar
 from unitvis.sources.transform import Transform
@@ -248,11 +249,11 @@ def test_a_member_that_claims_to_be_huge_costs_nothing(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(info.tobuf() + encoded(0))
     source = open_source(path, PLAIN, allow_truncated=True)
-    assert len(source._contents(0)) == len(encoded(0))
+    assert len(source._contents.read(source._place(0))) == len(encoded(0))
 
 
 def test_few_files_stay_open(shards, monkeypatch):
-    monkeypatch.setattr(tar, "_MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(contents, "_MAX_OPEN_SHARDS", 1)
     source = open_source(shards / "train-{000..002}.tar", PLAIN)
     open_files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     threads = [threading.Thread(target=lambda: [source.read(i) for i in (0, 8) * 20]) for _ in range(4)]
@@ -260,7 +261,7 @@ def test_few_files_stay_open(shards, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(source._open) == 1
+    assert len(source._contents._open) == 1
     if open_files:
         assert len(os.listdir("/proc/self/fd")) <= open_files + 1
 

@@ -13,10 +13,10 @@ from PIL import Image, ImageFile
 
 from support.encoded import header, pixels, stored, tiff
 from support.sources import PLAIN, everything, noise
+from unitvis.decoding import decode as decode_module
+from unitvis.decoding.decode import MAX_PIXELS, decode, jpeg_scans
 from unitvis.errors import ImageError
-from unitvis.sources import decode as decode_module
 from unitvis.sources import open_source
-from unitvis.sources.decode import MAX_PIXELS, decode, jpeg_scans
 
 DEADLINE = 300  # seconds after which what a test waits for is taken to never happen
 
@@ -188,7 +188,7 @@ def most_at_once(data, expected, monkeypatch):
     Those that use one wait until so many do and all threads have asked for room; one more would then get in.
     """
     changed, asked, used, too_many, most = threading.Condition(), [], set(), threading.Event(), []
-    take = decode_module._MemoryBudget.take
+    take = decode_module.MemoryBudget.take
 
     def asking(room, need):
         with changed:
@@ -213,16 +213,16 @@ def most_at_once(data, expected, monkeypatch):
         for _ in range(5):
             decode_module.decode_sized(data, use)
 
-    monkeypatch.setattr(decode_module._MemoryBudget, "take", asking)
+    monkeypatch.setattr(decode_module.MemoryBudget, "take", asking)
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
-    monkeypatch.setattr(decode_module._MemoryBudget, "take", take)
+    monkeypatch.setattr(decode_module.MemoryBudget, "take", take)
     assert len(most) == len(asked) == 30
     return max(most)
 
 
 def test_large_images_wait_for_room(monkeypatch):
-    monkeypatch.setattr("unitvis.sources.decode._memory_budget", decode_module._MemoryBudget(4 * 64 * 64 * 2))
+    monkeypatch.setattr("unitvis.decoding.decode.memory_budget", decode_module.MemoryBudget(4 * 64 * 64 * 2))
     assert most_at_once(stored(Image.new("RGB", (64, 64)), "PNG"), 2, monkeypatch) == 2
     huge = stored(Image.new("RGB", (300, 300)), "PNG")  # needs more than there is, so it is alone
     assert most_at_once(huge, 1, monkeypatch) == 1

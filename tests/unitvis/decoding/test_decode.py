@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from support.encoded import pixels, png, stored, tiff
+from unitvis.decoding.decode import decode, to_rgb
 from unitvis.errors import ImageError
-from unitvis.sources.decode import decode, to_rgb
 
 H, W = 6, 10
 

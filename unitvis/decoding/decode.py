@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from threading import Condition
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import (
@@ -32,6 +32,7 @@ try:
 except ImportError:  # Pillow before 11.3
     AvifImageFile = None  # type: ignore[assignment, misc]
 
+_GLOBALS = ((Image, "MAX_IMAGE_PIXELS"), (ImageFile, "LOAD_TRUNCATED_IMAGES"))
 Size = tuple[int, int]  # width, height
 _Result = TypeVar("_Result")
 
@@ -103,7 +104,7 @@ def decode_sized(
         fast = image.format == "JPEG" and simplejpeg and image.mode in ("L", "RGB")
         if image.format == "JPEG" and not fast:
             image.draft(None, wanted)
-        with _memory_budget.take(_decoding_bytes(image)):
+        with memory_budget.take(_decoding_bytes(image)):
             if fast:
                 picture = _by_simplejpeg(data, whole, wanted, allow_truncated)
             else:
@@ -114,7 +115,25 @@ def decode_sized(
             return use(picture, _swapped(whole, turn in _SWAPS_SIDES))
 
 
-class _MemoryBudget:
+def pillow_globals() -> dict[str, Any]:
+    """Settings of Pillow that a user may have changed, and that decide what is decoded."""
+    return {name: getattr(module, name) for module, name in _GLOBALS}
+
+
+def restore_globals(values: Mapping[str, Any]) -> None:
+    """Set Pillow's settings to those of another process."""
+    for module, name in _GLOBALS:
+        setattr(module, name, values[name])
+
+
+class Budget(Protocol):
+    """Limit on the bytes of pixels that are held at once."""
+
+    def take(self, need: int) -> AbstractContextManager[None]:
+        """Hold `need` bytes while the block runs; a need above the whole limit takes all of it."""
+
+
+class MemoryBudget:
     """Limit on the bytes of pixels that all threads hold at once: a thread waits until its share is free."""
 
     def __init__(self, size: int) -> None:
@@ -136,7 +155,8 @@ class _MemoryBudget:
                 self._freed.notify_all()
 
 
-_memory_budget = _MemoryBudget(48_000_000 * max(4, os.cpu_count() or 1))  # 12 megapixels for each core
+BUDGET = 48_000_000 * max(4, os.cpu_count() or 1)  # bytes; 12 megapixels for each core
+memory_budget: Budget = MemoryBudget(BUDGET)  # a worker process puts one in its place that all of them share
 
 
 def _decoding_bytes(image: Image.Image) -> int:

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from unitvis.choices import DECODERS
+from unitvis.decoding.decode import Size, decode_sized
+from unitvis.decoding.geometry import Geometry
 from unitvis.errors import UnitvisError
-from unitvis.sources.decode import Size, decode_sized
-from unitvis.sources.transform import Transform
 
 _Result = TypeVar("_Result")
 
@@ -37,10 +37,10 @@ class Decoding:
         if self.decoder != "pillow" and importlib.util.find_spec(self.decoder) is None:
             raise UnitvisError(f"{self.decoder} is not installed; pip install 'unitvis[{self.decoder}]'")
 
-    def pixels(self, data: bytes, transform: Transform) -> tuple[np.ndarray, Size]:
+    def pixels(self, data: bytes, geometry: Geometry) -> tuple[np.ndarray, Size]:
         """Decode, resize and crop: uint8 [H, W, 3], and (width, height) of the whole image, upright."""
-        wanted_size = transform.resized if self.scaled else None
-        return self._decoded(data, lambda image, size: (transform(image, size), size), wanted_size)
+        wanted_size = geometry.resized if self.scaled else None
+        return self._decoded(data, lambda image, size: (geometry(image, size), size), wanted_size)
 
     def picture(self, data: bytes) -> Image.Image:
         """Decode the whole image, upright and never scaled, to cut patches from."""

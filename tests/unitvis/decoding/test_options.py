@@ -8,8 +8,8 @@ from PIL import Image
 
 from support.encoded import header, pixels, stored
 from unitvis.choices import DECODERS
+from unitvis.decoding.options import Decoding
 from unitvis.errors import ImageError, UnitvisError
-from unitvis.sources.decoding import Decoding
 from unitvis.sources.transform import Transform
 
 
