@@ -22,8 +22,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 import unitvis_kernels as uk
 from unitvis import models
+from unitvis.decoding.cutting import Box, cut
 from unitvis.drawing.colours import GREY, signed
-from unitvis.drawing.patches import Box, cut
 from unitvis.errors import UnitvisError, check_unit, first_line
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.forward import COMPUTE_BATCH, compute_batch

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis import models
+from unitvis.decoding.cutting import Box, as_seen, whole_input
 from unitvis.drawing.colours import heat, heat_levels
 from unitvis.drawing.notebook import png
-from unitvis.drawing.patches import Box, as_seen, whole_input
 from unitvis.errors import check_unit
 from unitvis.network.network import Network
 from unitvis.network.receptive_fields.fields import receptive_fields
@@ -90,7 +90,7 @@ def response_map(
     left, upper, right, lower = field.boxes(unit, row, column)[0].tolist()
     size = field.input_size
     picture, to_picture = source.picture(0, source.value_range([0]))
-    shown = whole_input(as_seen(picture, shape[0]), to_picture, size, max(size))
+    shown = whole_input(as_seen(picture, grey=shape[0] == 1), to_picture, size, max(size))
     first = field.boxes(unit, 0, 0)[0].tolist()
     area = map_area(field.stride, field.whole_image, first, (0, 0), field.map_size, size)
     return ResponseMap(

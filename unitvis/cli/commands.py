@@ -20,7 +20,7 @@ from unitvis.drawing import sheets
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import replacing
 from unitvis.network.network import Network
-from unitvis.pages import MAX_UNITS, gallery
+from unitvis.pages import MAX_UNITS, draw
 from unitvis.pages.figures import DPI, figure
 from unitvis.run import Run, load
 from unitvis.scanning.merge import merge
@@ -142,9 +142,10 @@ def _render_into(
     start = time.perf_counter()
     units, drawn = sum(len(top) for top in run.tops.values()), None
     try:
-        written = sheets.render(run, folder, crop=crop)
         if units <= MAX_UNITS:
-            drawn = gallery(run, folder, model, project=project, crop=crop, device=device)
+            drawn, written = draw(run, folder, model, project=project, crop=crop, device=device, with_sheets=True)
+        else:
+            written = sheets.render(run, folder, crop=crop)
     except OSError as error:
         raise UnitvisError(
             f"the run is complete, but its pictures could not be written into {folder}: {error.strerror or error}; fix "

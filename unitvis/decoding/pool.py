@@ -9,13 +9,11 @@ processes, and one that dies of a file is replaced.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -27,15 +25,11 @@ from unitvis.decoding.contents import Contents
 from unitvis.decoding.decode import pillow_globals
 from unitvis.decoding.geometry import ResizeCrop
 from unitvis.decoding.options import Decoding
+from unitvis.decoding.processes import may_start, start
 from unitvis.decoding.worker import Reading
 
 MAX_SECONDS = 120.0  # of processor time for one image; one within the limit of pixels takes a few
 _LOOK_SECONDS = 0.1  # between two looks whether a worker died, while its results are waited for
-_COMMAND = """import json, sys
-path, arguments = json.loads(sys.argv[1])
-sys.path[:] = path
-from unitvis.decoding.worker import main
-main(*arguments)"""
 
 
 class Done(NamedTuple):
@@ -141,17 +135,9 @@ class Pool:
 
     def _start(self, share: float) -> subprocess.Popen[bytes]:
         """Start a worker; share: see `Board.hold`."""
-        root = str(Path(__file__).parents[2])
-        path = [root, *(os.path.abspath(one) for one in sys.path if isinstance(one, str))]
         arguments = (share, os.getpid(), self._board.arguments)
-        return subprocess.Popen(  # noqa: S603  this interpreter
-            [sys.executable, "-c", _COMMAND, json.dumps((path, arguments))],
-            stdin=self._jobs_out,
-            stdout=self._results_in,
-            stderr=subprocess.DEVNULL,  # what decoders print; reasons come as text
-            pass_fds=(self._board.arguments[0],),
-            process_group=0,  # Ctrl-C is this process's
-        )
+        files = {"stdin": self._jobs_out, "stdout": self._results_in, "pass_fds": (self._board.arguments[0],)}
+        return start("unitvis.decoding.worker", arguments, **files)
 
     def _wait(self) -> bool:
         """Wait until some job is done; False after a while without one."""
@@ -189,11 +175,6 @@ class Pool:
                 at_hand["reason"], at_hand["state"] = _cause(code).encode(), b.UNUSABLE
         slot["state"] = b.ISSUED  # also where no image is left, for the worker to say so
         os.write(self._jobs_in, b"\0")
-
-
-def may_start() -> bool:
-    """Whether this system has what workers need, and whether `sys.executable` is a Python that can be one."""
-    return hasattr(os, "memfd_create") and bool(sys.executable) and not hasattr(sys, "frozen")
 
 
 def _cause(code: int) -> str:

@@ -22,9 +22,9 @@ from unitvis.decoding.board import Board
 from unitvis.decoding.contents import Contents, digest
 from unitvis.decoding.geometry import ResizeCrop
 from unitvis.decoding.options import Decoding
+from unitvis.decoding.processes import PARENT_SECONDS
 from unitvis.errors import ImageError, UnitvisError, error_text
 
-PARENT_SECONDS = 2.0  # between two looks whether the parent lives: a copy of it may hold the pipe open that tells
 JOBS, RESULTS = 0, 1  # file descriptors: a byte is read for each job that is issued, and written for each one done
 
 
@@ -49,7 +49,7 @@ def main(share: float, parent: int, arguments: tuple[Any, ...]) -> None:
     os.set_blocking(JOBS, False)
     while True:
         if not select.select([JOBS], [], [], PARENT_SECONDS)[0]:
-            if os.getppid() != parent:
+            if os.getppid() != parent:  # a copy of it may hold the pipe open
                 return
             continue
         try:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.drawing.patches import crop_of, cut_patches
+from unitvis.drawing.patches import crop_of, patches_by_winner
 from unitvis.drawing.sheets import FAINT, INK, PAPER, compose
 from unitvis.run import LayerTop, Run
 
@@ -56,10 +56,8 @@ def overview(run: Run, labels: NDArray[np.int64], names: tuple[str, ...]) -> Ima
 
     labels: int64 [images]. names: of the labels.
     """
-    cells: dict[str, dict[tuple[int, int], Image.Image]] = {layer: {} for layer in run}
     every = {layer: (list(range(len(run[layer]))), crop_of(run, layer, None), PATCH_SIZE) for layer in run}
-    for layer, unit, rank, image in cut_patches(run, every):
-        cells[layer][unit, rank] = image
+    cells = patches_by_winner(run, every)
 
     title, heading, text = (ImageFont.load_default(size) for size in (34, 22, 15))
     tile = compose(run[run.layers[0]], 0, {}, PATCH_SIZE).width

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from unitvis.choices import CROPS
+from unitvis.decoding.cutting import Box, Cuts
+from unitvis.drawing.hands import Hands
 from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 
-Result = TypeVar("Result")
-Box = tuple[int, int, int, int]  # left, top, right, bottom in model-input pixels, half-open
 Wanted = Mapping[str, tuple[list[int], str, int]]  # {layer: (units, crop, pixels of a patch)}
 
-MAX_OPEN_PICTURES = 16  # at once, however many cores there are: a large photograph takes 100 MB
-FILL = (204, 204, 204)  # colour of a patch outside the model's input, where the network had padding
+Winners = Mapping[int, list[tuple[int, int]]]  # {image: [(unit, rank)]} of a layer
+Cells = dict[tuple[int, int], Image.Image]  # {(unit, rank): patch}
+MAX_IMAGE_SIDE = 256  # pixels of the longer side of a whole image
 
 
 def default_crop(info: Mapping[str, Any], input_size: tuple[int, int]) -> str:
@@ -62,55 +59,6 @@ def drawn_box(top: LayerArrays, unit: int, rank: int, crop: str, size: tuple[int
     return left, upper, right, lower
 
 
-def cut(
-    picture: Any,
-    to_picture: Any,
-    box: Box,
-    input_size: tuple[int, int],
-    size: int,
-    fill: tuple[int, int, int] = FILL,
-) -> Image.Image:
-    """Cut a box from the original picture and resize it (bicubic) to `size` x `size` pixels.
-
-    to_picture: maps a box in model-input pixels to one in the picture. Pixels outside the model's input are `fill`,
-    also where the picture goes on, because the network did not get them.
-    """
-    left, upper, right, lower = box
-    scale = size / max(right - left, lower - upper, 1)  # a neuron with padding as its only input has an empty box
-    width, height = max(1, round((right - left) * scale)), max(1, round((lower - upper) * scale))
-    canvas = Image.new("RGB", (size, size), fill)
-    inside = max(left, 0), max(upper, 0), min(right, input_size[1]), min(lower, input_size[0])
-    if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        return canvas
-    x, y = (size - width) // 2, (size - height) // 2  # a box that is not square is centred
-    start = x + round((inside[0] - left) * scale), y + round((inside[1] - upper) * scale)
-    stop = x + round((inside[2] - left) * scale), y + round((inside[3] - upper) * scale)
-    extent = max(1, stop[0] - start[0]), max(1, stop[1] - start[1])
-    region = _clamped(to_picture(inside), picture.size)
-    canvas.paste(picture.resize(extent, Image.Resampling.BICUBIC, box=region), start)
-    return canvas
-
-
-def whole_input(picture: Any, to_picture: Any, input_size: tuple[int, int], size: int) -> Image.Image:
-    """Cut the model's whole input from the original picture, resized to `size` pixels on the longer side."""
-    height, width = input_size
-    scale = size / max(height, width)
-    extent = max(1, round(width * scale)), max(1, round(height * scale))
-    region = _clamped(to_picture((0, 0, width, height)), picture.size)
-    return picture.resize(extent, Image.Resampling.BICUBIC, box=region)
-
-
-def _clamped(box: tuple[float, ...], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Clamp a box to the picture, which it may leave by a rounding error; UnitvisError if nothing is left."""
-    clamped = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[0])), min(box[3], float(size[1]))
-    if clamped[0] >= clamped[2] or clamped[1] >= clamped[3]:
-        raise UnitvisError(
-            f"a patch lies outside of its picture of {size[0]} x {size[1]} pixels, so the transform or the images are "
-            "not those of the scan; scan again"
-        )
-    return clamped
-
-
 def fired_winners(run: RunData, layer: str, units: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
     """List the winners that have a patch, as {image: [(unit, rank)]}: those that are not blank and fired."""
     top = run[layer]
@@ -122,70 +70,61 @@ def fired_winners(run: RunData, layer: str, units: Iterable[int]) -> dict[int, l
     return by_image
 
 
-def cut_patches(run: RunData, wanted: Wanted) -> Iterator[tuple[str, int, int, Image.Image]]:
-    """Cut patches and yield (layer, unit, rank, patch) in the order of their images; each picture is opened once."""
-    per_layer = {layer: fired_winners(run, layer, units) for layer, (units, _, _) in wanted.items()}
+def cut_layers(
+    run: RunData, wanted: Wanted, hands: Hands, *, whole: Callable[[int, bytes], None] | None = None
+) -> Iterator[tuple[str, Cells]]:
+    """Cut the patches of layers, and yield each layer, in their order, as soon as it has all of its patches.
 
-    def patches(image: int, picture: Image.Image, to_picture: Any) -> list[tuple[str, int, int, Image.Image]]:
-        found = []
-        for layer, by_image in per_layer.items():
-            _, crop, size = wanted[layer]
-            for unit, rank in by_image.get(image, []):
-                box = drawn_box(run[layer], unit, rank, crop, run.input_size)
-                found.append((layer, unit, rank, cut(picture, to_picture, box, run.input_size, size)))
-        return found
-
-    for found in map_pictures(run, sorted(set().union(*per_layer.values())), patches):
-        yield from found
-
-
-def map_pictures(
-    run: RunData, images: Sequence[int], work: Callable[[int, Image.Image, Any], Result]
-) -> Iterator[Result]:
-    """Yield what `work` makes of each image's picture, in the order of the images.
-
-    work: takes an image id, its picture and a function from model-input boxes to picture boxes (see `Source.picture`);
-    where the source has files it runs in threads, a few pictures ahead. Raises UnitvisError where an image file is no
-    longer the one that was scanned.
+    Pictures are read in the order in which layers need them, each once; a box that several winners share, such as the
+    whole image, is cut once. whole: called with each image and a JPEG file of the model's whole input from it.
     """
-    value_range = _value_range(run) if images else (0.0, 1.0)
-
-    def opened(image: int) -> Result:
-        if image in run.records:
-            run.source.check(run.records[image])
-        picture, to_picture = run.source.picture(image, value_range)
-        return work(image, as_seen(picture, run.manifest["input"][0]), to_picture)
-
-    quiet = True if sys.stderr is None else None  # None: a bar on a terminal only, and only for what takes long
-    images = tqdm(images, desc="draw", unit=" images", delay=2, disable=quiet, leave=False)
-    if not run.source.has_files:  # a data set of the user's may not expect threads
-        yield from map(opened, images)
-        return
-    with ThreadPoolExecutor(threads := min(os.cpu_count() or 1, MAX_OPEN_PICTURES)) as pool:
-        ahead: deque[Future[Result]] = deque()
-        try:
-            for image in images:
-                ahead.append(pool.submit(opened, image))
-                if len(ahead) > threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
+    winners = {layer: fired_winners(run, layer, units) for layer, (units, _, _) in wanted.items()}
+    images = list(dict.fromkeys(image for by_image in winners.values() for image in by_image))
+    missing = {layer: len(by_image) for layer, by_image in winners.items()}
+    cells: dict[str, Cells] = {layer: {} for layer in wanted}
+    waiting = deque(wanted)
+    boxes = _Boxes(run, wanted, winners)
+    tasks = ((image, Cuts(boxes.of(image), None if whole is None else MAX_IMAGE_SIDE)) for image in images)
+    for image, pieces in hands.cut(tasks, len(images)):
+        shown = boxes.taken(image)
+        patches = [Image.fromarray(pixels) for pixels in pieces.patches]
+        for layer, unit, rank, number in shown:
+            cells[layer][unit, rank] = patches[number]
+        for layer in {layer for layer, *_ in shown}:
+            missing[layer] -= 1
+        if whole is not None and pieces.whole is not None:
+            whole(image, pieces.whole)
+        while waiting and not missing[waiting[0]]:
+            yield (layer := waiting.popleft()), cells.pop(layer)
+    for layer in waiting:  # where no unit fired
+        yield layer, cells.pop(layer)
 
 
-def as_seen(picture: Image.Image, channels: int) -> Image.Image:
-    """A picture in the colours that a model with so many input channels sees: grey for one."""
-    return picture.convert("L").convert("RGB") if channels == 1 else picture
+class _Boxes:
+    """The boxes of each image that are cut, equal ones once, and which winners show them."""
+
+    def __init__(self, run: RunData, wanted: Wanted, winners: Mapping[str, Winners]) -> None:
+        self._run, self._wanted, self._winners = run, wanted, winners
+        self._shown: dict[int, list[tuple[str, int, int, int]]] = {}  # of images that are being cut
+
+    def of(self, image: int) -> list[tuple[Box, int]]:
+        """Boxes of an image, each with the pixels of its patch."""
+        numbers: dict[tuple[Box, int], int] = {}
+        shown = self._shown[image] = []
+        for layer, by_image in self._winners.items():
+            _, crop, size = self._wanted[layer]
+            for unit, rank in by_image.get(image, []):
+                box = drawn_box(self._run[layer], unit, rank, crop, self._run.input_size), size
+                shown.append((layer, unit, rank, numbers.setdefault(box, len(numbers))))
+        return list(numbers)
+
+    def taken(self, image: int) -> list[tuple[str, int, int, int]]:
+        """(layer, unit, rank, number of its box) of the winners of an image whose boxes were asked for."""
+        return self._shown.pop(image)
 
 
-def _value_range(run: RunData) -> tuple[float, float]:
-    """The values drawn as black and white, one range for the run: measured for normalised floats, else (0, 1)."""
-    if not run.source.rereadable:
-        raise UnitvisError(
-            f"the images came from a {run.source.kind}, which cannot be read again to cut patches from; give the same "
-            f"images as a folder, array or dataset: unitvis.load(RUN, images=...) or recorder.result(images=...)"
-        )
-    sample = run.winners[:64].tolist()
-    return run.source.value_range(sample) if run.source.read(sample[0]).is_floating_point() else (0.0, 1.0)
+def patches_by_winner(run: RunData, wanted: Wanted) -> dict[str, Cells]:
+    """Cut patches into {layer: {(unit, rank): patch}}."""
+    images = set().union(*(fired_winners(run, layer, units) for layer, (units, _, _) in wanted.items()))
+    with Hands(run, len(images)) as hands:
+        return dict(cut_layers(run, wanted, hands))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.drawing.patches import Wanted, crop_of, cut_patches
+from unitvis.drawing.hands import Hands
+from unitvis.drawing.patches import Cells, crop_of, cut_layers, patches_by_winner
 from unitvis.errors import UnitvisError, check_unit
-from unitvis.files import file_name, make_folder, replacing
+from unitvis.files import file_name, make_folder
 from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text
 from unitvis.results.data import RunData
 
@@ -21,7 +23,9 @@ Drawn = TypeVar("Drawn", bound=RunData)
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)  # colours of page, text and smaller text
 EMPTY, EMPTY_MARK = (238, 238, 238), (205, 205, 205)  # colours of a placeholder and of the line through it
 MAX_PIXELS_IN_MEMORY = 400_000_000  # of patches that are held at once while a run is rendered
-PNG_LEVEL = 1  # of zlib: photographs become hardly smaller at higher levels, which take several times as long
+PATCH_SIZE = 112  # pixels of a patch when it is cut: a multiple of 16, so that no block of a JPEG file reaches across
+# Of zlib: what takes more time makes photographs hardly smaller.
+_PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 MAX_PATCHES = 25  # of a unit, in a tile: of a larger k only the strongest are drawn
 MAX_PAGE_PIXELS = 100_000_000  # of a picture; PNG files of more are not opened by many programs
 _SHEET_PIXELS = 32_000_000  # of a page of a layer's sheet, about; a layer with more units has several
@@ -50,38 +54,53 @@ def sheet(run: RunData, layer: str, units: Sequence[int] | None, *, crop: str | 
     """Draw a page of tiles; see `Run.sheet`."""
     run = drawable(run)
     chosen = checked_units(run, layer, units)
-    size = size or _patch_size(len(chosen))
-    refuse_too_many(run, len(chosen), size)
+    usual = _patch_size(len(chosen))
+    refuse_too_many(run, len(chosen), size or usual)
     crop = crop_of(run, layer, crop)
-    cells = patches_by_winner(run, {layer: (chosen, crop, size)})[layer]
-    return _sheet(run, layer, chosen, crop, size, cells)
+    cells = patches_by_winner(run, {layer: (chosen, crop, size or PATCH_SIZE)})[layer]
+    return _sheet(run, layer, chosen, crop, size or usual, cells if size else _reduced(cells, usual))
 
 
 def render(run: RunData, folder: Path, *, crop: str | None = None) -> list[Path]:
-    """Write sheets/LAYER.png for every layer, with LAYER+2.png and so on for more units; returns the paths.
-
-    Each picture is opened once for as many layers as fit in memory together.
-    """
+    """Write sheets/LAYER.png for every layer, with LAYER+2.png and so on for more units; returns the paths."""
     run.need_winners()
-    make_folder(folder / "sheets")
     run = drawable(run)
-    shown = {layer: _units_on_sheet(run[layer]) for layer in run}
-    patches = {layer: len(units) * run.manifest["k"] * _patch_size(len(units)) ** 2 for layer, units in shown.items()}
     written = []
-    for group in memory_groups(patches):
-        wanted = {n: (shown[n], crop_of(run, n, crop), _patch_size(len(shown[n]))) for n in group}
-        cut = patches_by_winner(run, wanted)
-        for layer, (units, kind, size) in wanted.items():
-            cells = cut.pop(layer)
-            step = _units_on_page(run, size, _SHEET_PIXELS)
-            for number, start in enumerate(range(0, len(units), step), 1):
-                name = file_name(layer) + (f"+{number}" if number > 1 else "")  # no layer's: there, + is encoded
-                with replacing(folder / "sheets" / f"{name}.png") as target:
-                    _sheet(run, layer, units[start : start + step], kind, size, cells).save(
-                        target, "PNG", compress_level=PNG_LEVEL
-                    )
-                written.append(folder / "sheets" / f"{name}.png")
+    for group in memory_groups(run, crop):
+        wanted = {layer: (_units_on_sheet(run[layer]), crop_of(run, layer, crop), PATCH_SIZE) for layer in group}
+        with Hands(run, images_of(run, group)) as hands:
+            for layer, cells in cut_layers(run, wanted, hands):
+                written += write_sheet(run, layer, folder, wanted[layer][1], cells, hands)
     return written
+
+
+def write_sheet(run: RunData, layer: str, folder: Path, crop: str, cells: Cells, hands: Hands) -> list[Path]:
+    """Write the pages of a layer's sheet into folder/sheets; returns their paths.
+
+    cells: patches of `PATCH_SIZE` pixels of at least the units that a sheet shows; they are drawn smaller.
+    """
+    units = _units_on_sheet(run[layer])
+    make_folder(folder / "sheets")
+    size = _patch_size(len(units))
+    small = _reduced({winner: cells[winner] for winner in cells if winner[0] in set(units)}, size)
+    step = _units_on_page(run, size, _SHEET_PIXELS)
+    written = []
+    for number, start in enumerate(range(0, len(units), step), 1):
+        name = file_name(layer) + (f"+{number}" if number > 1 else "")  # no layer's: there, + is encoded
+        path = folder / "sheets" / f"{name}.png"
+        page = _sheet(run, layer, units[start : start + step], crop, size, small)
+        hands.save(page, path, "PNG", **_PNG)
+        written.append(path)
+    return written
+
+
+def _reduced(cells: Cells, size: int) -> Cells:
+    """Patches at `size` pixels; those that are one picture stay one."""
+    done: dict[int, Image.Image] = {}
+    for patch in cells.values():
+        if id(patch) not in done:
+            done[id(patch)] = patch.resize((size, size), Image.Resampling.BICUBIC)
+    return {winner: done[id(patch)] for winner, patch in cells.items()}
 
 
 def drawable(run: Drawn) -> Drawn:
@@ -111,11 +130,12 @@ def _units_on_page(run: RunData, size: int, pixels: int) -> int:
     return max(1, pixels // ((wide + margin) * (high + 2 * text + margin)))
 
 
-def memory_groups(pixels: Mapping[str, int]) -> list[list[str]]:
-    """Split layers into groups whose patches, so many pixels for each layer, fit in memory together."""
+def memory_groups(run: RunData, crop: str | None) -> list[list[str]]:
+    """Split layers into groups whose patches fit in memory together; pictures are read once for each group."""
     groups: list[list[str]] = [[]]
     held = 0
-    for layer, need in pixels.items():
+    for layer in run:
+        need = _different_patches(run, layer, crop_of(run, layer, crop)) * PATCH_SIZE**2
         if held + need > MAX_PIXELS_IN_MEMORY and groups[-1]:
             groups.append([])
             held = 0
@@ -124,12 +144,18 @@ def memory_groups(pixels: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def patches_by_winner(run: RunData, wanted: Wanted) -> dict[str, dict[tuple[int, int], Image.Image]]:
-    """Cut patches into {layer: {(unit, rank): patch}}."""
-    cells: dict[str, dict[tuple[int, int], Image.Image]] = {layer: {} for layer in wanted}
-    for layer, unit, rank, image in cut_patches(run, wanted):
-        cells[layer][unit, rank] = image
-    return cells
+def _different_patches(run: RunData, layer: str, crop: str) -> int:
+    """Number of patches of a layer, those counted once that show the same box of an image."""
+    top = run[layer]
+    shown = top.images[top.fired][:, None]
+    if crop != "image":
+        shown = np.concatenate([shown, top.boxes[top.fired]], axis=1)
+    return len(np.unique(shown, axis=0))
+
+
+def images_of(run: RunData, layers: Sequence[str]) -> int:
+    """Number of images that have winners in any of the layers."""
+    return len(np.unique(np.concatenate([run[layer].images[run[layer].fired] for layer in layers])))
 
 
 def _patch_size(units: int) -> int:
@@ -145,7 +171,7 @@ def placeholder(top: LayerArrays, unit: int, rank: int, size: int) -> Image.Imag
     return image
 
 
-def compose(top: LayerArrays, unit: int, cells: dict[tuple[int, int], Image.Image], size: int) -> Image.Image:
+def compose(top: LayerArrays, unit: int, cells: Cells, size: int) -> Image.Image:
     """Put a unit's tile together from patches {(unit, rank): patch}, each `size` pixels wide."""
     k = top.values.shape[1]
     columns, gap = tile_columns(k), _gap(size)
@@ -156,9 +182,7 @@ def compose(top: LayerArrays, unit: int, cells: dict[tuple[int, int], Image.Imag
     return image
 
 
-def _sheet(
-    run: RunData, layer: str, units: Sequence[int], crop: str, size: int, cells: dict[tuple[int, int], Image.Image]
-) -> Image.Image:
+def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int, cells: Cells) -> Image.Image:
     """Draw a page of tiles from patches {(unit, rank): patch}, each `size` pixels wide."""
     top = run[layer]
     wide, high = tile_shape(top.values.shape[1], size)

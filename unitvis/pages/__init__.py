@@ -27,7 +27,6 @@ ANOTHER_MODEL = "the model is not the one that was scanned (then and now)"
 _HERE = Path(__file__).parent
 
 
-@torch.inference_mode(False)
 def gallery(
     run: RunData,
     path: str | Path,
@@ -43,6 +42,24 @@ def gallery(
     without it, those in the run's own folder are kept. crop: see `Run.patch`. Raises UnitvisError for a folder that
     holds anything else, for another model than was scanned, and for images that have changed since.
     """
+    return draw(run, Path(path), model, project=project, crop=crop, device=device)[0]
+
+
+@torch.inference_mode(False)
+def draw(
+    run: RunData,
+    path: Path,
+    model: nn.Module | str | models.Loaded | None = None,
+    *,
+    project: bool = False,
+    crop: str | None = None,
+    device: torch.device | str | None = None,
+    with_sheets: bool = False,
+) -> tuple[Path, list[Path]]:
+    """Write a gallery as `gallery` does, and with_sheets the layers' sheets too, for which no picture is read again.
+
+    Returns the path of index.html and those of the sheets.
+    """
     units = sum(len(top) for top in run.tops.values())
     if units > MAX_UNITS:
         raise UnitvisError(
@@ -54,9 +71,9 @@ def gallery(
         model, _, _ = models.resolved(model)
         _check_model(run, model, device)
     run = drawable(run)
-    folder = _prepare_folder(run, Path(path))
+    folder = _prepare_folder(run, path)
     drawn = _earlier_drawings(run, folder, crop)
-    pictures.draw_patches(run, folder, crop)
+    written = pictures.draw_patches(run, folder, crop, with_sheets=with_sheets)
     if model is not None:
         for layer in pictures.draw_filters(model, run, folder):
             drawn[layer]["filters"] = True
@@ -65,7 +82,7 @@ def gallery(
         if project:
             for layer, method in pictures.draw_projections(model, run, folder, crop, device).items():
                 drawn[layer]["projections"] = method
-    return _write_pages(run, folder, drawn)
+    return _write_pages(run, folder, drawn), written
 
 
 def _check_model(run: RunData, model: nn.Module, device: torch.device | str | None) -> None:

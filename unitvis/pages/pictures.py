@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from unitvis.attribution.deconvnet import project
 from unitvis.attribution.filters import first_filters
 from unitvis.drawing import sheets
 from unitvis.drawing.colours import heat, heat_levels, signed
-from unitvis.drawing.patches import crop_of, cut, drawn_box, fired_winners, map_pictures, whole_input
-from unitvis.drawing.sheets import tile_columns
+from unitvis.drawing.hands import Hands
+from unitvis.drawing.patches import crop_of, cut_layers, drawn_box, fired_winners
+from unitvis.drawing.sheets import PATCH_SIZE, tile_columns
 from unitvis.files import file_name, make_folder, unoccupied
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
@@ -35,8 +35,6 @@ from unitvis.results.schemas import DRAWN
 from unitvis.schema import problem
 
 Device = torch.device | str | None
-PATCH_SIZE = 112  # pixels: a multiple of 16, so that no block of a JPEG file reaches across patches
-MAX_IMAGE_SIDE = 256  # pixels of the longer side of a whole image
 MAX_MAP_SIDE = 56  # cells of the longer side of a response map; larger maps are reduced to the maxima of square blocks
 
 
@@ -48,44 +46,29 @@ def layer_folder(folder: Path, layer: str) -> Path:
     return path
 
 
-def draw_patches(run: RunData, folder: Path, crop: str | None) -> None:
-    """Write gallery/layers/LAYER/UNIT.jpg, and each winning image's model input as gallery/images/ID.jpg."""
+def draw_patches(run: RunData, folder: Path, crop: str | None, *, with_sheets: bool = False) -> list[Path]:
+    """Write gallery/layers/LAYER/UNIT.jpg, and each winning image's model input as gallery/images/ID.jpg.
+
+    with_sheets: write the layers' sheets as well, see `sheets.render`; returns their paths.
+    """
     images = folder / "gallery" / "images"
     make_folder(images)
-    written: set[int] = set()
-    for group in sheets.memory_groups({layer: run[layer].values.size * PATCH_SIZE**2 for layer in run}):
-        crops = {layer: crop_of(run, layer, crop) for layer in group}
-        wanted = {layer: fired_winners(run, layer, range(len(run[layer]))) for layer in group}
-        sprites = {layer: _Sprites(run[layer], layer_folder(folder, layer), ".jpg", quality=82) for layer in group}
-        ids = sorted(set().union(*wanted.values()))
-        for patches in map_pictures(run, ids, partial(_draw_image, run, wanted, crops, images, set(ids) - written)):
-            for layer, unit, rank, patch in patches:
-                sprites[layer].put(unit, rank, patch)
-        written.update(ids)
+    sheet_paths: list[Path] = []
+    for group in sheets.memory_groups(run, crop):
+        wanted = {layer: (list(range(len(run[layer]))), crop_of(run, layer, crop), PATCH_SIZE) for layer in group}
+        with Hands(run, sheets.images_of(run, group)) as hands:
+            for layer, cells in cut_layers(run, wanted, hands, whole=partial(_write_image, images)):
+                if with_sheets:
+                    sheet_paths += sheets.write_sheet(run, layer, folder, wanted[layer][1], cells, hands)
+                sprites = _Sprites(run[layer], layer_folder(folder, layer), ".jpg", quality=82)
+                for (unit, rank), patch in cells.items():
+                    sprites.put(unit, rank, patch)
+    return sheet_paths
 
 
-def _draw_image(
-    run: RunData,
-    wanted: Mapping[str, Mapping[int, list[tuple[int, int]]]],
-    crops: Mapping[str, str],
-    folder: Path,
-    undrawn: set[int],
-    image: int,
-    picture: Image.Image,
-    to_picture: Any,
-) -> list[tuple[str, int, int, Image.Image]]:
-    """Cut an image's patches: (layer, unit, rank, patch); write its model input into a folder if it is undrawn."""
-    height, width = size = run.input_size
-    if image in undrawn:
-        left, upper, right, lower = to_picture((0, 0, width, height))
-        side = min(MAX_IMAGE_SIDE, round(max(right - left, lower - upper)))
-        whole_input(picture, to_picture, size, side).save(unoccupied(folder / f"{image}.jpg"), quality=80)
-    patches = []
-    for layer, by_image in wanted.items():
-        for unit, rank in by_image.get(image, []):
-            box = drawn_box(run[layer], unit, rank, crops[layer], size)
-            patches.append((layer, unit, rank, cut(picture, to_picture, box, size, PATCH_SIZE)))
-    return patches
+def _write_image(folder: Path, image: int, jpeg: bytes) -> None:
+    """Write an image's model input."""
+    unoccupied(folder / f"{image}.jpg").write_bytes(jpeg)
 
 
 class _Sprites:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from unitvis.decoding.cutting import Cutter
 from unitvis.decoding.geometry import Box
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.transform import Transform
@@ -74,7 +75,6 @@ class Source(ABC):
     """
 
     rereadable = True  # False: a stream, which is read once and in one order
-    has_files = False  # True: images are files, which several threads may read at once
     threads = True  # True: several threads may read images at once
     separate_originals = False  # True: the files that `record` describes are not those that pixels are read from
     length: int | None  # number of images; None while it is unknown
@@ -150,16 +150,29 @@ class Source(ABC):
     def describe(self) -> dict[str, Any]:
         """Describe the source for the manifest, with what `reopen_source` needs."""
 
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Raise UnitvisError unless the image is still the one that `record` describes."""
+    def cutter(self, input_size: tuple[int, int], *, grey: bool) -> Cutter | None:
+        """What cuts patches from files in other processes; None where `picture` does not read files."""
+        return None
+
+    def place(self, id: int) -> Any:
+        """Where the file of an image is, for a `Cutter` or `Contents.read`."""
+        raise NotImplementedError(f"images of a {self.kind} are no files")
+
+    def check_name(self, record: Mapping[str, Any]) -> None:
+        """Raise UnitvisError unless the image has the name and the id that `record` describes."""
         id, name = record["id"], record["name"]
-        changed = f"{name!r} {self._changed_message}"
         if self.length is None or not 0 <= id < self.length or self.name(id) != name:
             raise UnitvisError(
-                f"{changed}: image {id} is another one here; give the images of the scan, or {self._remedy}"
+                f"{name!r} {self._changed_message}: image {id} is another one here; give the images of the scan, or "
+                f"{self._remedy}"
             )
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raise UnitvisError unless the image is still the one that `record` describes."""
+        self.check_name(record)
+        changed = f"{record['name']!r} {self._changed_message}"
         try:
-            same = self._hash(id) == record.get("hash")
+            same = self._hash(record["id"]) == record.get("hash")
         except ImageError as error:
             raise UnitvisError(f"{changed}: {error}") from error
         if not same:

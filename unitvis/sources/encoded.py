@@ -19,8 +19,10 @@ from torch import Tensor
 
 from unitvis.decoding.board import BROKEN, ERROR, JOB_IMAGES, OTHER_SIZE, READ, UNUSABLE
 from unitvis.decoding.contents import Contents, digest
+from unitvis.decoding.cutting import Cutter
 from unitvis.decoding.options import Decoding
-from unitvis.decoding.pool import Done, Pool, PoolError, may_start
+from unitvis.decoding.pool import Done, Pool, PoolError
+from unitvis.decoding.processes import may_start
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.sources.base import Chunks, ImageInfo, ImageInfoTable, ItemSource, Picture, id_groups, require_transform
 from unitvis.sources.names import Names
@@ -37,7 +39,6 @@ class EncodedSource(ItemSource):
     files are read.
     """
 
-    has_files = True
     _changed_message = "is no longer the file that was scanned"
 
     def __init__(
@@ -89,6 +90,14 @@ class EncodedSource(ItemSource):
             image = self._decoding.picture(self._checked_contents(self._checked_id(id))[0])
         return image, partial(self._transform.to_source, width=image.width, height=image.height)
 
+    def cutter(self, input_size: tuple[int, int], *, grey: bool) -> Cutter:
+        """What cuts patches from the files in other processes."""
+        return Cutter(self._contents, self._decoding, self._transform.geometry, input_size, grey)
+
+    @abstractmethod
+    def place(self, id: int) -> Any:
+        """Where the file of an image is, as `Contents.read` takes it."""
+
     def record(self, id: int) -> dict[str, Any]:
         """Identify the image: id, name, width and height (upright), hash of the file's bytes."""
         info = self._infos[self._checked_id(id)]
@@ -110,12 +119,8 @@ class EncodedSource(ItemSource):
     def _origin(self) -> str | list[str] | None:
         """Path or paths that open the source again; None if there is none."""
 
-    @abstractmethod
-    def _place(self, id: int) -> Any:
-        """Where the file is, as `Contents.read` takes it."""
-
     def _hash(self, id: int) -> str:
-        return digest(self._contents.read(self._place(id))).hex()
+        return digest(self._contents.read(self.place(id))).hex()
 
     def _read_noted(self, id: int) -> object:
         return self._checked_contents(id)
@@ -128,7 +133,7 @@ class EncodedSource(ItemSource):
 
     def _checked_contents(self, id: int) -> tuple[bytes, bytes]:
         """Read the file's bytes and their hash; UnitvisError if the file changed since it was read before."""
-        data = self._contents.read(self._place(id))
+        data = self._contents.read(self.place(id))
         return data, self._check_unchanged(id, digest(data))
 
     def _chunks(self, ids: Iterable[int] | None, batch_size: int, workers: int) -> Chunks:
@@ -154,7 +159,7 @@ class EncodedSource(ItemSource):
             with Pool(*reading, workers=workers, ahead=2 * batch_size) as pool, self._pausing(pool):
                 for numbers in id_groups(ids, JOB_IMAGES):
                     under_way.append(numbers)
-                    pool.issue([self._place(id) for id in numbers])
+                    pool.issue([self.place(id) for id in numbers])
                     while pool.full:
                         yield from self._received(under_way[0], pool.receive(), batch_size)
                         under_way.popleft()

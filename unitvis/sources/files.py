@@ -30,7 +30,7 @@ class FileSource(EncodedSource):
     def _origin(self) -> str | None:
         return self.path
 
-    def _place(self, id: int) -> bytes:
+    def place(self, id: int) -> bytes:
         return self._names[id]
 
 

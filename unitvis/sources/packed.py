@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unitvis.decoding.cutting import Cutter
 from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged, first_line
 from unitvis.sources.arrays import ArraySource
@@ -82,6 +83,15 @@ class PackSource(Source):
         """Decode the original file, upright; if the originals are gone, return the packed pixels."""
         id = self._usable_id(id)
         return (self._originals or self._rows).picture(id, value_range)
+
+    def cutter(self, input_size: tuple[int, int], *, grey: bool) -> Cutter | None:
+        """What cuts patches from the original files; None if they are gone."""
+        return None if self._originals is None else self._originals.cutter(input_size, grey=grey)
+
+    def place(self, id: int) -> Any:
+        """Where the original file of an image is."""
+        assert self._originals is not None  # noqa: S101  there is no cutter without
+        return self._originals.place(self._usable_id(id))
 
     def record(self, id: int) -> dict[str, Any]:
         """Identify the image: id, name, width, height and hash of the original file when it was packed."""

@@ -55,7 +55,7 @@ class TarSource(EncodedSource):
     def _origin(self) -> str | list[str]:
         return self.path
 
-    def _place(self, id: int) -> tuple[int, int, int]:
+    def place(self, id: int) -> tuple[int, int, int]:
         shard = int(np.searchsorted(self._index.ends, id, "right"))
         return shard, int(self._index.offsets[id]), int(self._index.sizes[id])
 

@@ -12,9 +12,10 @@ from torch import nn
 
 import unitvis
 from unitvis import UnitvisError
+from unitvis.decoding import cutting
 from unitvis.drawing import patches, sheets
 
-FILL = np.array(patches.FILL)
+FILL = np.array(cutting.FILL)
 
 
 def spot_finder() -> nn.Module:

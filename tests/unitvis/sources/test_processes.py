@@ -15,11 +15,12 @@ from PIL import ImageFile
 
 from support.sources import PLAIN, everything, write
 from unitvis.decoding import pool
+from unitvis.decoding.processes import may_start
 from unitvis.errors import UnitvisError
 from unitvis.sources import encoded, open_source
 from unitvis.sources.transform import Transform
 
-pytestmark = pytest.mark.skipif(not pool.may_start(), reason="there are no worker processes on this system")
+pytestmark = pytest.mark.skipif(not may_start(), reason="there are no worker processes on this system")
 
 DEADLINE = 300  # seconds after which what a test waits for is taken to never happen
 ODD = (7, 13)  # height and width of an image that the decoder of `bad_decoder` does not survive

@@ -249,7 +249,7 @@ def test_a_member_that_claims_to_be_huge_costs_nothing(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(info.tobuf() + encoded(0))
     source = open_source(path, PLAIN, allow_truncated=True)
-    assert len(source._contents.read(source._place(0))) == len(encoded(0))
+    assert len(source._contents.read(source.place(0))) == len(encoded(0))
 
 
 def test_few_files_stay_open(shards, monkeypatch):

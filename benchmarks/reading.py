@@ -1,0 +1,220 @@
+"""Measure reading from image files against a plain loop of one process: `python -m benchmarks.reading [FOLDER]`.
+
+FOLDER: photographs; without it 1,000 JPEG files of 500 x 400 pixels are drawn. Measured in turns, three times:
+
+- the plain loop of `benchmarks.plain`, in a process of its own;
+- scans of a folder and of a tar archive by a network of one 1 x 1 convolution with stride 32, whose time for computing
+  alone is subtracted; one process a core, and 0;
+- scans of 8,000 JPEG files of 32 x 32 pixels.
+
+Then the processor time that the scanning process itself needs for an image, with 16 workers that wait for 2 ms in place
+of decoding; and, with --memory, how much the memory of all processes together (PSS) grows from image 10,000 to 100,000.
+Images/s of several processes are compared with cores times the plain loop. All pixels are first checked to be those of
+the plain loop. Writes benchmarks/results/long/reading.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.long import jpegs
+from benchmarks.machine import ROOT
+from benchmarks.results import record
+from unitvis.ranking.recorder import Recorder
+from unitvis.scanning.scan import scan
+from unitvis.sources import open_source
+from unitvis.sources.base import usable_cores
+from unitvis.sources.transform import Transform
+
+TURNS = 3
+PHOTOGRAPHS, SMALL = 1_000, 8_000  # files
+WAITING_WORKERS, WAITING_IMAGES = 16, 8_000
+MEMORY_FROM, MEMORY_TO = 10_000, 100_000  # images
+TRANSFORM = Transform(resize=256, crop=224)
+# In place of decoding, for a worker process: 150 KB of pixels after 2 ms.
+WAITING = """
+import time
+import numpy as np
+from unitvis.decoding.options import Decoding
+def waited(self, data, geometry):
+    time.sleep(0.002)
+    return np.zeros((224, 224, 3), np.uint8), (500, 400)
+Decoding.pixels = waited
+"""
+
+
+def plain(paths: list[Path], scratch: Path) -> dict[str, Any]:
+    """Run the plain loop over files in a process of its own."""
+    (scratch / "list").write_text("\n".join(map(str, paths)))
+    command = [sys.executable, "-m", "benchmarks.plain", str(scratch / "list")]
+    return dict(json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout))
+
+
+def network() -> nn.Module:
+    """One 1 x 1 convolution with stride 32."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 1, 32)).eval()
+
+
+def scanned(images: Path, workers: int | None) -> float:
+    """Seconds of a scan, from its first batch to its last."""
+    run = scan(network(), str(images), transform=TRANSFORM, precision="fp32", workers=workers, progress=False)
+    return float(run.manifest["seconds"]["scan"])
+
+
+def computed(count: int) -> float:
+    """Seconds that the network takes for so many images that are in memory."""
+    pixels = torch.zeros(64, 224, 224, 3, dtype=torch.uint8)
+    with Recorder(network(), transform=TRANSFORM, precision="fp32") as recorder:
+        begin = time.perf_counter()
+        for start in range(0, count, 64):
+            recorder(pixels[: count - start])
+        return time.perf_counter() - begin
+
+
+def check(paths: list[Path], wanted: str) -> None:
+    """Compare pixels with those of the plain loop; exits if they differ."""
+    found = hashlib.blake2b()
+    for batch in open_source(paths[:100], TRANSFORM).batches(64):
+        found.update(batch.pixels.numpy().tobytes())
+    if found.hexdigest() != wanted:
+        sys.exit("the pixels are not those of the plain loop")
+
+
+def rates(photographs: Path, scratch: Path) -> dict[str, Any]:
+    """Images a second of scans of photographs and of the plain loop, in turns."""
+    paths = sorted(photographs.iterdir())
+    archive = scratch / "photographs.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(photographs, "")
+    check(paths, plain(paths, scratch)["pixels"])
+    turns = []
+    for _ in range(TURNS):
+        loop, computing = plain(paths, scratch), computed(len(paths))
+        turn = {"plain": loop["images_s"]}
+        for name, images, workers in (("folder", photographs, None), ("tar", archive, None), ("one", photographs, 0)):
+            turn[name] = len(paths) / (scanned(images, workers) - computing)
+        turns.append(turn | loop["microseconds"])
+    median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    cores = usable_cores()
+    return {
+        "photographs": len(paths),
+        "images_s": {
+            "plain loop": round(median["plain"], 1),
+            "folder": round(median["folder"], 1),
+            "tar": round(median["tar"], 1),
+            "folder, workers=0": round(median["one"], 1),
+        },
+        "folder_x_cores_x_plain": round(statistics.median(t["folder"] / t["plain"] / cores for t in turns), 3),
+        "tar_x_cores_x_plain": round(statistics.median(t["tar"] / t["plain"] / cores for t in turns), 3),
+        "microseconds_of_the_plain_loop": {name: round(median[name], 1) for name in loop["microseconds"]},
+    }
+
+
+def small_files(scratch: Path) -> dict[str, Any]:
+    """Images a second of small JPEG files."""
+    folder = scratch / "small"
+    folder.mkdir()
+    tile = next(iter(sorted((scratch / "drawn").iterdir())))
+    from PIL import Image
+
+    with Image.open(tile) as picture:
+        for number in range(SMALL):
+            left, top = number % 400, number // 400 % 300
+            picture.crop((left, top, left + 32, top + 32)).save(folder / f"{number:05}.jpg", quality=90)
+    found = []
+    for _ in range(TURNS):
+        begin = time.perf_counter()
+        count = sum(len(batch.ids) for batch in open_source(folder, Transform()).batches(64))
+        found.append(count / (time.perf_counter() - begin))
+    return {"small_images_s": round(statistics.median(found), 1)}
+
+
+def own_time(photographs: Path, scratch: Path) -> dict[str, Any]:
+    """Processor time of the reading process itself, with workers that wait in place of decoding."""
+    (scratch / "waiting").mkdir()
+    (scratch / "waiting" / "sitecustomize.py").write_text(WAITING)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(scratch / "waiting"), str(ROOT), str(ROOT / "kernels")])
+    try:
+        return {"own_microseconds": round(reading_alone(photographs, WAITING_IMAGES, WAITING_WORKERS), 1)}
+    finally:
+        del os.environ["PYTHONPATH"]
+
+
+def links(photographs: Path, folder: Path, count: int) -> Path:
+    """Make a folder of so many names for the photographs."""
+    folder.mkdir()
+    for number, path in enumerate(islice(cycle(sorted(photographs.iterdir())), count)):
+        (folder / f"{number:06}.jpg").symlink_to(path)
+    return folder
+
+
+def reading_alone(photographs: Path, count: int, workers: int) -> float:
+    """Microseconds of this process's own processor time an image, of reading `count` images."""
+    with tempfile.TemporaryDirectory() as temporary:
+        source = open_source(links(photographs, Path(temporary, "images"), count), TRANSFORM)
+        begin = time.process_time()
+        read = sum(len(batch.ids) for batch in source.batches(64, workers=workers))
+        return (time.process_time() - begin) / read * 1e6
+
+
+def memory(photographs: Path) -> dict[str, Any]:
+    """Growth of the memory of this process and its workers while they read small images."""
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        source = open_source(links(photographs, Path(temporary, "images"), MEMORY_TO), Transform(resize=32, crop=32))
+        read = 0
+        for batch in source.batches(64):
+            read += len(batch.ids)
+            if read - len(batch.ids) < MEMORY_FROM <= read or read == MEMORY_TO:
+                found[read] = proportional_bytes()
+    first, last = found.values()
+    return {"memory_growth_megabytes": round((last - first) / 2**20, 1)}
+
+
+def proportional_bytes() -> int:
+    """PSS of this process and its children: shared pages are divided among those that share them."""
+    total = 0
+    own = os.getpid()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (int(entry.name) == own or f"PPid:\t{own}\n" in (entry / "status").read_text()):
+            lines = (entry / "smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+    return total
+
+
+def main() -> None:
+    """Measure, print, and write the figures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reading", description=__doc__)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, nargs="?")
+    parser.add_argument("--memory", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="unitvis-") as temporary:
+        scratch = Path(temporary)
+        (scratch / "drawn").mkdir()
+        jpegs(scratch / "drawn", PHOTOGRAPHS if arguments.folder is None else 1)
+        photographs = (arguments.folder or scratch / "drawn").absolute()
+        figures = rates(photographs, scratch) | small_files(scratch) | own_time(photographs, scratch)
+        if arguments.memory:
+            figures |= memory(scratch / "small")
+    print(json.dumps(figures, indent=1))
+    print(record("reading", figures))
+
+
+if __name__ == "__main__":
+    main()

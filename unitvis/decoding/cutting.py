@@ -1,0 +1,135 @@
+"""Cutting patches from the original pictures, in this process or in others."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from unitvis.decoding.contents import Contents, digest
+from unitvis.decoding.geometry import ResizeCrop
+from unitvis.decoding.options import Decoding
+from unitvis.errors import UnitvisError
+from unitvis.files import replacing
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in model-input pixels, half-open
+FILL = (204, 204, 204)  # colour of a patch outside the model's input, where the network had padding
+# Pictures that are this many times as large as the patch are first reduced by a whole number, which shows no difference
+# and takes a fraction of the time; see `PIL.Image.Image.resize`.
+_REDUCING_GAP = 3.0
+_WHOLE_QUALITY = 80  # of JPEG files
+
+
+class Cuts(NamedTuple):
+    """What is cut from one picture."""
+
+    boxes: Sequence[tuple[Box, int]]  # each with the pixels that its patch is wide and high
+    whole: int | None = None  # pixels of the longer side of the whole model input, at most, if that is wanted
+
+
+class Pieces(NamedTuple):
+    """The pieces of one picture."""
+
+    patches: list[NDArray[np.uint8]]  # [size, size, 3], one for each box
+    whole: bytes | None  # a JPEG file
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Reads image files and cuts them; it can be sent to other processes.
+
+    input_size: (height, width) of the model's input. grey: the model takes one channel.
+    """
+
+    contents: Contents
+    decoding: Decoding
+    geometry: ResizeCrop
+    input_size: tuple[int, int]
+    grey: bool
+
+    def __call__(self, place: Any, hashed: str | None, cuts: Cuts) -> Pieces | None:
+        """Cut the file at a place; None if its content has another hash. Raises ImageError if it cannot be read."""
+        data = self.contents.read(place)
+        if hashed is not None and digest(data).hex() != hashed:
+            return None
+        picture = self.decoding.picture(data)
+        to_picture = partial(self.geometry.to_source, width=picture.width, height=picture.height)
+        return pieces(as_seen(picture, grey=self.grey), to_picture, self.input_size, cuts)
+
+
+def pieces(picture: Image.Image, to_picture: Callable[[Any], Any], input_size: tuple[int, int], cuts: Cuts) -> Pieces:
+    """Cut one picture; to_picture: maps a box in model-input pixels to one in the picture."""
+    patches = [np.asarray(cut(picture, to_picture, box, input_size, size)) for box, size in cuts.boxes]
+    if cuts.whole is None:
+        return Pieces(patches, None)
+    left, upper, right, lower = to_picture((0, 0, input_size[1], input_size[0]))
+    side = min(cuts.whole, round(max(right - left, lower - upper)))
+    whole = io.BytesIO()
+    whole_input(picture, to_picture, input_size, side).save(whole, "JPEG", quality=_WHOLE_QUALITY)
+    return Pieces(patches, whole.getvalue())
+
+
+def save(pixels: NDArray[np.uint8], path: str, kind: str, options: dict[str, Any]) -> None:
+    """Write pixels [H, W, 3] as a picture, which is there when it is whole; options: see `PIL.Image.Image.save`."""
+    with replacing(Path(path)) as target:
+        Image.fromarray(pixels).save(target, kind, **options)
+
+
+def cut(
+    picture: Any,
+    to_picture: Any,
+    box: Box,
+    input_size: tuple[int, int],
+    size: int,
+    fill: tuple[int, int, int] = FILL,
+) -> Image.Image:
+    """Cut a box from the original picture and resize it (bicubic) to `size` x `size` pixels.
+
+    to_picture: maps a box in model-input pixels to one in the picture. Pixels outside the model's input are `fill`,
+    also where the picture goes on, because the network did not get them.
+    """
+    left, upper, right, lower = box
+    scale = size / max(right - left, lower - upper, 1)  # a neuron with padding as its only input has an empty box
+    width, height = max(1, round((right - left) * scale)), max(1, round((lower - upper) * scale))
+    canvas = Image.new("RGB", (size, size), fill)
+    inside = max(left, 0), max(upper, 0), min(right, input_size[1]), min(lower, input_size[0])
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        return canvas
+    x, y = (size - width) // 2, (size - height) // 2  # a box that is not square is centred
+    start = x + round((inside[0] - left) * scale), y + round((inside[1] - upper) * scale)
+    stop = x + round((inside[2] - left) * scale), y + round((inside[3] - upper) * scale)
+    extent = max(1, stop[0] - start[0]), max(1, stop[1] - start[1])
+    canvas.paste(_resized(picture, extent, to_picture(inside)), start)
+    return canvas
+
+
+def whole_input(picture: Any, to_picture: Any, input_size: tuple[int, int], size: int) -> Image.Image:
+    """Cut the model's whole input from the original picture, resized to `size` pixels on the longer side."""
+    height, width = input_size
+    scale = size / max(height, width)
+    extent = max(1, round(width * scale)), max(1, round(height * scale))
+    return _resized(picture, extent, to_picture((0, 0, width, height)))
+
+
+def as_seen(picture: Image.Image, *, grey: bool) -> Image.Image:
+    """A picture in the colours that a model sees; grey: it takes one channel."""
+    return picture.convert("L").convert("RGB") if grey else picture
+
+
+def _resized(picture: Any, extent: tuple[int, int], box: tuple[float, ...]) -> Image.Image:
+    """Resize a box of the picture, which it may leave by a rounding error; UnitvisError if nothing of it is inside."""
+    size = picture.size
+    clamped = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[0])), min(box[3], float(size[1]))
+    if clamped[0] >= clamped[2] or clamped[1] >= clamped[3]:
+        raise UnitvisError(
+            f"a patch lies outside of its picture of {size[0]} x {size[1]} pixels, so the transform or the images are "
+            "not those of the scan; scan again"
+        )
+    return picture.resize(extent, Image.Resampling.BICUBIC, box=clamped, reducing_gap=_REDUCING_GAP)

@@ -1,0 +1,33 @@
+"""Starting processes that run a function of this package, whatever the caller's script looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PARENT_SECONDS = 2.0  # between two looks of a process that waits for work whether its parent lives
+_COMMAND = """import importlib, json, sys
+path, module, arguments = json.loads(sys.argv[1])
+sys.path[:] = path
+importlib.import_module(module).main(*arguments)"""
+
+
+def may_start() -> bool:
+    """Whether this system has what the processes need, and whether `sys.executable` is a Python that can be one."""
+    return hasattr(os, "memfd_create") and bool(sys.executable) and not hasattr(sys, "frozen")
+
+
+def start(module: str, arguments: tuple[Any, ...], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process that calls a module's `main`; arguments: JSON. options: see `subprocess.Popen`.
+
+    It finds the packages that this one finds, is not sent the terminal's Ctrl-C, and what its libraries print on
+    standard error is dropped: what they mean comes as exceptions. OSError where it cannot be started.
+    """
+    root = str(Path(__file__).parents[2])
+    path = [root, *(os.path.abspath(one) for one in sys.path if isinstance(one, str))]
+    command = [sys.executable, "-c", _COMMAND, json.dumps((path, module, arguments))]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL, process_group=0, **options)  # noqa: S603  this Python
