@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from unitvis.bars import bar
 from unitvis.decoding.crew import Crew
 from unitvis.decoding.cutting import Cuts, Pieces, as_seen, pieces, save
 from unitvis.decoding.processes import may_start
@@ -59,19 +58,17 @@ class Hands:
 
         Raises UnitvisError where an image file is no longer the one that was scanned.
         """
-        quiet = True if sys.stderr is None else None  # None: a bar on a terminal only, and only for what takes long
-        bar = tqdm(total=total, desc="draw", unit=" images", delay=2, disable=quiet, leave=False)
         ahead: deque[tuple[int, Callable[[], Pieces]]] = deque()
-        with bar:
+        with bar(total, "draw") as counted:
             for image, cuts in tasks:
                 ahead.append((image, self._cut_later(image, cuts)))
                 if len(ahead) > self._ahead:
                     image, result = ahead.popleft()
                     yield image, result()
-                    bar.update()
+                    counted.update()
             for image, result in ahead:
                 yield image, result()
-                bar.update()
+                counted.update()
 
     def save(self, picture: Image.Image, path: Path, kind: str, **options: Any) -> None:
         """Write a picture, which is there when the context ends."""

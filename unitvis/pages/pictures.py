@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from unitvis.attribution.deconvnet import project
 from unitvis.attribution.filters import first_filters
+from unitvis.bars import bar
 from unitvis.drawing import sheets
 from unitvis.drawing.colours import heat, heat_levels, signed
 from unitvis.drawing.hands import Hands
@@ -142,10 +143,12 @@ def draw_responses(model: nn.Module, run: RunData, folder: Path, device: Device)
         levels_of.setdefault(layer, np.zeros(shape, np.uint8))[units, ranks] = levels
 
     network = Network(model, device=device, transform=run.source.transform)
-    with network.evaluating(), network.reading_maps(names, tuple(run.manifest["input"])) as canonical:
+    shape = tuple(run.manifest["input"])
+    with network.evaluating(), network.reading_maps(names, shape) as canonical, bar(len(images), "maps") as counted:
         for batch in run.source.batches(COMPUTE_BATCH, ids=images):
             ids = batch.ids.tolist()
             canonical.maps(batch.pixels, read)
+            counted.update(len(ids))
     for layer, levels in levels_of.items():
         for unit in np.flatnonzero(tops[layer].fired.any(axis=1)).tolist():
             _save_heat(levels[unit], layer_folder(folder, layer) / f"{unit}-responses.png")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from unitvis.bars import bar
 from unitvis.errors import UnitvisError
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.sources import Batch, Source
@@ -18,9 +19,11 @@ def read_again(source: Source, ids: NDArray[np.int64]) -> Iterator[Batch]:
     Raises UnitvisError that names an image that is absent or cannot be read: without it nothing would be exact.
     """
     read: list[int] = []
-    for batch in source.batches(COMPUTE_BATCH, ids=ids.tolist()):
-        read += batch.ids.tolist()
-        yield batch
+    with bar(len(ids), "again") as counted:
+        for batch in source.batches(COMPUTE_BATCH, ids=ids.tolist()):
+            read += batch.ids.tolist()
+            yield batch
+            counted.update(len(batch.ids))
     for id in np.setdiff1d(ids, read).tolist():
         raise UnitvisError(
             f"{source.name(id)!r} was scanned and cannot be read now ({source.failure_reasons.get(id, 'no reason')}); "

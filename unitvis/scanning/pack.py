@@ -8,15 +8,15 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from unitvis.bars import bar, no_bars
 from unitvis.choices import CHECKPOINT_SECONDS
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import flush_to_disk, replacing, write_arrays
@@ -90,14 +90,14 @@ def pack(
     with packing.keeping_progress(), Signals() as signals:
         if not (resume and packing.resume()):
             ids = range(packing.done, packing.images) if packing.done else None
-            begin, off = packing.done, None if progress else True
             with (
                 closing(source.batches(4 * COMPUTE_BATCH, workers=workers, ids=ids)) as batches,
-                tqdm(total=packing.images, initial=begin, desc="pack", unit=" images", disable=off, leave=False) as bar,
+                nullcontext() if progress else no_bars(),
+                bar(packing.images, "pack", initial=packing.done, delay=0) as counted,
             ):
                 for batch in batches:
                     packing.add(batch)
-                    bar.update(packing.done - bar.n)
+                    counted.update(packing.done - counted.n)
                     if signals.received is not None:
                         packing.checkpoint()
                         raise Interrupted(f"interrupted after {packing.count}; {HOW_TO_RESUME}", signals.received)

@@ -6,16 +6,17 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from unitvis import models
 from unitvis.attribution.effective_boxes import effective_boxes
+from unitvis.bars import bar, no_bars
 from unitvis.choices import CHECKPOINT_SECONDS, PRECISIONS
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.suitability import NAMES, fallbacks
@@ -119,7 +120,8 @@ def scan(
     )
 
     recorder = Recorder(model, layers, k, exclude=exclude, unit=unit, device=device, transform=source.transform)
-    with Progress(folder, recorder, source, own_shard, every) as tracker:
+    bars = nullcontext() if progress else no_bars()
+    with bars, Progress(folder, recorder, source, own_shard, every) as tracker:
         with recorder:
             if folder is not None and not resume:
                 tracker.remove_checkpoints()
@@ -135,22 +137,15 @@ def scan(
                 recorder.set_precision(chosen_plan.precision, batch_size)
             if recorder.precision != "fp32" and first and not recorder.images:
                 chosen_plan = _settled(recorder, source, first[0].pixels, chosen_plan, asked=precision)
-            no_bar = None if progress else True  # None: tqdm shows a bar on a terminal only
-            bar = tqdm(
-                total=source.length if tracker.ids is None else len(tracker.ids),
-                initial=recorder.images,
-                desc="scan",
-                unit=" images",
-                disable=no_bar,
-                leave=False,
-            )
-            with bar, CoreSharing(recorder, source) as core_sharing:
+            total = source.length if tracker.ids is None else len(tracker.ids)
+            counted = bar(total, "scan", initial=recorder.images, delay=0)
+            with counted, CoreSharing(recorder, source) as core_sharing:
                 for batch in chain(first, batches):
                     with core_sharing.computing():
                         recorder(batch.pixels, batch.ids)
                     core_sharing.choose(batch.pixels)
                     tracker.after_batch()
-                    bar.update(len(batch.ids))
+                    counted.update(len(batch.ids))
             tracker.finish()
             seconds = {"scan": tracker.seconds, "checkpoints": tracker.checkpoint_seconds}
             failures = [asdict(failure) for failure in source.failures]
