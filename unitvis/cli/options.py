@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
             metavar="ENDING",
             help="which files of a folder or of archives are images: .jpg, .seg.png, '' for names without an ending",
         )
-        sub.add_argument("--workers", type=int, metavar="N", help="threads that decode (one a core)")
+        sub.add_argument("--workers", type=int, metavar="N", help="processes that decode files (one a core)")
         sub.add_argument(
             "--checkpoint-every",
             type=float,

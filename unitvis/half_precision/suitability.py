@@ -328,7 +328,8 @@ def _width(func: Any, args: tuple[Any, ...], result: Tensor) -> float:
     if isinstance(low, int | float) and isinstance(high, int | float):
         return float(high - low)
     finite = result[result.isfinite()]
-    return float(finite.amax() - finite.amin()) if len(finite) else 0.0
+    extent = float(finite.amax() - finite.amin()) if len(finite) else 0.0
+    return extent or _largest(result)  # one number, or a bound that all have reached
 
 
 def _is_view(func: Any) -> bool:

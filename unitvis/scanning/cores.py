@@ -1,4 +1,4 @@
-"""Share the cores of a CPU between the threads that decode and those that compute."""
+"""Share the cores of a CPU between what decodes, threads or processes, and the threads that compute."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def scan(
         resume: continue from the checkpoint in `out`; a finished run is returned as it is.
         every: seconds between checkpoints; SIGINT and SIGTERM write one and raise `Interrupted`.
         progress: show a progress bar on a terminal.
-        workers: threads that read and decode; None: one a core.
+        workers: processes that read and decode image files, or threads where there are few; None: one a core.
 
     Returns the run. Raises UnitvisError for errors that the user can fix.
     """

@@ -477,5 +477,7 @@ def _describe_shape(shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 
 def usable_cores() -> int:
-    """Number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of cores that this process may run on; under torchrun, its share of those of the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cores // int(sharing)) if sharing.isdecimal() and int(sharing) else cores
