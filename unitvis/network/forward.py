@@ -233,7 +233,7 @@ class CanonicalPass:
             threads = self.bits.threads[here] if known else 1
         self._passes += 1
         used = nullcontext() if threads is None else computing_threads(threads)
-        with self._tensors.kept(), torch.inference_mode(), canonical_settings(self._device), used:
+        with self._tensors.kept(), torch.no_grad(), canonical_settings(self._device), used:
             yield
 
     def check(self, images: Tensor) -> Bits:
@@ -243,7 +243,7 @@ class CanonicalPass:
         """
 
         def run(batch: Tensor, read: ReadMap) -> None:
-            with self._tensors.kept(), torch.inference_mode():
+            with self._tensors.kept(), torch.no_grad():
                 self._hooks.run(compute_batch(batch), read)  # a copy: a model may overwrite its input
 
         with canonical_settings(self._device):

@@ -254,34 +254,35 @@ def test_a_call_that_raised_may_be_made_again(
 class Flaky(nn.Sequential):
     """`two_convolutions`, which raise once where they are armed, after they wrote to a buffer."""
 
+    armed = False  # of the class, as attributes of a model are put back
+
     def __init__(self) -> None:
         super().__init__(*two_convolutions())
-        self.armed = False
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        if self.armed:
-            self.armed = False
+        if Flaky.armed:
+            Flaky.armed = False
             raise MemoryError
         return super().forward(x)
 
 
 @pytest.mark.filterwarnings("ignore:the model's code could not be followed", "ignore:the receptive fields of")
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("failing", [0, 3, 4])
+@pytest.mark.parametrize("failing", [3, 4])
 def test_a_batch_on_which_the_model_raised_may_be_given_again(given: bool, failing: int) -> None:
     model, pixels, raised = Flaky().eval(), images(60, 12), 0
     with Recorder(model, ["0", "2"], 4) as recorder:
         for number, part in enumerate(torch.arange(60).split(10)):
-            model.armed = number == failing
+            Flaky.armed = number == failing
             for _ in range(2):
                 try:
                     recorder(pixels[part], *((part,) if given else ()))
                     break
                 except UnitvisError:
                     raised += 1
-    assert raised == (failing != 0)  # the first call computes nothing yet
+    assert raised == 1
     check_recorded(recorder.result(), torch.arange(60), pixels)
 
 
