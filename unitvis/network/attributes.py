@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-_CONTAINERS = (list, dict, set, deque)
+_LOOKED_INTO = (nn.Module, list, dict, set, deque, tuple)
+_PLAIN = frozenset([bool, int, float, str, type(None), torch.Tensor, nn.Parameter])  # the usual rest, told apart fast
 # What PyTorch keeps in a module for itself; of that, a forward pass may change what `_OWN` names.
 _OWN = frozenset(["training", "_modules", "_non_persistent_buffers_set"])
 _OF_PYTORCH = frozenset(vars(nn.Module())) - _OWN
@@ -30,34 +32,35 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
     left: list[Any] = [model]
     while left:
         value = left.pop()
-        if id(value) in seen:
+        if id(value) in seen or isinstance(value, torch.jit.ScriptModule):  # whose attributes are not Python's
             continue
         seen.add(id(value))
-        if isinstance(value, torch.jit.ScriptModule):  # its attributes are not Python's
-            continue
         if isinstance(value, nn.Module):
-            held = {name: one for name, one in vars(value).items() if name not in _OF_PYTORCH}
-            modules.append((vars(value), held))
-            inside: Any = held.values()
+            attributes = vars(value)
+            modules.append((attributes, attributes.copy()))
+            inside = [attributes[name] for name in attributes.keys() - _OF_PYTORCH]
         elif isinstance(value, tuple):
-            inside = value
+            inside = [*value]
         else:
-            containers.append((value, _contents(value)))
-            inside = value.values() if isinstance(value, dict) else value
-        left.extend(one for one in inside if isinstance(one, (nn.Module, tuple, *_CONTAINERS)))
+            containers.append((value, inside := _contents(value)))
+        left.extend(one for one in inside if type(one) not in _PLAIN and isinstance(one, _LOOKED_INTO))
     try:
         yield
     finally:
         for attributes, held in modules:
-            for name in attributes.keys() - held.keys() - _OF_PYTORCH:
-                del attributes[name]
-            for name, one in held.items():
-                if name not in attributes or attributes[name] is not one:
-                    attributes[name] = one
+            if attributes.keys() != held.keys() or not _same(attributes.values(), held.values()):
+                for name in attributes.keys() - held.keys() - _OF_PYTORCH:
+                    del attributes[name]
+                attributes.update((name, held[name]) for name in held.keys() - _OF_PYTORCH)
         for container, contents in containers:
             now = _contents(container)
-            if len(now) != len(contents) or any(one is not other for one, other in zip(now, contents, strict=True)):
+            if len(now) != len(contents) or not _same(now, contents):
                 _fill(container, contents)
+
+
+def _same(some: Iterable[object], others: Iterable[object]) -> bool:
+    """Whether the objects of two iterables of one length are the same, one by one."""
+    return all(map(operator.is_, some, others))
 
 
 def _contents(container: Any) -> list[Any]:
