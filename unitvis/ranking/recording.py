@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Self
 
 import torch
@@ -19,7 +19,7 @@ from unitvis.half_precision.suitability import NAMES, suitable_precision
 from unitvis.network.device import refuse_state, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
 from unitvis.network.network import Network, Shape
-from unitvis.ranking.batches import check_coverage, checked_ids, checked_images
+from unitvis.ranking.batches import check_coverage, checked_ids, checked_images, some_values
 from unitvis.ranking.watch import WeightsWatch
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
@@ -71,6 +71,7 @@ class Recording:
         self._next_id = 0
         self._waiting: tuple[Tensor, Tensor] | None = None  # images and ids, fewer than are computed at once
         self._raised = 0  # images of the last call, if it raised; it took none of them
+        self._first_raised: Tensor | None = None  # some of its values, if it raised without ids
         self._lost = 0  # images that were given and not ranked, because an exception ended the block
         self._begun = self._settled = False
         self._watch: WeightsWatch | None = None  # of weights that are to stay fixed, from the first call on
@@ -157,10 +158,16 @@ class Recording:
         A call that raises takes none of its images, so that a loop may catch the exception and call again.
         """
         with self._lock:
+            images = batch if isinstance(batch, Tensor) and batch.ndim else torch.empty(0)
+            if ids is None:
+                self._tell_of_missing_images(images)
             try:
                 self._take(batch, ids)
             except BaseException:
-                self._raised = len(batch) if isinstance(batch, Tensor) and batch.ndim else 0
+                self._raised = len(images)
+                if ids is None and len(images):
+                    with suppress(Exception):  # a device that failed cannot be read
+                        self._first_raised = some_values(images)
                 raise
             self._raised = 0
 
@@ -193,6 +200,15 @@ class Recording:
             if self._waiting is not None:
                 self._rank(*self._waiting)
                 self._waiting = None
+
+    def _tell_of_missing_images(self, images: Tensor) -> None:
+        """Warn where a call without ids raised, and its images are not those that come now."""
+        first, self._first_raised = self._first_raised, None
+        if first is not None and not torch.equal(some_values(images), first):
+            warnings.warn(
+                f"a call raised and took none of its {self._raised} images, and others came next; they are counted on "
+                f"from {self._next_id}, so a loop that left images out must give ids"
+            )
 
     def _tell_of_lost_images(self) -> None:
         """Warn once of the images that an exception cost."""

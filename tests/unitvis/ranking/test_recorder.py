@@ -58,6 +58,7 @@ def test_recorder_refuses_what_is_no_batch() -> None:
         recorder.result()
 
 
+@pytest.mark.filterwarnings("ignore:a call raised and took none of its")
 def test_images_of_another_size_are_refused() -> None:
     with Recorder(small_net(), ["0"]) as recorder:
         for count in (5, 16):
@@ -130,6 +131,7 @@ def test_pixels_do_not_join_floats(precision: str) -> None:
     assert recorder.result().manifest["images"] == 40
 
 
+@pytest.mark.filterwarnings("ignore:a call raised and took none of its")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("transform", "said"),
@@ -286,14 +288,38 @@ def test_a_batch_on_which_the_model_raised_may_be_given_again(given: bool, faili
     check_recorded(recorder.result(), torch.arange(60), pixels)
 
 
+@pytest.mark.filterwarnings("ignore:the model's code could not be followed", "ignore:the receptive fields of")
+@pytest.mark.parametrize("given", [True, False])
+def test_images_that_a_loop_without_ids_leaves_out_are_told(given: bool) -> None:
+    model, pixels = Flaky().eval(), images(64, 12)
+    ids = [*range(16), *range(32, 64)]
+    with Recorder(model, ["0", "2"], 4) as recorder:
+        recorder(pixels[:16], *((range(16),) if given else ()))
+        Flaky.armed = True
+        with pytest.raises(UnitvisError, match="the model raised MemoryError"):
+            recorder(pixels[16:32], *((range(16, 32),) if given else ()))
+        if given:
+            recorder(pixels[32:], range(32, 64))
+        else:
+            said = "took none of its 16 images, and others came next; they are counted on from 16, so a loop"
+            with pytest.warns(UserWarning, match=said):
+                recorder(pixels[32:48])
+            recorder(pixels[48:])
+    want = torch.tensor(ids) if given else torch.arange(48)
+    run = recorder.result()
+    assert run.manifest["images"] == 48
+    found = brute.responses(two_convolutions(), ["0"], pixels[ids], brute.plain_batches(pixels[ids], 1))
+    assert (run["0"].images == brute.top(found["0"][0], 4, want.numpy())[0]).all()
+
+
 def test_a_call_that_raised_leaves_no_trace_of_its_images() -> None:
     model, pixels = two_convolutions(), images(40, 12)
     with Recorder(model, ["0", "2"], 4) as recorder:
         with pytest.raises(UnitvisError, match="16 images came with ids of shape"):
             recorder(images(16, 14), [1, 2])
         with pytest.raises(UnitvisError, match="the model raised RuntimeError"):
-            recorder(torch.zeros(16, 4, 20, 20))
+            recorder(torch.zeros(16, 4, 20, 20), range(16))
         with pytest.raises(UnitvisError, match="the model raised RuntimeError"):
-            recorder(torch.zeros(16, 3, 2, 2))
+            recorder(torch.zeros(16, 3, 2, 2), range(16))
         recorder(pixels)
     check_recorded(recorder.result(), torch.arange(40), pixels)
