@@ -13,9 +13,10 @@ from torch import nn
 
 _LOOKED_INTO = (nn.Module, list, dict, set, deque, tuple)
 _PLAIN = frozenset([bool, int, float, str, type(None), torch.Tensor, nn.Parameter])  # the usual rest, told apart fast
-# What PyTorch keeps in a module for itself; of that, a forward pass may change what `_OWN` names.
+# What PyTorch keeps in a module for itself (`_ALL`); of that, a forward pass may change what `_OWN` names.
 _OWN = frozenset(["training", "_modules", "_non_persistent_buffers_set"])
-_OF_PYTORCH = frozenset(vars(nn.Module())) - _OWN
+_ALL = frozenset(vars(nn.Module()))
+_OF_PYTORCH = _ALL - _OWN
 
 
 @contextmanager
@@ -30,6 +31,7 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
     containers: list[tuple[Any, list[Any]]] = []
     seen: set[int] = set()
     left: list[Any] = [model]
+    inside: Iterable[Any]
     while left:
         value = left.pop()
         if id(value) in seen or isinstance(value, torch.jit.ScriptModule):  # whose attributes are not Python's
@@ -38,11 +40,14 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
         if isinstance(value, nn.Module):
             attributes = vars(value)
             modules.append((attributes, attributes.copy()))
-            inside = [attributes[name] for name in attributes.keys() - _OF_PYTORCH]
+            # PyTorch's own modules leave their children alone, which saves half the time of large models.
+            skipped = _ALL if type(value).__module__.startswith("torch.nn.modules.") else _OF_PYTORCH
+            inside = [*value._modules.values(), *(attributes[name] for name in attributes.keys() - skipped)]
         elif isinstance(value, tuple):
-            inside = [*value]
+            inside = value
         else:
-            containers.append((value, inside := _contents(value)))
+            inside = _contents(value)
+            containers.append((value, inside))
         left.extend(one for one in inside if type(one) not in _PLAIN and isinstance(one, _LOOKED_INTO))
     try:
         yield
