@@ -117,7 +117,13 @@ class Hooks:
 
     def run(self, batch: Tensor, read: ReadMap) -> None:
         """Forward a batch and call `read(number of the layer, map [N, C, H, W])` for every layer."""
-        self._read, self._seen, self._thread = read, set(), threading.get_ident()
+
+        def read_values(index: int, maps: Tensor) -> None:
+            read(index, maps.detach())
+
+        # Where gradients are off, the model's own code may enable them, and nobody reads those.
+        self._read = read if torch.is_grad_enabled() else read_values
+        self._seen, self._thread = set(), threading.get_ident()
         try:
             call(self._model, batch)
         except _LastLayerRead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,3 +80,24 @@ def test_channels_that_come_last_are_found_after_any_kind_of_module() -> None:
         assert (run[name].info["channels"], run[name].info["height"], run[name].info["width"]) == (24, 10, 10)
         strongest = out[:5].amax((1, 2)).sort(0, descending=True).values.T[:, :3].numpy()
         np.testing.assert_array_equal(run[name].values, strongest)
+
+
+@pytest.mark.filterwarnings("ignore:the model's code could not be followed", "ignore:the receptive fields of")
+def test_a_model_that_differentiates_inside_its_forward_pass_is_ranked() -> None:
+    class Gradient(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy, self.conv = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.energy(x).square().sum(), x)
+            return self.conv(gradient)
+
+    torch.manual_seed(0)
+    model, pixels = Gradient().eval(), images(20, 9)
+    for layers in (["energy"], ["energy", "conv"]):
+        run = scan(model, pixels, layers, precision="fp32")
+        found = brute.responses(model, layers, pixels, brute.canonical_batches(pixels))
+        brute.check(run, found)
