@@ -14,7 +14,7 @@ def outputs(model: nn.Module, layers: list[str], batch: Tensor) -> dict[str, Ten
     kept: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     handles = [
-        modules[name].register_forward_hook(lambda m, i, out, name=name: kept.__setitem__(name, out.clone()))
+        modules[name].register_forward_hook(lambda m, i, out, name=name: kept.__setitem__(name, out.detach().clone()))
         for name in layers
     ]
     with torch.no_grad():

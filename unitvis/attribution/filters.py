@@ -31,10 +31,9 @@ def first_filters(model: nn.Module | str | models.Loaded, run: RunData) -> dict[
     if convolution.in_channels != channels or convolution.groups != 1 or max(convolution.kernel_size) == 1:
         return {}
     weights = convolution.weight.detach().float()
-    norm = examination.following_batch_norms().get(first)
-    scale = examination.modules[norm].weight if norm else None
-    scaled = weights * scale.detach().sign().view(-1, 1, 1, 1) if isinstance(scale, Tensor) else weights
     found = {first: weights}
-    if norm:
+    for norm in examination.following_batch_norms().get(first, []):
+        scale = examination.modules[norm].weight
+        scaled = weights * scale.detach().sign().view(-1, 1, 1, 1) if isinstance(scale, Tensor) else weights
         found |= {norm: scaled, examination.before_activation(norm) or norm: scaled}
     return {name: filters.cpu().numpy() for name, filters in found.items() if name in run.tops}

@@ -19,7 +19,7 @@ from unitvis.drawing.colours import heat, heat_levels
 from unitvis.drawing.notebook import png
 from unitvis.errors import check_unit
 from unitvis.network.network import Network
-from unitvis.network.receptive_fields.fields import receptive_fields
+from unitvis.network.receptive_fields.fields import receptive_field
 from unitvis.sources import open_source
 from unitvis.sources.transform import Transform
 
@@ -80,7 +80,7 @@ def response_map(
     network = Network(model, device=device, transform=source.transform)
     pixels = source.read(0)[None]
     shape = network.input_shape_of(pixels)
-    field = receptive_fields(network.model, network.channel_axes([layer], shape), shape)[layer]
+    field = receptive_field(network.model, layer, shape)
     with network.evaluating(), network.reading_maps([layer], shape) as canonical:
         canonical.maps(pixels, lambda _, found: maps.append(found.clone()))
     channels, _, width = maps[0].shape[1:]

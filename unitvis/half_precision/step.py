@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import unitvis_kernels as uk
 from unitvis.half_precision.capture import Replay
 from unitvis.half_precision.rewrite import Chain, NotRewrittenError, Threshold, rewritten
+from unitvis.network.attributes import kept_attributes
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.copies import copied
 from unitvis.network.forward import COMPUTE_BATCH, Hooks, compute_batch
@@ -97,7 +98,7 @@ class Step:
         """Compute the keys of exactly `size` images and merge them; the part that a CUDA graph captures."""
         if self._device.type == "cpu":  # the CPU finds positions only of responses that can enter the top-k
             self._threshold.values = self.topk.threshold()
-        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             keys = self._keys(self._input(images))
             # NaN and overflow rank first among the candidates, so that they are computed again in float32.
             not_finite = (keys == uk.NAN_KEY) | ((keys >> 32) == MINUS_INFINITY_HIGH_WORD)
@@ -111,14 +112,14 @@ class Step:
         """Keys, int64 [N, units], of at most `size` images as they are given to the step; nothing is merged."""
         images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)))
         self._threshold.values = None
-        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return self._keys(self._input(images))[:count]
 
     def _input(self, images: Tensor) -> Tensor:
         """The model's input in half precision, [N, C, H, W] in channels-last layout."""
         if images.dtype == torch.uint8 and self._transform is not None:
             return self._transform.normalize(images, self._dtype, channels=self._channels)
-        return images.to(self._dtype, memory_format=torch.channels_last)
+        return images.to(self._dtype, memory_format=torch.channels_last, copy=True)  # a model may overwrite it
 
     def _padded(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Pad a batch to `size` images with zeros and ids of -1: another batch size may give other last bits."""
@@ -149,7 +150,7 @@ class Step:
 
     def _differing_layer(self, fast: nn.Module, sample: Tensor, responses: Tensor) -> str | None:
         """The first layer whose responses the rewritten model changes by more than rounding; None without any."""
-        with torch.inference_mode(), canonical_settings(self._device):
+        with torch.no_grad(), canonical_settings(self._device):
             found = _channels_last(fast)(sample)
         for (name, units), keys in zip(self._layers.items(), found, strict=True):
             want, got = responses[:, units], uk.unpack(keys)[0]
@@ -167,7 +168,12 @@ class Step:
         self.model = _channels_last(model).to(self._dtype)
         hooks = Hooks(self.model, self._axes, self._shapes).__enter__()  # never removed: only the step uses this model
         units = list(self._layers.values())
-        return lambda batch: hooks.keys(batch, units, self._threshold.values, neurons=self._neurons)
+
+        def keys(batch: Tensor) -> Tensor:
+            with kept_attributes(self.model):  # the pass ends after the last layer
+                return hooks.keys(batch, units, self._threshold.values, neurons=self._neurons)
+
+        return keys
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ def suitable_precision(network: Network, images: Tensor, precision: str) -> tupl
 
     images: as they were read, any number from 1.
     """
+    with network.reading() as canonical:  # functions that keep tensors make them here, not in inference mode
+        canonical.maps(images[:COMPUTE_BATCH], lambda index, maps: None)
     first_reason = None
     for wider in fallbacks(precision)[:-1]:
         parts = (unsuitable_layers(network, part, wider) for part in images.split(COMPUTE_BATCH))
@@ -142,7 +145,7 @@ def _failure(network: Network, images: Tensor, precision: str) -> str | None:
     try:
         model = copied(network.model).to(memory_format=torch.channels_last).to(dtype)  # type: ignore[call-overload]
         axes = network.channel_axes([layer.name for layer in network.layers], network.input_shape)
-        with torch.inference_mode(), torch.autocast(network.device.type, enabled=False), Hooks(model, axes) as hooks:
+        with torch.no_grad(), torch.autocast(network.device.type, enabled=False), Hooks(model, axes) as hooks:
             hooks.run(network.normalise(images).to(dtype, memory_format=torch.channels_last), lambda index, maps: None)
     except UnitvisError as error:
         return f"it does not compute in {NAMES[precision]} ({error})"
@@ -151,8 +154,14 @@ def _failure(network: Network, images: Tensor, precision: str) -> str | None:
 
 def _run(network: Network, images: Tensor, mode: TorchDispatchMode, read: Callable[[int, Tensor], None]) -> None:
     """One canonical pass, whose forward pass runs under a dispatch mode."""
+
+    @contextmanager
+    def observed() -> Iterator[None]:
+        with torch.inference_mode(), mode:  # under which operators come whole that are made of others
+            yield
+
     with network.reading() as canonical, _ReadsOutside(mode):
-        canonical.maps(images, read, mode)
+        canonical.maps(images, read, observed())
 
 
 class _ReadsOutside(TorchFunctionMode):

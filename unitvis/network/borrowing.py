@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
+from unitvis.network.attributes import kept_attributes
 
 LEARNING_PASSES = 5  # the first two get images of zeros, by which an observed range does not change
 
@@ -163,6 +164,8 @@ class _Held(NamedTuple):
 class Tensors:
     """The parameters and buffers of a model, put back after forward passes that change them, as counters and observers.
 
+    Attributes of its modules are put back with them, see `kept_attributes`.
+
     So responses do not depend on what ran before. The first `LEARNING_PASSES` show which ones change; later passes copy
     only those.
     """
@@ -180,11 +183,11 @@ class Tensors:
 
         UnitvisError where a later pass changes a tensor that the first ones did not.
         """
-        with turn(self._model):
+        with turn(self._model), kept_attributes(self._model):
             yield from self._kept()
 
     def _kept(self) -> Iterator[None]:
-        self._passes += 1
+        learning = self._passes < LEARNING_PASSES
         registries = [
             (f"{name}." if name else "", registry, dict(registry.items()))  # those of TorchScript are not quite dicts
             for name, module in self._model.named_modules()
@@ -196,7 +199,7 @@ class Tensors:
             for key, tensor in before.items()
             if isinstance(tensor, Tensor)
         }
-        copied = tensors if self._passes <= LEARNING_PASSES else tensors.keys() & (self.changing | self._rewritten)
+        copied = tensors if learning else tensors.keys() & (self.changing | self._rewritten)
         held = {name: _Held.of(tensors[name]) for name in copied}
         marks = {name: mark_of(tensor) for name, tensor in tensors.items() if name not in held}
         try:
@@ -211,6 +214,7 @@ class Tensors:
             changed = {name for name, one in held.items() if one.differs()}
             for name in changed:
                 held[name].put_back()
+        self._passes += 1  # one that raised may not have come to what changes
         self.changing |= changed
         if self._passes == LEARNING_PASSES:
             buffers = dict(self._model.named_buffers())

@@ -120,11 +120,12 @@ def fingerprint(device: torch.device) -> dict[str, str]:
 
 
 def refuse_state(units: int, places: int, images: int, device: torch.device) -> None:
-    """Raise UnitvisError where the top-k state and the first merge into it do not fit into free memory.
+    """Raise UnitvisError where the top-k state, a copy of it and the first merge do not fit into free memory.
 
     places: responses kept of each unit. images: in a batch.
     """
-    need = units * 8 * 6 * (places + images)  # bytes: int64 key and id of each, three times while the merge sorts
+    # Bytes: int64 key and id of each, three times while the merge sorts; the copy holds those of the places.
+    need = units * 8 * (6 * (places + images) + 2 * places)
     free = free_memory(device)
     if need > free:
         raise UnitvisError(

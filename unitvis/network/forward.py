@@ -117,7 +117,13 @@ class Hooks:
 
     def run(self, batch: Tensor, read: ReadMap) -> None:
         """Forward a batch and call `read(number of the layer, map [N, C, H, W])` for every layer."""
-        self._read, self._seen, self._thread = read, set(), threading.get_ident()
+
+        def read_values(index: int, maps: Tensor) -> None:
+            read(index, maps.detach())
+
+        # Where gradients are off, the model's own code may enable them, and nobody reads those.
+        self._read = read if torch.is_grad_enabled() else read_values
+        self._seen, self._thread = set(), threading.get_ident()
         try:
             call(self._model, batch)
         except _LastLayerRead:
@@ -233,7 +239,7 @@ class CanonicalPass:
             threads = self.bits.threads[here] if known else 1
         self._passes += 1
         used = nullcontext() if threads is None else computing_threads(threads)
-        with self._tensors.kept(), torch.inference_mode(), canonical_settings(self._device), used:
+        with self._tensors.kept(), torch.no_grad(), canonical_settings(self._device), used:
             yield
 
     def check(self, images: Tensor) -> Bits:
@@ -243,7 +249,7 @@ class CanonicalPass:
         """
 
         def run(batch: Tensor, read: ReadMap) -> None:
-            with self._tensors.kept(), torch.inference_mode():
+            with self._tensors.kept(), torch.no_grad():
                 self._hooks.run(compute_batch(batch), read)  # a copy: a model may overwrite its input
 
         with canonical_settings(self._device):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from unitvis.errors import UnitvisError
-from unitvis.network.borrowing import evaluating
+from unitvis.network.borrowing import Tensors, evaluating
 from unitvis.network.canonical import canonical_settings
 
 _COLOURS = 3
@@ -51,7 +51,7 @@ def _first_convolution_channels(model: nn.Module) -> int | None:
 def _runs(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> bool:
     """True if a forward pass of zeros, float32, raises nothing."""
     try:
-        with evaluating(model), canonical_settings(device), torch.inference_mode():
+        with evaluating(model), Tensors(model).kept(), canonical_settings(device), torch.no_grad():
             model(torch.zeros(shape, dtype=torch.float32, device=device))
     except Exception:  # whatever a model raises for images that it cannot take
         return False

@@ -130,14 +130,18 @@ class Examination:
             for handle in handles:
                 handle.remove()
 
-    def following_batch_norms(self) -> dict[str, str]:
-        """For each module that a BatchNorm directly follows, the name of that BatchNorm."""
-        return {
-            source: name
-            for name, sources in self._inputs.items()
-            if isinstance(self.modules[name], nn.modules.batchnorm._BatchNorm)
-            for source in sources
-        }
+    def following_batch_norms(self) -> dict[str, list[str]]:
+        """For each module that BatchNorms directly follow, usually one, their names in forward order.
+
+        Of a BatchNorm that calls another inside it, the inner one counts.
+        """
+        found: dict[str, list[str]] = {}
+        for name, sources in self._inputs.items():
+            if isinstance(self.modules[name], nn.modules.batchnorm._BatchNorm):
+                for source in dict.fromkeys(sources):
+                    outside = [norm for norm in found.get(source, []) if not name.startswith(f"{norm}.")]
+                    found[source] = [*outside, name]
+        return found
 
     def chosen(
         self,
@@ -197,7 +201,7 @@ class Examination:
         return layers
 
     def _default_names(self) -> tuple[list[str], list[str]]:
-        """Convolutions in forward order, each replaced by a BatchNorm that directly follows it; and lines of the rest.
+        """Convolutions in forward order, replaced by the BatchNorms that directly follow them; and lines of the rest.
 
         The lines name convolutions that do not run, or more than once, and those whose BatchNorm does.
         """
@@ -210,13 +214,15 @@ class Examination:
         if repeated := [name for name in order if self.runs[name] > 1]:
             unfit.append(f"left out, because they run more than once in a forward pass: {abridged(repeated)}")
         once = [name for name in order if self.runs[name] == 1]
-        if shared := [name for name in once if self.runs[batch_norms.get(name, name)] > 1]:
-            norms = abridged(list(dict.fromkeys(batch_norms[name] for name in shared)))
+        repeated_norms = {name: [norm for norm in norms if self.runs[norm] > 1] for name, norms in batch_norms.items()}
+        if shared := [name for name in once if repeated_norms.get(name)]:
+            norms = abridged(list(dict.fromkeys(norm for name in shared for norm in repeated_norms[name])))
             unfit.append(
                 f"left out, because the BatchNorm behind them ({norms}) runs more than once in a forward pass: "
                 f"{abridged(shared)}; name them to rank what they return before it"
             )
-        return list(dict.fromkeys(batch_norms.get(name, name) for name in once if name not in shared)), unfit
+        read = [layer for name in once if name not in shared for layer in batch_norms.get(name, [name])]
+        return list(dict.fromkeys(read)), unfit
 
     def _matching(self, patterns: Sequence[str] | str) -> set[str]:
         """Names that names or shell patterns match; UnitvisError for a pattern without a match."""

@@ -110,7 +110,8 @@ class Network:
     def find_receptive_fields(self) -> None:
         """Fill in `fields`; UnitvisError for a layer that has none, see `receptive_fields`."""
         start = time.perf_counter()
-        self.fields = receptive_fields(self.model, self._layer_axes(), self.input_shape)
+        with Tensors(self.model).kept():  # the copy that is traced shares the parameters
+            self.fields = receptive_fields(self.model, self._layer_axes(), self.input_shape)
         self.preparation += time.perf_counter() - start
 
     @property

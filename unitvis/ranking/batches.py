@@ -9,24 +9,63 @@ import torch
 from torch import Tensor
 
 from unitvis.errors import UnitvisError, first_line
+from unitvis.sources.arrays import is_pixels
+from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
 
 
-def checked_images(batch: object, shape: torch.Size | None, *, uint8: bool) -> Tensor:
-    """A batch that can be computed: float [N, C, H, W], or (uint8: there is a transform for it) uint8 [N, H, W, 3].
+def checked_images(batch: object, like: Tensor | None, transform: Transform | None) -> Tensor:
+    """A batch that can be computed: float [N, C, H, W], or (where there is a transform) uint8 [N, H, W, 3].
 
-    shape: of every image before it; None for the first batch.
+    like: images before it, with their shape and type; None for the first batch. Pixels are normalised by the transform,
+    but neither resized nor cropped, and so must have a size that it gives.
     """
     if not isinstance(batch, Tensor):
         raise UnitvisError(f"a batch must be a tensor, not {type(batch).__name__}")
-    pixels = batch.dtype == torch.uint8 and uint8
+    pixels = batch.dtype == torch.uint8 and transform is not None
     if not pixels and (batch.ndim != 4 or not batch.is_floating_point()):
         raise UnitvisError(
             f"a batch must be float images [N, C, H, W], already normalised, not {batch.dtype} {list(batch.shape)}"
         )
-    if shape is not None and batch.shape[1:] != shape:
-        raise UnitvisError(f"images of {list(batch.shape[1:])} came after images of {list(shape)}; give them one size")
+    if like is not None and batch.shape[1:] != like.shape[1:]:
+        raise UnitvisError(
+            f"images of {list(batch.shape[1:])} came after images of {list(like.shape[1:])}; give them one size"
+        )
+    if like is not None and (batch.dtype == torch.uint8) != (like.dtype == torch.uint8):
+        kinds = [str(one.dtype).removeprefix("torch.") for one in (batch, like)]
+        raise UnitvisError(
+            f"{kinds[0]} images came after {kinds[1]} ones; give all as uint8 pixels or all as normalised floats"
+        )
+    if pixels and transform is not None:
+        _refuse_other_size(batch, transform)
     return batch
+
+
+def _refuse_other_size(pixels: Tensor, transform: Transform) -> None:
+    """UnitvisError for uint8 [N, H, W, 3] of a size that the resize and crop of the transform do not give."""
+    if not is_pixels(pixels, 4):  # refused where they are normalised
+        return
+    height, width = pixels.shape[1:3]
+    size = transform.crop or transform.resize
+    if isinstance(size, int) and transform.crop is None:
+        wanted, fits = f"a shorter side of {size}", min(height, width) == size
+    elif size is not None:
+        tall, wide = size if isinstance(size, tuple) else (size, size)
+        wanted, fits = f"{wide} x {tall}", (tall, wide) == (height, width)
+    else:
+        return
+    if not fits:
+        raise UnitvisError(
+            f"uint8 images of {width} x {height} pixels came, and the transform (resize={transform.resize}, "
+            f"crop={transform.crop}) gives {wanted}; a Recorder only normalises: resize and crop before, or give a "
+            f"Transform without them"
+        )
+
+
+def some_values(batch: Tensor) -> Tensor:
+    """About 4,096 values of the first image, on the CPU, by which a batch, or its first part, is known again."""
+    values = batch[:1].flatten()
+    return values[:: max(1, len(values) // 4096)].cpu().clone()
 
 
 def checked_ids(ids: Tensor | Sequence[int], images: int) -> Tensor:

@@ -40,10 +40,10 @@ class Recorder(Recording):
     model: a module, or a spec such as "torchvision:alexnet", which brings its transform. layers: names or shell
     patterns; None: every convolution, after the BatchNorm that directly follows it. exclude: names or shell patterns of
     layers to leave out. unit: "channel" ranks the largest response over positions, "neuron" every element of the map.
-    device: None is the model's own. precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what
-    a copy of the model gives in half precision, in batches of batch_size. weights: "fixed" refuses, at `result`,
-    weights that were written to between calls; "moving" ranks each image by the weights that it met, in float32, and no
-    unit is separated.
+    device: None is the model's own. transform: normalises pixels, which must come resized and cropped as it would.
+    precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what a copy of the model gives in
+    half precision, in batches of batch_size. weights: "fixed" refuses, at `result`, weights that were written to
+    between calls; "moving" ranks each image by the weights that it met, in float32, and no unit is separated.
 
     State on the device is O(units x k); nothing is copied to the host before `result`. A GPU that scans in half
     precision fetches a pinned batch after the call: write into one only two calls later. The model is left as it was

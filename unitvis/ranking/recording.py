@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Self
 
 import torch
@@ -19,7 +19,7 @@ from unitvis.half_precision.suitability import NAMES, suitable_precision
 from unitvis.network.device import refuse_state, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
 from unitvis.network.network import Network, Shape
-from unitvis.ranking.batches import check_coverage, checked_ids, checked_images
+from unitvis.ranking.batches import check_coverage, checked_ids, checked_images, some_values
 from unitvis.ranking.watch import WeightsWatch
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
@@ -67,11 +67,12 @@ class Recording:
         self.coverage = IntervalSet()  # the ids in the top-k, where they came on the CPU
         self.topk: TopK  # made with the first batch
         self._layers, self._exclude, self._unit, self._weights = layers, exclude, unit, weights
-        self._first_shape: torch.Size | None = None  # of the first image as it came
+        self._like: Tensor | None = None  # no images, of the shape and type of those that were taken
         self._next_id = 0
-        self._unranked = 0  # images that were given and are not in the top-k yet
-        self._lost = 0  # of those, the ones that never will be, because an exception ended the block
-        self._waiting: list[tuple[Tensor, Tensor]] = []  # images and ids, fewer than are computed at once
+        self._waiting: tuple[Tensor, Tensor] | None = None  # images and ids, fewer than are computed at once
+        self._raised = 0  # images of the last call, if it raised; it took none of them
+        self._first_raised: Tensor | None = None  # some of its values, if it raised without ids
+        self._lost = 0  # images that were given and not ranked, because an exception ended the block
         self._begun = self._settled = False
         self._watch: WeightsWatch | None = None  # of weights that are to stay fixed, from the first call on
         self._canonical: CanonicalPass  # in float32, once it has begun
@@ -93,11 +94,13 @@ class Recording:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         with self._stack:
             self._open = False
-            if error is None:
-                self.flush()
-            else:
-                self._waiting.clear()
-                self._lost, self._unranked = self._unranked, 0
+            try:
+                if error is None:
+                    self.flush()
+            finally:  # without an exception none wait any more
+                waiting = 0 if self._waiting is None else len(self._waiting[1])
+                self._lost = waiting + (0 if error is None else self._raised)
+                self._waiting, self._raised = None, 0
 
     def set_precision(self, precision: str, batch_size: int) -> None:
         """Choose how the images are computed, before the first one is."""
@@ -113,14 +116,14 @@ class Recording:
 
         images: as they were read; what the network computes from them decides. Only before the first image.
         """
+        reason = None
+        if self.precision != "fp32":
+            if not self.network.layers:
+                self.prepare(self.network.input_shape_of(images))
+            with self.network.turn(), self.network.evaluating():
+                precision, reason = suitable_precision(self.network, images, self.precision)
+            self.set_precision(precision, self._size)
         self._settled = True
-        if self.precision == "fp32":
-            return None
-        if not self.network.layers:
-            self.prepare(self.network.input_shape_of(images))
-        with self.network.turn(), self.network.evaluating():
-            precision, reason = suitable_precision(self.network, images, self.precision)
-        self.set_precision(precision, self._size)
         return reason
 
     @torch.inference_mode(False)
@@ -151,44 +154,61 @@ class Recording:
         """Take a batch: float [N, C, H, W], already normalised, or uint8 [N, H, W, 3] where a transform was given.
 
         ids: whole numbers from 0, one an image, each used once; None counts up.
+
+        A call that raises takes none of its images, so that a loop may catch the exception and call again.
         """
         with self._lock:
-            self._take(batch, ids)
+            images = batch if isinstance(batch, Tensor) and batch.ndim else torch.empty(0)
+            if ids is None:
+                self._tell_of_missing_images(images)
+            try:
+                self._take(batch, ids)
+            except BaseException:
+                self._raised = len(images)
+                if ids is None and len(images):
+                    with suppress(Exception):  # a device that failed cannot be read
+                        self._first_raised = some_values(images)
+                raise
+            self._raised = 0
 
     def _take(self, batch: Tensor, ids: Tensor | Sequence[int] | None) -> None:
         if not self._open:
             raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
-        images = checked_images(batch, self._first_shape, uint8=self.network.transform is not None)
-        self._first_shape = images.shape[1:]
+        given = checked_images(batch, self._like, self.network.transform)
         if self._weights == "fixed" and self._watch is None:
             self._watch = WeightsWatch(self._given)
-        if not self._settled and len(images) and (reason := self.settle_precision(images)):
+        if not self._settled and len(given) and (reason := self.settle_precision(given)):
             warnings.warn(f"{reason}; the images are scanned in {NAMES[self.precision]}")
-        if self.precision == "fp32":
-            images = images.to(self.network.device)
+        images = given.to(self.network.device) if self.precision == "fp32" else given
         if ids is None:
-            ids = torch.arange(self._next_id, self._next_id + len(images), device="cpu")
-        ids = checked_ids(ids, len(images))
-        self._next_id += len(images)
-        self._unranked += len(images)
-        if self._waiting:
-            waiting = self._waiting.pop()
-            images, ids = torch.cat([waiting[0], images]), torch.cat([waiting[1], ids])
-        whole = len(images) - len(images) % self._size
-        for start in range(0, whole, self._size):
-            self._rank(images[start : start + self._size], ids[start : start + self._size])
-        if whole < len(images):
-            self._waiting.append((images[whole:].clone(), ids[whole:].clone()))
-        if self._weights == "moving":
-            self.flush()
+            ids = torch.arange(self._next_id, self._next_id + len(given), device="cpu")
+        ids = checked_ids(ids, len(given))
+        if self._waiting is not None:
+            images, ids = torch.cat([self._waiting[0], images]), torch.cat([self._waiting[1], ids])
+        now = len(images) if self._weights == "moving" else len(images) - len(images) % self._size
+        waiting = (images[now:].clone(), ids[now:].clone()) if now < len(images) else None
+        if now:
+            self._rank(images[:now], ids[:now])
+        self._waiting, self._like = waiting, given.new_empty((0, *given.shape[1:]))
+        self._next_id += len(given)
 
     @torch.inference_mode(False)
     def flush(self) -> None:
         """Compute the images that wait for a whole compute batch."""
         self._tell_of_lost_images()
         with self._lock:
-            if self._waiting:
-                self._rank(*self._waiting.pop())
+            if self._waiting is not None:
+                self._rank(*self._waiting)
+                self._waiting = None
+
+    def _tell_of_missing_images(self, images: Tensor) -> None:
+        """Warn where a call without ids raised, and its images are not those that come now."""
+        first, self._first_raised = self._first_raised, None
+        if first is not None and not torch.equal(some_values(images), first):
+            warnings.warn(
+                f"a call raised and took none of its {self._raised} images, and others came next; they are counted on "
+                f"from {self._next_id}, so a loop that left images out must give ids"
+            )
 
     def _tell_of_lost_images(self) -> None:
         """Warn once of the images that an exception cost."""
@@ -200,30 +220,43 @@ class Recording:
             )
 
     def _rank(self, images: Tensor, ids: Tensor) -> None:
-        """Compute at most as many images as are computed at once, and fold them into the top-k."""
+        """Fold images into the top-k: all of them or, where one cannot be computed and so this raises, none."""
         with self.network.turn(), self.network.evaluating():  # a loop may train the model meanwhile
-            if self._watch is not None:
-                self._watch.look()
             if not self._begun:
-                self._begin(images)
-            if self.precision == "fp32":
-                keys = self._canonical.keys(images, self.topk.threshold())
-                if self.network.unfollowed is not None:
-                    self.network.check_alone(self._canonical, images, keys)
-                self.topk.merge(keys, ids.to(keys.device))
-            else:
-                self._step(images, ids)
-            if self._watch is not None:
-                self._watch.settle()
+                with self._passes():
+                    self._begin(images[: self._size])
+            before = self.topk.tensor.clone()
+            try:
+                for start in range(0, len(ids), self._size):
+                    self._fold(images[start : start + self._size], ids[start : start + self._size])
+            except BaseException:
+                self.topk.tensor.copy_(before)  # in place: the step, and a graph that was captured, write to it
+                raise
         self.images += len(ids)
-        self._unranked -= len(ids)
         if ids.device.type == "cpu":  # ids that came on a GPU stay unknown
             self.coverage.add(ids.numpy().copy())
 
+    def _fold(self, images: Tensor, ids: Tensor) -> None:
+        """Compute at most as many images as are computed at once, and fold them into the top-k."""
+        with self._passes():
+            if self.precision != "fp32":
+                self._step(images, ids)
+                return
+            keys = self._canonical.keys(images, self.topk.threshold())
+            if self.network.unfollowed is not None:
+                self.network.check_alone(self._canonical, images, keys)
+            self.topk.merge(keys, ids.to(keys.device))
+
+    def _passes(self) -> AbstractContextManager[None]:
+        """Context of forward passes, after a look at whether the weights moved before them."""
+        return nullcontext() if self._watch is None else self._watch.passes()
+
     def _begin(self, images: Tensor) -> None:
         """Find the layers by the first images, and see that their responses can be ranked."""
-        if not self.network.layers:
-            self.prepare(self.network.input_shape_of(images))
+        shape = self.network.input_shape_of(images)
+        # Images of another size may have raised before, and none was taken.
+        if not self.network.layers or (self.images == 0 and self.network.input_shape != shape):
+            self.prepare(shape)
         if self.images == 0:
             # One more than k in float32 tells whether the k-th is tied; in half precision there are candidates.
             places = self.k + (1 if self.precision == "fp32" else EXTRA_CANDIDATES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -16,10 +17,9 @@ from unitvis.network.borrowing import mark_of
 class WeightsWatch:
     """Watches the parameters and buffers of a model for changes between the passes of a Recorder.
 
-    `look` goes before each pass and `settle` after it: they compare which tensors there are, their addresses and their
-    version counters, which PyTorch keeps on the host and raises with each write. What a pass itself writes (a counter
-    of calls) does not count. Writes that bypass the counters (`parameter.data`) are found by `refuse`, by a hash,
-    unless they were taken back.
+    Around each pass it compares which tensors there are, their addresses and their version counters, which PyTorch
+    keeps on the host and raises with each write. What a pass itself writes (a counter of calls) does not count. Writes
+    that bypass the counters (`parameter.data`) are found by `refuse`, by a hash, unless they were taken back.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,19 +29,24 @@ class WeightsWatch:
         self._moved: str | None = None  # name of a tensor
         self.own: set[str] = set()  # names of the tensors that a pass writes
 
-    def look(self) -> None:
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Context of passes: note a tensor that was written to before them, and count what they write as their own."""
+        self._look()
+        try:
+            yield
+        finally:  # also of a pass that raised, after which a loop may go on
+            self.own |= self._changed()
+            self._seen = self._now()
+
+    def _look(self) -> None:
         """Note a tensor that was written to since the last pass."""
         if self._moved is None and self._changed():
             self._moved = min(self._changed())
 
-    def settle(self) -> None:
-        """Count what was written to since `look` as the passes' own."""
-        self.own |= self._changed()
-        self._seen = self._now()
-
     def refuse(self, *, hashes: bool) -> None:
         """Raise UnitvisError that names a tensor that moved, if one did. hashes: compare contents, too."""
-        self.look()
+        self._look()
         if hashes and self._moved is None:
             now = _hashes(self._model)
             names = {name for name in {**self._hashes, **now} if self._hashes.get(name) != now.get(name)}

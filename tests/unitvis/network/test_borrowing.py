@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, deque
 from typing import Self
 
 import numpy as np
@@ -197,3 +198,174 @@ def test_an_eval_that_cannot_be_taken_back_is_refused() -> None:
         evaluating(Folding()),
     ):
         pass
+
+
+class Depth(nn.Module):
+    """Counts how deep it is; a pass that is cut short does not count back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.depth = nn.Conv2d(3, 5, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * (1 + self.depth)
+        self.depth += 1
+        y = self.conv(x)
+        self.depth -= 1
+        return y
+
+
+class Collected(nn.Module):
+    """Collects features, and forgets them at the end of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.second, self.third = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 1)
+        self.features: dict[str, list[Tensor]] = {"all": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features["all"]
+        features.append(self.conv(x).relu())
+        features.append(self.second(features[0]))
+        y = self.third(features[0][:, :, 1:-1, 1:-1] + features[1])
+        features.clear()
+        return y
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "layers"), [(Depth, ["conv"]), (Collected, ["conv", "second"]), (Collected, None)])
+def test_attributes_are_put_back_after_each_pass(
+    kind: type[nn.Module], layers: list[str] | None, precision: str
+) -> None:
+    torch.manual_seed(0)
+    model, pixels = kind().eval(), images(40, 9)
+    with torch.no_grad():
+        before = model(pixels)
+    with Recorder(model, layers, precision=precision) as recorder:
+        for part in pixels.split(10):
+            recorder(part)
+        with torch.no_grad():
+            assert torch.equal(model(pixels), before)
+    run = recorder.result(pixels)
+    names = list(run.layers)
+    found = brute.responses(model, names, pixels, brute.canonical_batches(pixels))
+    brute.check(run, found)
+    unitvis.receptive_field(model, names[0], 9)
+    unitvis.response_map(model, pixels[0], names[0], 0)
+    with torch.no_grad():
+        assert torch.equal(model(pixels), before)
+
+
+class Cached(nn.Module):
+    """Keeps a constant for each shape and type, in an attribute or, as a cached function does, elsewhere."""
+
+    def __init__(self, shared: dict[object, Tensor] | None = None) -> None:
+        super().__init__()
+        self.conv, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+        self.constants: dict[object, Tensor] = {}
+        self.shared = None if shared is None else lambda: shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, constants = self.conv(x), self.constants if self.shared is None else self.shared()
+        kind = y.shape, y.dtype
+        if kind not in constants:
+            constants[kind] = torch.linspace(0, 1, y.shape[3], dtype=y.dtype)
+        return self.second(y * constants[kind])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("precision", "weights"), [("fp32", "moving"), ("fp32", "fixed"), ("bf16", "fixed")])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model_that_keeps_tensors_can_be_trained_meanwhile(
+    shared: bool, precision: str, weights: str, inference: bool
+) -> None:
+    torch.manual_seed(0)
+    model, pixels = Cached({} if shared else None).train(), images(48, 9)
+    with Recorder(model, precision=precision, weights=weights, batch_size=16) as recorder:
+        for batch in pixels.split(16):
+            with torch.inference_mode(inference):
+                recorder(batch.clone())
+            model(batch).mean().backward()
+    assert recorder.result().manifest["images"] == 48
+    assert model.conv.weight.grad is not None
+
+
+class ActNorm(nn.Module):
+    """Subtracts the mean of the first batch that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 3)
+        self.mean, self.ready = nn.Parameter(torch.zeros(1, 5, 1, 1)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if not self.ready:
+            self.mean.data.copy_(y.mean((0, 2, 3), keepdim=True))
+            self.ready = True
+        return self.second(y - self.mean)
+
+
+@pytest.mark.filterwarnings("ignore:the model's code could not be followed", "ignore:the receptive fields of")
+def test_a_flag_goes_back_with_the_parameter_that_it_stands_for() -> None:
+    torch.manual_seed(0)
+    model, pixels = ActNorm().eval(), images(40, 9)
+    with pytest.raises(UnitvisError, match="layer 'second' gives other responses"):
+        scan(model, pixels, precision="fp32")
+    assert not model.ready
+    assert not model.mean.any()
+    unitvis.receptive_field(model, "second", 9)
+    unitvis.response_map(model, pixels[0], "second", 0)
+    assert not model.ready
+    assert not model.mean.any()
+    model(pixels)
+    run = scan(model, pixels, precision="fp32")
+    brute.check(run, brute.responses(model, ["conv", "second"], pixels, brute.canonical_batches(pixels)))
+    assert model.ready
+
+
+class Wild(nn.Module):
+    """Changes its attributes in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 4, 3)
+        self.loose = [nn.Conv2d(4, 4, 1)]  # no submodule, as it is in a list
+        self.flag, self.name, self.gone, self.built = False, "new", 3, None
+        self.order, self.last = OrderedDict(a=1, b=2), deque([1, 2], maxlen=2)
+        self.nested = {"lists": [[1], (2, [3])], "seen": {1, 2}}
+        self.nested["itself"] = self.nested
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.loose[0](self.inner(x))
+        self.flag, self.name, self.more = True, self.name + "er", y
+        if self.built is None:
+            self.built = nn.Identity()
+        if hasattr(self, "gone"):
+            del self.gone
+        self.order.move_to_end("a")
+        self.last.append(3)
+        self.nested["lists"][0].append(y)
+        self.nested["lists"][1][1][0] = y
+        self.nested["seen"] |= {3}
+        self.nested[len(self.nested)] = y
+        self.loose[0].calls = 1 + getattr(self.loose[0], "calls", 0)
+        self.inner.eval() if self.inner.training else self.inner.train()
+        self.register_buffer("late", torch.zeros(1), persistent=False)
+        return self.built(y)
+
+
+def test_attributes_of_every_kind_are_put_back() -> None:
+    def told(model: Wild) -> str:
+        nested = {key: value for key, value in model.nested.items() if key != "itself"}
+        held = {name: value for name, value in sorted(vars(model).items()) if name != "nested"}
+        return f"{held} {nested} {vars(model.loose[0])} {model.inner.training} {[*model.named_modules()]}"
+
+    torch.manual_seed(0)
+    model, pixels = Wild().train(), images(20, 9)
+    before, nested = told(model), model.nested
+    run = scan(model, pixels, precision="fp32")
+    assert told(model) == before
+    assert model.nested is nested
+    assert model.nested["itself"] is nested
+    brute.check(run, brute.responses(model, ["inner"], pixels, brute.canonical_batches(pixels)))

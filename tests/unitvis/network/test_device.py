@@ -17,7 +17,7 @@ from unitvis import UnitvisError
 
 def test_neurons_that_do_not_fit_are_refused_with_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unitvis.network.device.free_memory", lambda device: 2.0**30)
-    with pytest.raises(UnitvisError, match=r"the state of 1,048,576 units needs 1.2 GiB, and 1.0 GiB are free"):
+    with pytest.raises(UnitvisError, match=r"the state of 1,048,576 units needs 1.4 GiB, and 1.0 GiB are free"):
         scan(nn.Sequential(nn.Conv2d(1, 16, 1)), torch.zeros(1, 1, 256, 256), unit="neuron")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,25 +23,27 @@ def test_in_place_activation_does_not_spoil_the_layer_before_it() -> None:
 
 
 class Counting(nn.Module):
+    second_runs = 0  # of the class, as attributes of a model are put back
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
-        self.second_runs = 0
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu_(self.first(x))
-        self.second_runs += 1
+        Counting.second_runs += 1
         return self.second(x)
 
 
 def test_forward_stops_after_the_last_tapped_layer() -> None:
     model = Counting().eval()
+    Counting.second_runs = 0
     scan(model, iter([images(20, 9)]), "first")
-    assert model.second_runs <= 3  # the examination, the receptive fields; never in the scan
-    runs = model.second_runs
+    assert Counting.second_runs <= 3  # the examination, the receptive fields; never in the scan
+    runs = Counting.second_runs
     with Recorder(model, "second") as recorder:
         recorder(images(48, 9))
-    assert model.second_runs > runs + 3
+    assert Counting.second_runs > runs + 3
 
 
 def test_tokens_and_channels_last_layers_are_taken_as_such() -> None:
@@ -77,3 +80,24 @@ def test_channels_that_come_last_are_found_after_any_kind_of_module() -> None:
         assert (run[name].info["channels"], run[name].info["height"], run[name].info["width"]) == (24, 10, 10)
         strongest = out[:5].amax((1, 2)).sort(0, descending=True).values.T[:, :3].numpy()
         np.testing.assert_array_equal(run[name].values, strongest)
+
+
+@pytest.mark.filterwarnings("ignore:the model's code could not be followed", "ignore:the receptive fields of")
+def test_a_model_that_differentiates_inside_its_forward_pass_is_ranked() -> None:
+    class Gradient(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy, self.conv = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.energy(x).square().sum(), x)
+            return self.conv(gradient)
+
+    torch.manual_seed(0)
+    model, pixels = Gradient().eval(), images(20, 9)
+    for layers in (["energy"], ["energy", "conv"]):
+        run = scan(model, pixels, layers, precision="fp32")
+        found = brute.responses(model, layers, pixels, brute.canonical_batches(pixels))
+        brute.check(run, found)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from support import brute
 from support.scans import images, scan, small_net
 from unitvis import UnitvisError
+from unitvis.attribution.filters import first_filters
 
 
 def test_default_layers_are_convolutions_or_the_batchnorm_behind_them() -> None:
@@ -109,6 +110,45 @@ def test_convolutions_that_share_a_batch_norm_are_left_out_with_the_true_reason(
     assert run.layers == ["own"]
     named = scan(model, pixels, ["a", "b"])
     brute.check(named, brute.responses(model, ["a", "b"], pixels, brute.canonical_batches(pixels)))
+
+
+class NormInside(nn.BatchNorm2d):
+    """A BatchNorm that another one computes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.inner = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).relu()
+
+
+class TwoNorms(nn.Module):
+    """A convolution with three BatchNorms behind it, whose sum goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+        self.n, self.n2, self.n3 = nn.BatchNorm2d(6), nn.BatchNorm2d(6), NormInside(6)
+        nn.init.normal_(self.n.weight)
+        nn.init.normal_(self.n2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(self.n(y) + self.n2(y) + self.n3(y))
+
+
+def test_every_batch_norm_behind_a_convolution_is_a_default_layer() -> None:
+    torch.manual_seed(0)
+    model, pixels = TwoNorms().eval(), images(40, 12)
+    run = scan(model, pixels)
+    assert run.layers == ["n", "n2", "n3.inner", "b"]
+    brute.check(run, brute.responses(model, run.layers, pixels, brute.canonical_batches(pixels)))
+    assert (run["n"].images != run["n2"].images).any()
+    filters = first_filters(model, run)
+    for name in ("n", "n2"):
+        signs = model.get_submodule(name).weight.sign()[:, None, None, None]
+        assert (torch.from_numpy(filters[name]) == signs * model.a.weight).all()
 
 
 def test_a_model_without_layers_inside_is_told_apart() -> None:

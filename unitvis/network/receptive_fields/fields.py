@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from unitvis import models
 from unitvis.errors import UnitvisError, error_text
+from unitvis.network.borrowing import Tensors
 from unitvis.network.receptive_fields.layer_maps import (
     acts_as_in_training,
     checked_layers,
@@ -32,7 +33,9 @@ from unitvis.network.receptive_fields.trace import ASKS_FOR_VALUES, MixedError, 
 
 def receptive_field(model: nn.Module | str | models.Loaded, layer: str, input_size: InputSize) -> ReceptiveField:
     """Find the receptive fields of one layer; see `receptive_fields`. model: may be a spec, as for `scan`."""
-    return receptive_fields(models.resolved(model)[0], [layer], input_size)[layer]
+    module = models.resolved(model)[0]
+    with Tensors(module).kept():  # the copy that is traced shares the parameters
+        return receptive_fields(module, [layer], input_size)[layer]
 
 
 def receptive_fields(model: nn.Module, layers: Iterable[str], input_size: InputSize) -> dict[str, ReceptiveField]:
