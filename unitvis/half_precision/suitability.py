@@ -137,6 +137,8 @@ def _failure(network: Network, images: Tensor, precision: str) -> str | None:
     dtype, finfo = HALF[precision], torch.finfo(HALF[precision])
     tensors = [*network.model.named_parameters(), *network.model.named_buffers()]
     for name, tensor in tensors:
+        if tensor.is_complex():
+            return f"{name!r} holds complex numbers, and {NAMES[precision]} has only real ones"
         if tensor.is_floating_point() and tensor.numel() and (largest := _largest(tensor)) > finfo.max:
             return f"{name!r} holds {largest:.3g}, and {NAMES[precision]} ends at {finfo.max:.3g}"
     try:
