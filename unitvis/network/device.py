@@ -73,7 +73,8 @@ def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.M
         wanted = torch.device("cuda", torch.cuda.current_device())
     if all(t.device == wanted and t.dtype == _single_precision(t) for t in tensors):
         return model, wanted
-    return copied(model)._apply(lambda tensor: tensor.to(wanted, _single_precision(tensor))), wanted
+    move: Any = copied(model)._apply  # what to() calls, which would give all tensors one type, complex ones too
+    return move(lambda tensor: tensor.to(wanted, _single_precision(tensor))), wanted
 
 
 def _single_precision(tensor: Tensor) -> torch.dtype:
