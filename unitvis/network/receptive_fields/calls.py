@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Functions by which numbers leave PyTorch; of a tensor that is traced they tell whatever its memory holds.
@@ -29,6 +30,21 @@ def _stands_for_a_value(leaf: object) -> bool:
     return any(isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) for number in numbers)
 
 
+class _Inside(TorchDispatchMode):
+    """Pauses a record while an operator is computed: under a tracer it is computed by Python code with calls of its own.
+
+    They would be recorded for operators that C++ code calls, such as TorchScript.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with self._calls.paused():
+            return func(*args, **(kwargs or {}))
+
+
 class Calls(TorchFunctionMode):
     """Records the torch functions that are called under it, by name and in order, and the exceptions that they raise.
 
@@ -44,6 +60,12 @@ class Calls(TorchFunctionMode):
         self.names: list[str] = []
         self.errors: dict[int, Exception] = {}
         self._paused = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Context in which calls are recorded."""
+        with self, _Inside(self):
+            yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:

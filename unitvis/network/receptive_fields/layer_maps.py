@@ -114,7 +114,7 @@ def layer_maps(
     ]
     error: Exception | None = None
     try:
-        with calls:
+        with calls.recording():
             model(images.clone())  # a copy, because the model may overwrite its input
     except Exception as raised:
         error = raised
