@@ -1,5 +1,7 @@
 """Which torch functions a model's code calls: whether a trace of it shows what it does when it runs."""
 
+# mypy: allow-untyped-calls
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -31,9 +33,9 @@ def _stands_for_a_value(leaf: object) -> bool:
 
 
 class _Inside(TorchDispatchMode):
-    """Pauses a record while an operator is computed: under a tracer it is computed by Python code with calls of its own.
+    """Pauses a record while an operator is computed: under a tracer, by Python code that calls torch functions itself.
 
-    They would be recorded for operators that C++ code calls, such as TorchScript.
+    Those would be recorded for operators that are called from C++, as TorchScript does.
     """
 
     def __init__(self, calls: Calls) -> None:
