@@ -31,8 +31,9 @@ class Step:
     """Merges batches of at most `size` images into a top-k, computed by a rewritten copy of the model.
 
     model: in eval mode; the step changes and keeps it. layers: names, in the order of the forward pass, and the units
-    of each in `topk`. shapes: see `Hooks`. channels: of the model's input. sample: model inputs, float32 [N, C, H, W],
-    with their canonical `responses`, float32 [N, units]: a rewritten copy that gives others in float32 is not used.
+    of each in `topk`. shapes, to_end: see `Hooks`. channels: of the model's input. sample: model inputs, float32
+    [N, C, H, W], with their canonical `responses`, float32 [N, units]: a rewritten copy that gives others in float32 is
+    not used.
     how: manifest entries that say whether the model was rewritten and captured.
     """
 
@@ -51,10 +52,11 @@ class Step:
         sample: Tensor,
         responses: Tensor,
         channels: int = 3,
+        to_end: bool = False,
     ) -> None:
         self.topk, self.size = topk, size
         self.how: dict[str, Any] = {}
-        self._layers, self._axes, self._shapes, self._neurons = layers, axes, shapes, neurons
+        self._layers, self._axes, self._shapes, self._neurons, self._to_end = layers, axes, shapes, neurons, to_end
         self._dtype, self._transform, self._channels, self._device = dtype, transform, channels, sample.device
         self._threshold = Threshold()
         self.model = model  # replaced by the copy that computes the keys
@@ -79,6 +81,7 @@ class Step:
             transform=network.transform,
             channels=network.input_shape[0],
             neurons=network.unit == "neuron",
+            to_end=not network.followed,
             sample=compute_batch(network.normalise(images))[: len(images)],
             responses=uk.unpack(keys)[0],
         )
@@ -135,6 +138,8 @@ class Step:
         try:
             if self._neurons:
                 raise NotRewrittenError("neurons are ranked")
+            if self._to_end:
+                raise NotRewrittenError("the model's code asks for values, or cannot be traced")
             fast = rewritten(
                 model, self._layers, self._threshold, one_pass=self._device.type == "cuda", axes=self._axes
             )
@@ -166,7 +171,8 @@ class Step:
     def _hooked(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The model as given, in the scan's precision, as a function from its input to keys that hooks compute."""
         self.model = _channels_last(model).to(self._dtype)
-        hooks = Hooks(self.model, self._axes, self._shapes).__enter__()  # never removed: only the step uses this model
+        hooks = Hooks(self.model, self._axes, self._shapes, to_end=self._to_end)
+        hooks.__enter__()  # never removed: only the step uses this model
         units = list(self._layers.values())
 
         def keys(batch: Tensor) -> Tensor:

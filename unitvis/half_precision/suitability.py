@@ -28,6 +28,7 @@ from unitvis.network.copies import copied
 from unitvis.network.forward import COMPUTE_BATCH, Hooks
 from unitvis.network.network import Network
 from unitvis.network.operators import CONVOLUTIONS_AND_NORMS, names
+from unitvis.network.receptive_fields.calls import READ_OUTSIDE
 
 NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # precisions in sentences
 HEADROOM = 16  # times more than in the images looked at, numbers may reach in the others; as many times less likewise
@@ -75,7 +76,6 @@ _WIDTHS = {
 }
 _LIMITING = names("hardtanh clamp clip clamp_min clamp_max maximum minimum")  # between bounds that are arguments
 STEEPEST = 1 / 8  # widths of a function between two bounds that two neighbouring half precision inputs may lie apart
-_READ_OUTSIDE = ("numpy", "tolist", "__array__", "__dlpack__")  # methods by which numbers leave PyTorch
 
 
 def fallbacks(precision: str) -> tuple[str, ...]:
@@ -89,6 +89,11 @@ def suitable_precision(network: Network, images: Tensor, precision: str) -> tupl
 
     images: as they were read, any number from 1.
     """
+    if not network.followed and (layer := network.unfollowed) is not None:
+        return "fp32", (
+            f"the model's code could not be followed as far as layer {layer!r} and may mix the images of some batches, "
+            f"which is looked for in float32 alone"
+        )
     with network.reading() as canonical:  # functions that keep tensors make them here, not in inference mode
         canonical.maps(images[:COMPUTE_BATCH], lambda index, maps: None)
     first_reason = None
@@ -140,6 +145,8 @@ def _failure(network: Network, images: Tensor, precision: str) -> str | None:
     dtype, finfo = HALF[precision], torch.finfo(HALF[precision])
     tensors = [*network.model.named_parameters(), *network.model.named_buffers()]
     for name, tensor in tensors:
+        if tensor.is_complex():
+            return f"{name!r} holds complex numbers, and {NAMES[precision]} has only real ones"
         if tensor.is_floating_point() and tensor.numel() and (largest := _largest(tensor)) > finfo.max:
             return f"{name!r} holds {largest:.3g}, and {NAMES[precision]} ends at {finfo.max:.3g}"
     try:
@@ -176,7 +183,7 @@ class _ReadsOutside(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if self._watch is not None and name in _READ_OUTSIDE and args:
+        if self._watch is not None and name in READ_OUTSIDE and args:
             self._watch.read_outside(args[0], name)
         return func(*args, **(kwargs or {}))
 

@@ -64,7 +64,7 @@ class ChannelAxes(TorchDispatchMode):
 
     def _label(self, tensor: Tensor, axes: Axes) -> None:
         self._labels[tensor] = axes
-        if tensor.layout == torch.strided:
+        if _has_memory(tensor):
             storage = tensor.untyped_storage()
             self._last_by_storage[storage._cdata] = _Labelled(
                 StorageWeakRef(storage), axes, tuple(tensor.shape), tensor.stride()
@@ -82,7 +82,7 @@ class ChannelAxes(TorchDispatchMode):
 
     def _written_view(self, tensor: Tensor) -> _Labelled | None:
         """The last labelled tensor in the memory of an unlabelled one."""
-        if tensor.layout != torch.strided:
+        if not _has_memory(tensor):
             return None
         found = self._last_by_storage.get(tensor.untyped_storage()._cdata)
         return None if found is None or found.storage.expired() else found  # its address may be another's by now
@@ -107,11 +107,17 @@ class ChannelAxes(TorchDispatchMode):
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor], made: Tensor
     ) -> Axes:
         """The channel axes of `made`, a result of the operator; given: the computed operands."""
+        if (view := name.removesuffix("_copy")) in _MOVES or view in _LOSE:
+            name = view  # the same, in new memory
         if name in _PUT_AT_AXIS_1:
             return frozenset([1]) if made.ndim > 1 else UNKNOWN
+        if name in _INDEXED:
+            return _indexed(self._axes_of(args[0]), args[0], args[1], made)
+        if name in _WRITTEN_AT:
+            return self._written_axes(args[0], args[1], args[2])
         if name in _PUT_LAST and not (name in _NORMS and len(args[1]) > 1):  # several axes: of a map, say [C, H, W]
             return frozenset([made.ndim - 1])
-        if name in _LOSE:
+        if name in _LOSE or (name.startswith(_OF_MATRICES) and name not in _MOVES):
             return UNKNOWN
         if name in _PRODUCTS:
             return self._product_axes(args[-2], args[-1], made)
@@ -121,6 +127,14 @@ class ChannelAxes(TorchDispatchMode):
         if max(one.ndim for one in given) == made.ndim:  # also poolings, paddings, interpolations, concatenations
             return _agreed([self._axes_of(one) for one in given], given, made)
         return UNKNOWN
+
+    def _written_axes(self, into: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> Axes:
+        """The axes of a tensor that values are written into at indices: its own, or else those of the values in it."""
+        own, places = self._axes_of(into), _places(into, indices)
+        start = len(places) - values.ndim  # values are broadcast to the places
+        written = {places[axis + start] for axis in self._axes_of(values)} if start >= 0 else {None}
+        found = UNKNOWN if None in written else frozenset(place for place in written if place is not None)
+        return own or found if not (own and found) or own == found else UNKNOWN
 
     def _product_axes(self, left: Tensor, right: Tensor, made: Tensor) -> Axes:
         """A linear layer, images times weights, puts channels last; what mixes positions leaves them where they are.
@@ -161,6 +175,49 @@ def channel_axes(model: nn.Module, layers: Iterable[str], image: Tensor) -> dict
         for hook in hooks:
             hook.remove()
     return axes
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own or of another that can be told; not within torch.vmap and its like."""
+    return tensor.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _places(old: Tensor, indices: Sequence[Tensor | None]) -> list[int | None]:
+    """For each axis of `old[indices]`, the axis of `old` that it is; None for those of the index tensors.
+
+    Those stand where the first index tensor does, or first of all where axes without one lie between index tensors.
+    """
+    axis, indexed, broadcast = 0, list[int](), 0
+    for index in indices:
+        if index is not None:
+            mask = index.dtype in (torch.bool, torch.uint8)  # of as many axes as it has
+            consumed = index.ndim if mask else 1
+            indexed += range(axis, axis + consumed)
+            broadcast = max(broadcast, 1 if mask else index.ndim)
+            axis += consumed
+        else:
+            axis += 1
+    kept: list[int | None] = [axis for axis in range(old.ndim) if axis not in indexed]
+    adjacent = not indexed or indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if indexed and adjacent else 0
+    return kept[:at] + [None] * broadcast + kept[at:]
+
+
+def _indexed(axes: Axes, old: Tensor, indices: Sequence[Tensor | None], new: Tensor) -> Axes:
+    """The axes of `new`, `old[indices]`; unknown where channels are picked together with positions."""
+    places = _places(old, indices)
+    if len(places) != new.ndim:
+        return UNKNOWN
+    found = {at for at, axis in enumerate(places) if axis in axes}
+    picked = axes.difference(axis for axis in places if axis is not None)
+    if picked:  # by one index tensor for that axis alone, which picks channels
+        if len(axes) > 1 or sum(index is not None for index in indices) > 1 or places.count(None) != 1:
+            return UNKNOWN
+        (index,) = [index for index in indices if index is not None]
+        if index.dtype in (torch.bool, torch.uint8) and index.ndim > 1:
+            return UNKNOWN
+        found.add(places.index(None))
+    return frozenset(found)
 
 
 def _agreed(axes: Iterable[Axes], given: Sequence[Tensor], made: Tensor) -> Axes:
@@ -230,6 +287,12 @@ def _transposed(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) ->
     return frozenset({first: second, second: first}.get(axis, axis) for axis in axes)
 
 
+def _rotated(axes: Axes, old: Tensor, new: Tensor, args: Any, kwargs: Any) -> Axes:
+    turns = args[1] if len(args) > 1 else kwargs.get("k", 1)
+    dims = args[2] if len(args) > 2 else kwargs.get("dims", (0, 1))
+    return _transposed(axes, old, new, (old, *dims), {}) if turns % 2 else axes
+
+
 def _without(axes: Axes, dims: Sequence[int]) -> Axes:
     """The axes that are left once `dims` are gone."""
     return frozenset(axis - sum(dim < axis for dim in dims) for axis in axes.difference(dims))
@@ -276,15 +339,19 @@ _PUT_AT_AXIS_1 = names("pixel_shuffle pixel_unshuffle channel_shuffle native_cha
     CONVOLUTIONS_AND_NORMS - _NORMS
 )
 _PUT_LAST = names("linear mkldnn_linear") | _NORMS
-_LOSE = names("as_strided squeeze_ t_ resize_ set_")  # the axes may be others afterwards
+_LOSE = names("as_strided squeeze_ t_ resize_ set_ _cdist_forward nonzero")  # the axes may be others afterwards
+_OF_MATRICES = ("linalg_", "_linalg_")  # how names of operators begin for which that holds, too, unless in _MOVES
+_INDEXED = names("index _unsafe_index")
+_WRITTEN_AT = names("index_put index_put_ _unsafe_index_put _index_put_impl _index_put_impl_")
 _PRODUCTS = names("mm addmm bmm baddbmm")
-_VIEWS = names("view _unsafe_view _reshape_alias view_copy")
+_VIEWS = names("view _unsafe_view _reshape_alias _reshape")
 _REDUCTIONS = names("sum mean amax amin max min prod var std var_mean median any all argmax argmin logsumexp")
 _MOVES: dict[str, Callable[[Axes, Tensor, Tensor, Any, Any], Axes]] = {
     **dict.fromkeys(_VIEWS, _viewed),
     "permute": _permuted,
     **dict.fromkeys(names("transpose t transpose_"), _transposed),
     **dict.fromkeys(names("select unbind"), _selected),
+    "rot90": _rotated,
     "squeeze": _squeezed,
     **dict.fromkeys(names("unsqueeze unsqueeze_ stack"), _unsqueezed),
     **dict.fromkeys(names("linalg_vector_norm norm"), _normed),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from unitvis.errors import UnitvisError
@@ -71,8 +71,15 @@ def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.M
         raise UnitvisError(f"device {str(device)!r} is not there ({torch.cuda.device_count()} GPUs); give cpu, or none")
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", torch.cuda.current_device())
-    foreign = any(t.device != wanted or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors)
-    return (copied(model).to(wanted, torch.float32) if foreign else model), wanted
+    if all(t.device == wanted and t.dtype == _single_precision(t) for t in tensors):
+        return model, wanted
+    move: Any = copied(model)._apply  # what to() calls, which would give all tensors one type, complex ones too
+    return move(lambda tensor: tensor.to(wanted, _single_precision(tensor))), wanted
+
+
+def _single_precision(tensor: Tensor) -> torch.dtype:
+    """float32 for a tensor of real numbers, complex64 for one of complex numbers, and its own type for any other."""
+    return torch.float32 if tensor.is_floating_point() else torch.complex64 if tensor.is_complex() else tensor.dtype
 
 
 def free_memory(device: torch.device) -> float:

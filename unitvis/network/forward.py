@@ -12,25 +12,30 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import unitvis_kernels as uk
-from unitvis.errors import UnitvisError, closest_names, first_line
+from unitvis.errors import UnitvisError, closest_names, error_text, first_line
 from unitvis.network.bits import Bits, ReadMap, computing_threads, examine_bits
 from unitvis.network.borrowing import Tensors
 from unitvis.network.canonical import canonical_settings, refuse_other_arithmetic
 from unitvis.sources.transform import Transform
 
 COMPUTE_BATCH = 16  # images of a canonical forward pass
+_WANTS_GRADIENTS = ("does not require grad", "inference tensor", "inference mode")  # in what PyTorch says of autograd
+_RANKED_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # which the operators take
 
 
 def as_map(name: str, axis: int | None, output: object) -> Tensor:
     """View a layer's output as a map [N, C, H, W]; axis: which of its axes holds the channels, None if unknown.
 
-    [N, C] counts as a map of 1x1, a sequence [N, C, L] or [N, L, C] as one row of L positions. Raises UnitvisError for
-    any other output, and for an unknown axis, since units would be a guess.
+    [N, C] counts as a map of 1x1, a sequence [N, C, L] or [N, L, C] as one row of L positions. Values of another type
+    than float32, float16 or bfloat16 are rounded to float32. Raises UnitvisError for any other output, and for an
+    unknown axis, since units would be a guess.
     """
     if not isinstance(output, Tensor):
         raise UnitvisError(f"layer {name!r} returns {type(output).__name__}, not a tensor; name a layer inside it")
     if not output.is_floating_point():
         raise UnitvisError(f"layer {name!r} returns {output.dtype}; only floating-point responses can be ranked")
+    if output.dtype not in _RANKED_TYPES:
+        output = output.float()
     shape = list(output.shape)
     if output.ndim == 2:
         return output[:, :, None, None]
@@ -55,6 +60,11 @@ def call(model: nn.Module, batch: Tensor) -> None:
     except UnitvisError:
         raise
     except Exception as error:
+        if not torch.is_grad_enabled() and any(words in str(error).lower() for words in _WANTS_GRADIENTS):
+            raise UnitvisError(
+                f"the model differentiates within its forward pass, which runs without autograd here "
+                f"({first_line(error)}); give a model whose forward pass needs no gradients"
+            ) from error
         raise UnitvisError(
             f"the model raised {type(error).__name__} on a batch of shape {list(batch.shape)}: {first_line(error)}"
         ) from error
@@ -67,19 +77,26 @@ class _LastLayerRead(BaseException):
 class Hooks:
     """Forward hooks on layers for the length of a `with` block. layers: their names, with the axis of their channels.
 
-    shapes: [C, H, W] of each layer's map, where another one is to be refused.
+    shapes: [C, H, W] of each layer's map, where another one is to be refused. to_end: see `run`.
     `run` reads each layer's map as the layer returns it, before an in-place activation can overwrite it, and stops the
-    forward pass after the last of the layers.
+    forward pass after the last of the layers; or, for a model that may run a layer again for some images, lets it run
+    to its end, to refuse a layer that does.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, int | None], shapes: Sequence[tuple[int, int, int]] = ()
+        self,
+        model: nn.Module,
+        layers: Mapping[str, int | None],
+        shapes: Sequence[tuple[int, int, int]] = (),
+        *,
+        to_end: bool = False,
     ) -> None:
-        self._model, self._layers, self._shapes = model, dict(layers), shapes
+        self._model, self._layers, self._shapes, self._to_end = model, dict(layers), shapes, to_end
         self._handles: list[RemovableHandle] = []
         self._read: ReadMap | None = None
         self._thread = 0  # the one that reads
         self._seen: set[int] = set()
+        self._error: UnitvisError | None = None  # the first one of a layer, also if the model's own code catches it
 
     def __enter__(self) -> Self:
         modules = dict(self._model.named_modules())
@@ -98,22 +115,29 @@ class Hooks:
         def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             if self._read is None or self._thread != threading.get_ident():  # somebody else calls the model, or a copy
                 return
-            if index in self._seen:
-                raise UnitvisError(
-                    f"layer {name!r} ran twice in one forward pass; only layers that run once can be ranked"
-                )
-            self._seen.add(index)
-            maps = as_map(name, self._layers[name], output)
-            if self._shapes and tuple(maps.shape[1:]) != self._shapes[index]:
-                raise UnitvisError(
-                    f"layer {name!r} gave maps of {list(self._shapes[index])} and now gives {list(maps.shape[1:])}; "
-                    "only layers whose maps have one size can be ranked: leave it out"
-                )
-            self._read(index, maps)
-            if len(self._seen) == len(self._layers):
+            try:
+                self._read_layer(index, name, output, self._read)
+            except Exception as error:
+                told = f"layer {name!r} could not be read ({error_text(error)})"
+                self._error = self._error or (error if isinstance(error, UnitvisError) else UnitvisError(told))
+                raise self._error from (None if self._error is error else error)
+            if len(self._seen) == len(self._layers) and not self._to_end:
+                self._read = None  # code that catches even this may run layers in another way
                 raise _LastLayerRead
 
         return hook
+
+    def _read_layer(self, index: int, name: str, output: object, read: ReadMap) -> None:
+        if index in self._seen:
+            raise UnitvisError(f"layer {name!r} ran twice in one forward pass; only layers that run once can be ranked")
+        self._seen.add(index)
+        maps = as_map(name, self._layers[name], output)
+        if self._shapes and tuple(maps.shape[1:]) != self._shapes[index]:
+            raise UnitvisError(
+                f"layer {name!r} gave maps of {list(self._shapes[index])} and now gives {list(maps.shape[1:])}; "
+                "only layers whose maps have one size can be ranked: leave it out"
+            )
+        read(index, maps)
 
     def run(self, batch: Tensor, read: ReadMap) -> None:
         """Forward a batch and call `read(number of the layer, map [N, C, H, W])` for every layer."""
@@ -123,15 +147,21 @@ class Hooks:
 
         # Where gradients are off, the model's own code may enable them, and nobody reads those.
         self._read = read if torch.is_grad_enabled() else read_values
-        self._seen, self._thread = set(), threading.get_ident()
+        self._seen, self._error, self._thread = set(), None, threading.get_ident()
         try:
             call(self._model, batch)
         except _LastLayerRead:
-            return
+            pass
+        except UnitvisError:
+            # A failure after the last of the layers does not matter, such as a classifier made for another input size.
+            if self._error is None and len(self._seen) < len(self._layers):
+                raise
         finally:
             self._read = None
-        missing = [name for index, name in enumerate(self._layers) if index not in self._seen]
-        raise UnitvisError(f"layer {missing[0]!r} never ran in this forward pass, though it did in the first")
+        if self._error is not None:
+            raise self._error
+        if missing := [name for index, name in enumerate(self._layers) if index not in self._seen]:
+            raise UnitvisError(f"layer {missing[0]!r} never ran in this forward pass, though it did in the first")
 
     def keys(self, batch: Tensor, columns: Sequence[slice], threshold: Tensor | None, *, neurons: bool) -> Tensor:
         """Keys, int64 [N, units of all layers], of a batch.
@@ -155,11 +185,11 @@ class CanonicalPass:
     """Canonical forward passes that read some layers of a model in eval mode, for the length of a `with` block.
 
     layers: names with the axis of their channels, in the order of the forward pass. columns: the units of each, counted
-    from 0; needed by `keys` alone. shapes: see `Hooks`. channels: of the model's input. The model runs as given, eager,
-    in IEEE float32, on channels-last input, in compute batches of exactly `COMPUTE_BATCH` images: convolution and
-    matrix libraries choose another algorithm for another shape, and with it other last bits. On a CPU the bits are
-    those of one thread; more compute where `check` found that they give the same. tensors, bits: what is known of the
-    model, shared by its passes.
+    from 0; needed by `keys` alone. shapes, to_end: see `Hooks`. channels: of the model's input. The model runs as
+    given, eager, in IEEE float32, on channels-last input, in compute batches of exactly `COMPUTE_BATCH` images:
+    convolution and matrix libraries choose another algorithm for another shape, and with it other last bits. On a CPU
+    the bits are those of one thread; more compute where `check` found that they give the same. tensors, bits: what is
+    known of the model, shared by its passes.
     """
 
     def __init__(
@@ -173,13 +203,14 @@ class CanonicalPass:
         shapes: Sequence[tuple[int, int, int]] = (),
         channels: int = 3,
         neurons: bool = False,
+        to_end: bool = False,
         tensors: Tensors,
         bits: Bits,
     ) -> None:
         self._device, self._transform, self._channels = device, transform, channels
         self._columns, self._neurons = columns, neurons
         self._names = list(layers)
-        self._hooks, self._tensors, self.bits = Hooks(model, layers, shapes), tensors, bits
+        self._hooks, self._tensors, self.bits = Hooks(model, layers, shapes, to_end=to_end), tensors, bits
         self._passes = 0
 
     def __enter__(self) -> Self:
@@ -196,22 +227,24 @@ class CanonicalPass:
             batch = self._compute_batch(images)
             return self._hooks.keys(batch, self._columns, threshold, neurons=self._neurons)[: len(images)]
 
-    def alone(self, images: Tensor, *, padded: bool = False) -> Tensor:
+    def alone(self, images: Tensor, slots: Sequence[int] | None = None) -> Tensor:
         """Responses, float32 [n, units], of images as they were read, each computed in a forward pass of its own.
 
-        padded: the pass is of a compute batch, whose other images are black, and so has the bits of `keys`; else of one
-        image, which is faster and differs by rounding.
+        slots: of the images in a compute batch whose others are black, which gives the bits of `keys` if they have
+        those slots there; None: the pass is of one image, which is faster and differs by rounding.
         """
         never = torch.full((self._columns[-1].stop,), torch.inf, device=self._device)  # no position is looked for
         keys = []
-        for image in torch.split(images, 1):
+        for number, image in enumerate(torch.split(images, 1)):
+            slot = 0 if slots is None else slots[number]
             with self._computing(image):
-                if padded:
+                if slots is not None:
                     batch = self._compute_batch(image)
+                    batch[[0, slot]] = batch[[slot, 0]]
                 else:  # a copy: a model may overwrite its input
                     batch = model_input(image, self._transform, self._device, self._channels)
                     batch = batch.clone(memory_format=torch.channels_last)
-                keys.append(self._hooks.keys(batch, self._columns, never, neurons=self._neurons)[:1])
+                keys.append(self._hooks.keys(batch, self._columns, never, neurons=self._neurons)[slot : slot + 1])
         return uk.unpack(torch.cat(keys))[0]
 
     def maps(self, images: Tensor, read: ReadMap, under: AbstractContextManager[object] | None = None) -> None:

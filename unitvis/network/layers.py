@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import fnmatch
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,10 +93,12 @@ class Examination:
         self._inputs: dict[str, list[str]] = {}  # the modules whose output each module takes, in any of its runs
         self._operators: dict[str, range] = {}  # the numbers of those that ran in each module
         self._computed: set[str] = set()  # the modules whose output depends on the image
+        self._elsewhere: dict[str, str] = {}  # modules whose operators are not seen, with where they are computed
         self._made_by: dict[str, int | None] = {}  # the number of the operator that made each module's output
         self.axes: dict[str, int | None] = {}
         self._uses = uses = _OutputUses()
         self._seen = seen = ChannelAxes(image)
+        own_thread = threading.get_ident()
 
         def enter(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -109,6 +112,10 @@ class Examination:
                 self.runs[name] = self.runs.get(name, 0) + 1
                 self._outputs[name] = output
                 self._operators[name] = range(self._operators[name].start, len(seen.operators))
+                if threading.get_ident() != own_thread:
+                    self._elsewhere[name] = "in a thread that the model starts"
+                elif isinstance(output, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(output):
+                    self._elsewhere[name] = "within torch.vmap or another transform of torch.func"
                 if isinstance(output, Tensor):
                     self._outputs[name] = torch.empty(output.shape, dtype=output.dtype, device="meta")  # no values
                     if seen.is_computed(output):
@@ -252,6 +259,11 @@ class Examination:
     def layer(self, name: str) -> Layer:
         """Describe one layer; raises UnitvisError where its output cannot be ranked (see `as_map`)."""
         output = self._outputs[name]
+        if name in self._elsewhere:
+            raise UnitvisError(
+                f"layer {name!r} is computed {self._elsewhere[name]}, where its operators cannot be followed; name a "
+                f"layer outside of it, or give a model that computes it without"
+            )
         if isinstance(output, Tensor) and name not in self._computed:
             raise UnitvisError(
                 f"layer {name!r} returns a tensor of shape {list(output.shape)} that does not depend on the image, or "

@@ -25,7 +25,7 @@ from unitvis.network.forward import CanonicalPass, Hooks, model_input
 from unitvis.network.identity import describe_model, noise, numbers_of, outline
 from unitvis.network.inputs import input_channels, refuse_channels_last
 from unitvis.network.layers import Examination, Layer, maps_of_two
-from unitvis.network.receptive_fields.fields import receptive_fields
+from unitvis.network.receptive_fields.fields import followed_fields
 from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.sources.transform import Transform
 
@@ -52,6 +52,7 @@ class Network:
         self.layers: list[Layer] = []  # in the order of the forward pass
         self.columns: list[slice] = []  # each layer's units among those of all
         self.fields: dict[str, ReceptiveField] = {}
+        self.followed = True  # whether its trace is that of any image, to the end of the forward pass; see `fields`
         self._channel_axes: dict[str, int | None] = {}  # of the modules whose outputs were looked at so far
         self._description: dict[str, Any] | None = None  # once it was asked for after `examine`
         self._channels: int | None = None  # of the model's input; None: not looked at yet
@@ -108,10 +109,10 @@ class Network:
 
     @torch.inference_mode(False)
     def find_receptive_fields(self) -> None:
-        """Fill in `fields`; UnitvisError for a layer that has none, see `receptive_fields`."""
+        """Fill in `fields` and `followed`; UnitvisError for a layer that has none, see `receptive_fields`."""
         start = time.perf_counter()
         with Tensors(self.model).kept():  # the copy that is traced shares the parameters
-            self.fields = receptive_fields(self.model, self._layer_axes(), self.input_shape)
+            self.fields, self.followed = followed_fields(self.model, self._layer_axes(), self.input_shape)
         self.preparation += time.perf_counter() - start
 
     @property
@@ -184,7 +185,7 @@ class Network:
         return self._passes(self.channel_axes(layers, shape), channels=shape[0])
 
     def _passes(self, layers: Mapping[str, int | None], columns: Sequence[slice] = (), **options: Any) -> CanonicalPass:
-        shared: dict[str, Any] = {"tensors": self._tensors, "bits": self.bits}
+        shared: dict[str, Any] = {"tensors": self._tensors, "bits": self.bits, "to_end": not self.followed}
         return CanonicalPass(self.model, self.device, self.transform, layers, columns, **shared, **options)
 
     def check_independence(self, canonical: CanonicalPass, images: Tensor) -> None:
@@ -229,7 +230,8 @@ class Network:
             return
         rows = torch.stack(list(differing.values())).any(0).nonzero()[:, 0]
         # Code that branches on values may take another branch after another rounding: that is no mixing.
-        differing = self._differing_layers(together[rows], canonical.alone(images[rows.to(images.device)], padded=True))
+        alone = canonical.alone(images[rows.to(images.device)], rows.tolist())
+        differing = self._differing_layers(together[rows], alone)
         if differing:
             raise UnitvisError(
                 f"layer {next(iter(differing))!r} gives other responses when an image is computed alone than beside "

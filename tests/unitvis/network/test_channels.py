@@ -114,6 +114,28 @@ def windows(net: Net, x: Tensor) -> object:
     return net.tap(parts.reshape(len(x), 6, 6, 5))
 
 
+def grid(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Index tensors of all images, of rows 1 to 4 and of columns 0 to 2, which broadcast to [N, 4, 3]."""
+    return torch.arange(len(x))[:, None, None], torch.arange(1, 5)[:, None], torch.arange(3)
+
+
+def picked(x: Tensor) -> Tensor:
+    """[N, 4, 3, C]: axes without an index tensor between others come last."""
+    images, rows, columns = grid(x)
+    return x[images, :, rows, columns]
+
+
+def written(x: Tensor) -> Tensor:
+    """[N, C, 6, 6], whose memory was written to at index tensors."""
+    out, (images, rows, columns) = torch.zeros(x.shape), grid(x)
+    out[images, :, rows, columns] = picked(x)
+    return out
+
+
+def tapped(function: Callable[[Tensor], Tensor]) -> Callable[[], Net]:
+    return lambda: Net(lambda net, x: net.tap(function(x)), nn.Identity())
+
+
 KNOWN: list[tuple[str, Callable[[], Net], int]] = [
     ("permuted", lambda: Net(lambda net, x: net.tap(seen_whole(x)), nn.GELU()), 3),
     ("permuted back", lambda: Net(lambda net, x: net.tap(seen_whole(x).permute(0, 3, 1, 2)), nn.GELU()), 1),
@@ -154,6 +176,17 @@ KNOWN: list[tuple[str, Callable[[], Net], int]] = [
     ("preallocated", lambda: Net(preallocated, nn.Identity()), 1),
     ("summed", lambda: Net(lambda net, x: net.tap(seen_whole(x) + net.mix(last(x))), nn.ReLU(), mix=nn.Linear(6, 6)),
      3),
+    ("indexed by three tensors", tapped(picked), 3),
+    ("indexed by neighbours", tapped(lambda x: x[:, :, grid(x)[1], grid(x)[2]]), 1),
+    ("indexed before the channels", tapped(lambda x: last(x)[grid(x)[0], grid(x)[1], grid(x)[2]]), 3),
+    ("channels in another order", tapped(lambda x: seen_whole(x)[..., torch.tensor([5, 1, 0, 3])]), 3),
+    ("written to at index tensors", tapped(written), 1),
+    ("rotated in space", tapped(lambda x: x.rot90(1, (2, 3))), 1),
+    ("rotated, channels too", tapped(lambda x: last(x).rot90(1, (2, 3))), 2),
+    ("rotated by half a turn", tapped(lambda x: last(x).rot90(2, (2, 3))), 3),
+    ("permuted in a copy", tapped(lambda x: torch.permute_copy(x, (0, 2, 3, 1))), 3),
+    ("through torch.vmap", lambda: Net(lambda net, x: net.tap(torch.vmap(net.mix)(x)), nn.Conv2d(5, 7, 1),
+                                       mix=nn.Conv2d(6, 5, 1)), 1),
 ]  # fmt: skip
 
 UNKNOWN: list[tuple[str, Callable[[], Net]]] = [
@@ -161,6 +194,9 @@ UNKNOWN: list[tuple[str, Callable[[], Net]]] = [
     ("probabilities", lambda: Net(lambda net, x: net.tap(probabilities(x)), nn.Identity())),
     ("channels in two axes", lambda: Net(lambda net, x: net.tap(heads(x)), nn.Identity())),
     ("channels among rows", lambda: Net(lambda net, x: net.tap(x.flatten(1, 2)), nn.Identity())),
+    ("channels and positions by index", tapped(lambda x: x[:, torch.arange(3)[:, None], torch.arange(3)])),
+    ("distances", tapped(lambda x: torch.cdist(x, x.flip(2)))),
+    ("a pseudo-inverse", tapped(lambda x: torch.linalg.pinv(last(x)))),
     ("channels reduced", lambda: Net(lambda net, x: net.tap(x.mean(1, keepdim=True)), nn.Identity())),
 ]
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,3 +89,44 @@ def test_a_model_of_mixed_types_that_casts_is_refused_with_the_reason() -> None:
         UnitvisError, match=r"the model mixes float16 and float32, and does not run .*; give model.float"
     ):
         scan(PartlyHalf().eval(), images(3, 12))
+
+
+class Spectral(nn.Module):
+    """A Fourier layer with complex weights, as in Fourier neural operators, beside a buffer of another type."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lift, self.project = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 3)
+        self.weights = nn.Parameter(torch.randn(6, 6, 12, 7, dtype=torch.complex64))
+        self.register_buffer("scale", torch.ones((), dtype=kind))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.einsum("nchw,cdhw->ndhw", torch.fft.rfft2(self.lift(x)), self.weights)
+        return self.project(torch.fft.irfft2(spectrum) * self.scale)
+
+
+def in_double(model: Spectral) -> Spectral:
+    model.double().weights.data = model.weights.data.to(torch.complex128)  # double() leaves complex numbers alone
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*the images are scanned in float32")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Spectral(torch.float32),
+        lambda: Spectral(torch.float64),
+        lambda: in_double(Spectral(torch.float64)),
+    ],
+    ids=["float32", "a float64 buffer", "double"],
+)
+def test_complex_weights_keep_their_imaginary_part(build: Callable[[], nn.Module], precision: str) -> None:
+    made, pixels = build().eval(), images(20, 12)
+    before = copy.deepcopy(made.state_dict())
+    run = scan(made, pixels, precision=precision)
+    with torch.no_grad():
+        want = Spectral(torch.float32)(pixels).amax((2, 3)).sort(0, descending=True).values.T[:, :9]
+    np.testing.assert_allclose(run["project"].values, want.numpy(), rtol=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch.nn import functional as F
 
 from support import brute
 from support.scans import images, scan, small_net
-from unitvis import Recorder
+from unitvis import Recorder, UnitvisError
 
 
 def test_in_place_activation_does_not_spoil_the_layer_before_it() -> None:
@@ -101,3 +104,79 @@ def test_a_model_that_differentiates_inside_its_forward_pass_is_ranked() -> None
         run = scan(model, pixels, layers, precision="fp32")
         found = brute.responses(model, layers, pixels, brute.canonical_batches(pixels))
         brute.check(run, found)
+
+
+class Catching(nn.Module):
+    """Catches whatever ends a layer, and then computes in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.b(self.a(x))
+        except:  # noqa: E722
+            return self.b(self.a(x / 2))
+
+
+def test_code_that_catches_the_end_of_a_pass_is_ranked() -> None:
+    model, pixels = Catching().eval(), images(20, 9)
+    run = scan(model, pixels, precision="fp32")
+    brute.check(run, brute.responses(model, ["a", "b"], pixels, brute.canonical_batches(pixels)))
+
+
+def test_responses_in_float64_are_rounded_to_float32() -> None:
+    class Double(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.tap = nn.Conv2d(3, 4, 3), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tap(self.conv(x).double() / 3)
+
+    model, pixels = Double().eval(), images(20, 9)
+    run = scan(model, pixels, ["tap"], precision="fp32")
+    found = brute.responses(model, ["tap"], pixels, brute.canonical_batches(pixels))
+    brute.check(run, {"tap": (found["tap"][0].astype(np.float32), found["tap"][1])})
+
+
+class Elsewhere(nn.Module):
+    """Computes its layers by a function of them."""
+
+    def __init__(self, compute: Callable[[Elsewhere, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.compute = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 4, 3), compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+def in_a_thread(model: Elsewhere, x: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: model.b(model.a(x))).result()
+
+
+def of_gradients(model: Elsewhere, x: Tensor) -> Tensor:
+    pixels = x.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.a(pixels).square().sum(), pixels)
+    return model.b(gradient)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("compute", "reason"),
+    [
+        (
+            in_a_thread,
+            "layer 'a' is computed in a thread that the model starts, where its operators cannot be followed",
+        ),
+        (lambda model, x: torch.vmap(model.a)(x), "layer 'a' is computed within torch.vmap or another transform"),
+        (of_gradients, "the model differentiates within its forward pass, which runs without autograd here"),
+    ],
+    ids=["a thread", "vmap", "gradients"],
+)
+def test_a_refusal_names_its_reason(compute: Callable[[Elsewhere, Tensor], Tensor], reason: str) -> None:
+    with pytest.raises(UnitvisError, match=reason):
+        scan(Elsewhere(compute).eval(), images(20, 9), precision="fp32")

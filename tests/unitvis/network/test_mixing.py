@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ import unitvis
 from support import brute
 from support.scans import images, scan, two_convolutions
 from unitvis import Recorder, UnitvisError
+from unitvis.network.bits import examine_bits
 
 
 class TwoLayers(nn.Module):
@@ -50,6 +54,61 @@ class RoutedByMask(TwoLayers):
         return self.b(torch.cat([y[marked], y[~marked]]))
 
 
+class ScaledUnlessItFails(TwoLayers):
+    """As `ScaledByBatch`, in code that goes on where values cannot be told, as while it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with suppress(Exception):
+            if float(x.max()) > 30:
+                y = y / x.max()
+        return self.b(y.relu())
+
+
+class ScaledByNumPy(ScaledUnlessItFails):
+    """The same through an array of NumPy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with suppress(Exception):
+            if x.amax().numpy() > 30:
+                y = y / x.max()
+        return self.b(y.relu())
+
+
+class ScaledByCount(ScaledUnlessItFails):
+    """The same by a number of pixels, which a trace takes for unknown and tells when it is compared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with suppress(Exception):
+            if len((x > 30).nonzero()) > 0:
+                y = y / x.max()
+        return self.b(y.relu())
+
+
+class ScaledUnlessTraced(TwoLayers):
+    """As `ScaledByBatch`, in code that asks whether it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if not torch.fx._symbolic_trace.is_fx_tracing() and x.max() > 30:
+            y = y / x.max()
+        return self.b(y.relu())
+
+
+class ReversedBesideAnOutlier(TwoLayers):
+    """Reverses all images but those with a huge pixel, beside one of these."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, huge = self.a(x).relu(), x.abs().amax((1, 2, 3)) > 1e4
+        if huge.any():
+            order = torch.arange(len(x))
+            order[~huge] = order[~huge].flip(0)
+            y = y[order]
+        return self.b(y)
+
+
 class ScaledAlone(TwoLayers):
     """Asks each image for its largest pixel; no image depends on another."""
 
@@ -68,8 +127,15 @@ def marked(*places: int) -> Tensor:
     return pixels
 
 
-@pytest.mark.parametrize("model", [ScaledByBatch, Routed, RoutedByMask])
-@pytest.mark.parametrize("places", [(20, 21, 29), (39,), (35, 36, 37, 39)], ids=str)
+@pytest.mark.parametrize(
+    ("model", "places"),
+    [
+        (model, places)
+        for model in (ScaledByBatch, Routed, RoutedByMask)
+        for places in [(20, 21, 29), (39,), (35, 37, 39)]
+    ]
+    + [(model, (39,)) for model in (ScaledUnlessItFails, ScaledByNumPy, ScaledByCount, ScaledUnlessTraced)],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_images_that_mix_only_in_a_later_batch_are_refused(model: type[nn.Module], places: tuple[int, ...]) -> None:
     said = r"layer 'b' gives other responses when an image is computed alone than beside others: the model's code mixes"
@@ -78,6 +144,73 @@ def test_images_that_mix_only_in_a_later_batch_are_refused(model: type[nn.Module
             scan(model().eval(), marked(*places), ["a", "b"], precision=precision)
     with Recorder(model().eval(), ["a", "b"], precision="bf16") as recorder, pytest.raises(UnitvisError, match=said):
         recorder(torch.cat([marked(*places), images(8, 12)]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("outliers", [(20,), (16, 17, 18, 20, 21, 22, 23, 24, 25, 26)], ids=["one", "most"])
+def test_outliers_do_not_hide_that_the_other_images_mix(outliers: tuple[int, ...]) -> None:
+    pixels = images(40, 12)
+    pixels[list(outliers)] *= 1e6
+    with pytest.raises(UnitvisError, match=r"layer 'b' gives other responses when an image is computed alone"):
+        scan(ReversedBesideAnOutlier().eval(), pixels, ["a", "b"], precision="fp32")
+
+
+def test_images_that_mix_in_the_first_batch_are_refused_beside_an_outlier() -> None:
+    model, pixels = TwoLayers().eval(), images(16, 12)
+    pixels[3] *= 1e8
+
+    def run(batch: Tensor, read: Callable[[int, Tensor], None]) -> None:
+        maps = model.a(batch)
+        read(0, maps)
+        read(1, torch.cat([maps[:4], maps[4:] + 0.01 * maps[4:].roll(1, 0)]))  # the outlier, or another image, apart
+
+    with torch.no_grad():
+        assert examine_bits(["a", "b"], run, pixels).mixed == "b"
+
+
+class AgainIfLarge(TwoLayers):
+    """Runs its last layer again where its responses are large; asks for that before or after the layer's first run."""
+
+    def __init__(self, *, ask_first: bool) -> None:
+        super().__init__()
+        self.b, self.ask_first = nn.Conv2d(6, 6, 3, padding=1), ask_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        large = self.ask_first and bool(y.max() > 30)
+        y = self.b(y)
+        while large or (not self.ask_first and y.abs().max() > 30):
+            large, y = False, self.b(y.relu() / 60)
+        return y
+
+
+class AgainUnlessItFails(AgainIfLarge):
+    """The same, in code that catches what is raised in a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        with suppress(Exception):
+            if y.abs().max() > 30:
+                y = self.b(y.relu() / 60)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["fp32", "exact", "bf16"])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: AgainIfLarge(ask_first=False), lambda: AgainIfLarge(ask_first=True),
+     lambda: AgainUnlessItFails(ask_first=False)],
+    ids=["asked after", "asked before", "caught"],
+)  # fmt: skip
+def test_a_layer_that_runs_again_for_some_images_is_refused(build: Callable[[], nn.Module], precision: str) -> None:
+    pixels = images(40, 12)
+    small = scan(build().eval(), pixels, ["a", "b"], precision=precision)
+    want = brute.outputs(build(), ["b"], pixels)["b"].amax((2, 3)).sort(0, descending=True).values.T[:, :9]
+    np.testing.assert_allclose(small["b"].values, want.numpy(), rtol=1e-4 if precision != "bf16" else 0.05)
+    pixels[35] *= 400
+    with pytest.raises(UnitvisError, match=r"layer 'b' ran twice in one forward pass; only layers that run once"):
+        scan(build().eval(), pixels, ["a", "b"], precision=precision)
 
 
 def test_layers_before_the_mixing_are_ranked() -> None:

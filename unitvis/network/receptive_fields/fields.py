@@ -18,6 +18,7 @@ from unitvis import models
 from unitvis.errors import UnitvisError, error_text
 from unitvis.network.borrowing import Tensors
 from unitvis.network.receptive_fields.layer_maps import (
+    Ran,
     acts_as_in_training,
     checked_layers,
     inference_copy,
@@ -28,7 +29,16 @@ from unitvis.network.receptive_fields.layer_maps import (
 from unitvis.network.receptive_fields.reach import EMPTY, Reach, collapse
 from unitvis.network.receptive_fields.receptive_field import InputSize, ReceptiveField
 from unitvis.network.receptive_fields.rules import Unsupported
-from unitvis.network.receptive_fields.trace import ASKS_FOR_VALUES, MixedError, Traced, reaches, trace
+from unitvis.network.receptive_fields.trace import (
+    ASKS_FOR_VALUES,
+    MixedError,
+    Traced,
+    forward_of_autograd_functions,
+    reaches,
+    trace,
+)
+
+OTHERWISE = "the model's code does something else when it is traced"
 
 
 def receptive_field(model: nn.Module | str | models.Loaded, layer: str, input_size: InputSize) -> ReceptiveField:
@@ -47,33 +57,80 @@ def receptive_fields(model: nn.Module, layers: Iterable[str], input_size: InputS
     layer, a model that cannot run on this input, and responses that depend on chance or on their batch (active dropout,
     batch normalisation in training mode).
     """
+    return followed_fields(model, layers, input_size)[0]
+
+
+def followed_fields(
+    model: nn.Module, layers: Iterable[str], input_size: InputSize
+) -> tuple[dict[str, ReceptiveField], bool]:
+    """Find receptive fields as `receptive_fields` does, and whether the whole forward pass could be followed.
+
+    It could not if the trace called other torch functions than a run of the model, before or after the last layer:
+    what the model does may then depend on the images' values, whatever it does with the exceptions of the tracer.
+    """
     shape = input_shape(input_size)
-    own = inference_copy(model)
+    own = _traceable(model)
     floating = [tensor for tensor in (*own.parameters(), *own.buffers()) if tensor.is_floating_point()]
     like = floating[0] if floating else torch.empty(())
     # A batch of two shows operators that mix images.
     images = torch.zeros((2, *shape), dtype=like.dtype, device=like.device)
     layers = checked_layers(own, layers, images[:1])
-    for module in own.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not acts_as_in_training(module):
-            module.forward = torch.clone  # also elementwise; tracing BatchNorm's own code takes most of the time
+    ran = _run(model, layers, images)
+    traced: list[Ran] = []
+
+    def run(x: Tensor) -> dict[str, Tensor]:
+        traced.append(layer_maps(own, layers, x))
+        return traced[0].maps
+
     found: dict[str, Traced] = {}
+    followed = False
     try:
-        graph, ended = trace(lambda x: layer_maps(own, layers, x), images)
-        note = _reason(ended) if ended else ""
-        found = reaches(graph)
+        graph = trace(run, images)
+        differs = traced[0].calls.first_difference(ran.calls)
+        if differs is not None:  # perhaps only in what functions keep after their first call
+            differs = traced[0].calls.first_difference(_run(model, layers, images).calls)
+        followed = differs is None and traced[0].error is None
+        note = "" if followed else _reason_of(traced[0], differs)
+        alike = {name for name, calls in traced[0].after.items() if differs is None or calls <= differs}
+        found = reaches(graph, alike)
     except MixedError as error:
         raise UnitvisError(f"{error}{training_mode_hint(own)}") from None
-    except UnitvisError:
-        raise
     except Unsupported as error:
         note = str(error)
     except Exception as error:  # the tracer may fail at any line of the model
         note = _reason(error)
-    if len(found) < len(layers):
-        untraced = {layer: Traced(shape, note) for layer, shape in _map_shapes(model, layers, images).items()}
-        found = untraced | found
-    return {layer: _field(layer, found[layer], shape[1:]) for layer in layers}
+    found = {layer: Traced(tuple(maps.shape), note) for layer, maps in ran.maps.items()} | found
+    return {layer: _field(layer, found[layer], shape[1:]) for layer in layers}, followed
+
+
+def _traceable(model: nn.Module) -> nn.Module:
+    """Copy a model for a trace, see `inference_copy`."""
+    own = inference_copy(model)
+    for module in own.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not acts_as_in_training(module):
+            module.forward = torch.clone  # also elementwise; tracing BatchNorm's own code takes most of the time
+    return own
+
+
+def _run(model: nn.Module, layers: Mapping[str, int | None], images: Tensor) -> Ran:
+    """Run a copy of the model; its maps have no values. Raises UnitvisError where it does not run."""
+
+    def shape_of(maps: Tensor) -> Tensor:
+        return torch.empty(maps.shape, device="meta")
+
+    with torch.no_grad(), forward_of_autograd_functions():
+        ran = layer_maps(_traceable(model), layers, images, shape_of)
+    if ran.error is not None:
+        size = "x".join(map(str, images.shape[1:]))
+        hint = "give (channels, height, width) if it takes other images"
+        raise UnitvisError(f"the model cannot run on an input of {size} ({error_text(ran.error)}); {hint}")
+    return ran
+
+
+def _reason_of(traced: Ran, number: int | None) -> str:
+    """Why the boxes of layers are unknown: number: of the first call that a run of the model does not make, if any."""
+    error = (None if number is None else traced.calls.errors.get(number)) or traced.error
+    return OTHERWISE if error is None else _reason(error)
 
 
 def _reason(error: Exception) -> str:
@@ -81,17 +138,6 @@ def _reason(error: Exception) -> str:
     if "data-dependent" in str(error) or isinstance(error, DataDependentOutputException):
         return ASKS_FOR_VALUES
     return f"cannot be traced: {error_text(error)}"
-
-
-def _map_shapes(model: nn.Module, layers: Mapping[str, int | None], images: Tensor) -> dict[str, tuple[int, ...]]:
-    """The shapes of the layers' maps, found by running the model; raises UnitvisError where it does not run."""
-    with torch.no_grad():
-        maps, ended = layer_maps(inference_copy(model), layers, images)
-    if ended is not None:
-        size = "x".join(map(str, images.shape[1:]))
-        hint = "give (channels, height, width) if it takes other images"
-        raise UnitvisError(f"the model cannot run on an input of {size} ({error_text(ended)}); {hint}") from ended
-    return {layer: tuple(found.shape) for layer, found in maps.items()}
 
 
 def _field(layer: str, traced: Traced, input_size: tuple[int, int]) -> ReceptiveField:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from unitvis.errors import UnitvisError
 from unitvis.network.channels import channel_axes
 from unitvis.network.copies import copied
 from unitvis.network.forward import as_map
+from unitvis.network.receptive_fields.calls import Calls
 from unitvis.network.receptive_fields.receptive_field import InputSize
 
 
@@ -59,43 +61,73 @@ def inference_copy(model: nn.Module) -> nn.Module:
     return own
 
 
-def layer_maps(
-    model: nn.Module, layers: Mapping[str, int | None], images: Tensor
-) -> tuple[dict[str, Tensor], Exception | None]:
-    """Run the model on images [N, C, H, W]; return the layers' outputs as maps [N, C', H', W'], and why it ended early.
+class Ran(NamedTuple):
+    """What a forward pass showed.
 
-    layers: names with the axis of their channels. Where the model raises an exception before the last of the layers has
-    run, the maps are those until then, and the exception is returned with them. Raises UnitvisError for a layer that
-    does not run exactly once or does not return one map for each image.
+    maps: of the layers, [N, C', H', W']. error: what the model raised before the last of the layers had run; the maps
+    are those until then. calls: the torch functions that it called. after: for each layer, how many of them before it
+    returned.
+    """
+
+    maps: dict[str, Tensor]
+    error: Exception | None
+    calls: Calls
+    after: dict[str, int]
+
+
+def layer_maps(
+    model: nn.Module,
+    layers: Mapping[str, int | None],
+    images: Tensor,
+    copy: Callable[[Tensor], Tensor] = torch.clone,
+) -> Ran:
+    """Run the model on images [N, C, H, W] and read the layers' outputs as maps.
+
+    layers: names with the axis of their channels. copy: of a map, for an in-place activation may overwrite the layer's
+    own output next. Raises UnitvisError for a layer that does not run exactly once or does not return one map for each
+    image, also where the model's own code catches it.
     """
     maps: dict[str, Tensor] = {}
+    after: dict[str, int] = {}
+    refusals: list[UnitvisError] = []
+    calls = Calls()
 
-    def keep(name: str, module: nn.Module, output: object) -> None:
+    def keep(name: str, output: object) -> None:
         if name in maps:
             raise UnitvisError(f"layer {name!r} runs more than once in a forward pass; its response is ambiguous")
         found = as_map(name, layers[name], output)
         if len(found) != len(images):
             raise UnitvisError(f"layer {name!r} gives {len(found)} maps for {len(images)} images; name a layer outside")
-        maps[name] = found.clone()  # an in-place activation may overwrite the layer's own output next
+        maps[name], after[name] = copy(found), len(calls.names)
+
+    def hook(name: str, output: object) -> None:
+        try:
+            with calls.paused():
+                keep(name, output)
+        except UnitvisError as refusal:
+            refusals.append(refusal)
+            raise
 
     modules = dict(model.named_modules())
-    hooks = [
-        modules[name].register_forward_hook(lambda module, _, output, name=name: keep(name, module, output))
-        for name in layers
+    handles = [
+        modules[name].register_forward_hook(lambda module, _, output, name=name: hook(name, output)) for name in layers
     ]
+    error: Exception | None = None
     try:
-        model(images.clone())  # a copy, because the model may overwrite its input
-    except UnitvisError:
-        raise
-    except Exception as error:
-        # A failure after the last of the layers does not matter, such as a classifier made for another input size.
-        return maps, error if len(maps) < len(layers) else None
+        with calls.recording():
+            model(images.clone())  # a copy, because the model may overwrite its input
+    except Exception as raised:
+        error = raised
     finally:
-        for hook in hooks:
-            hook.remove()
-    if missing := [name for name in layers if name not in maps]:
+        for handle in handles:
+            handle.remove()
+    if refusals:
+        raise refusals[0]
+    missing = [name for name in layers if name not in maps]
+    if missing and error is None:
         raise UnitvisError(f"layer {missing[0]!r} does not run in a forward pass")
-    return maps, None
+    # A failure after the last of the layers does not matter, such as a classifier made for another input size.
+    return Ran(maps, error if missing else None, calls, after)
 
 
 def acts_as_in_training(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,23 +39,13 @@ class Traced(NamedTuple):
     axes: Axes | None = None  # None for a constant
 
 
-Run = Callable[[Tensor], tuple[dict[str, Tensor], Exception | None]]
-
-
-def trace(run: Run, images: Tensor) -> tuple[fx.GraphModule, Exception | None]:
+def trace(run: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> fx.GraphModule:
     """Trace `run` into an ATen graph without in-place operators, on fake tensors: nothing is computed.
 
-    run: returns the graph's outputs by name, and an exception that ended it early, which is returned with the graph.
+    run: returns the graph's outputs by name; it is called once.
     """
-    ended: list[Exception | None] = []
-
-    def function(x: Tensor) -> dict[str, Tensor]:
-        outputs, error = run(x)
-        ended.append(error)
-        return outputs
-
-    current: Callable[[Tensor], dict[str, Tensor]] = function
-    with TRACING, _without_log(), _forward_of_autograd_functions():
+    current = run
+    with TRACING, _without_log(), forward_of_autograd_functions():
         for _ in range(2):  # twice, because some operators (circular padding) write to views below functionalisation
             traced = make_fx(torch.func.functionalize(current), tracing_mode="fake", _allow_non_fake_inputs=True)
             with torch.no_grad():
@@ -63,11 +53,11 @@ def trace(run: Run, images: Tensor) -> tuple[fx.GraphModule, Exception | None]:
             if not _unseen_writes(graph):
                 break
             current = graph
-    return graph, ended[0]
+    return graph
 
 
 @contextmanager
-def _forward_of_autograd_functions() -> Iterator[None]:
+def forward_of_autograd_functions() -> Iterator[None]:
     """Let this thread run the forward alone of a `torch.autograd.Function`, the older form of which is not traced."""
     tracing, apply = threading.get_ident(), torch.autograd.Function.__dict__["apply"]
 
@@ -111,8 +101,8 @@ def _unseen_writes(graph: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
-def reaches(graph: fx.GraphModule) -> dict[str, Traced]:
-    """Compute the shape and the reaches of each output of the graph, by its name.
+def reaches(graph: fx.GraphModule, names: Collection[str]) -> dict[str, Traced]:
+    """Compute the shape and the reaches of the outputs of the graph that have these names.
 
     Those after an operator without a rule are unknown. Raises Unsupported for a graph with in-place operators, and
     MixedError for responses that depend on chance or on other images of the batch.
@@ -121,6 +111,7 @@ def reaches(graph: fx.GraphModule) -> dict[str, Traced]:
         raise Unsupported(f"no closed form for {writes[0].target}, which writes in place")
     walk = _Walk(graph)
     (returned,) = next(node for node in graph.graph.nodes if node.op == "output").args
+    returned = {name: node for name, node in returned.items() if name in names}
     needed = set(returned.values())
     for node in reversed(graph.graph.nodes):
         if node in needed and node.op != "output":

@@ -65,7 +65,7 @@ def ancestors(node: torch.fx.Node) -> set[str]:
 def test_boxes_are_those_of_perturbation(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
     follow = fields.reaches
-    monkeypatch.setattr(fields, "reaches", lambda graph: follow(graphs.append(graph) or graph))
+    monkeypatch.setattr(fields, "reaches", lambda graph, names: follow(graphs.append(graph) or graph, names))
     size = (6, width)
     found = fields.receptive_fields(
         Each(list(CASES.values())), {f"layers.{i}": 1 for i in range(len(CASES))}, (4, *size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import threading
 import types
@@ -411,3 +412,47 @@ def test_functions_with_a_derivative_of_their_own_are_followed(function: type[to
     field = receptive_field(nn.Sequential(nn.Conv2d(3, 4, 3), Swish(), nn.Conv2d(4, 2, 3)).eval(), "2", 12)
     assert (field.method, field.size) == ("traced", (5, 5))
     assert torch.autograd.Function.__dict__["apply"] is apply
+
+
+@functools.lru_cache
+def kept_ramp(width: int) -> Tensor:
+    return torch.arange(width) * 0.1
+
+
+def asking(x: Tensor) -> Tensor:
+    """Adds the map's mean where that can be told."""
+    try:
+        return x + x.mean((2, 3), keepdim=True) if x.mean() > -1e9 else x
+    except Exception:
+        return x
+
+
+def asking_if_traced(x: Tensor) -> Tensor:
+    return x if torch.fx._symbolic_trace.is_fx_tracing() else x + x.mean((2, 3), keepdim=True)
+
+
+def failing(x: Tensor) -> Tensor:
+    """Tries what fails for any images."""
+    try:
+        return x.view(len(x), 7, -1)
+    except RuntimeError:
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "note"),
+    [
+        (asking, "asks for values that are computed from the image"),
+        (asking_if_traced, "does something else when it is traced"),
+        (failing, ""),
+        (lambda x: x + kept_ramp(x.shape[3]), ""),
+    ],
+    ids=["catches the tracer", "asks whether it is traced", "catches its own", "kept by a function"],
+)
+def test_boxes_are_those_of_a_run_and_not_of_a_trace_that_goes_another_way(function: object, note: str) -> None:
+    kept_ramp.cache_clear()
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), Lambda(function), nn.Conv2d(2, 2, 3)).eval()
+    before, after = receptive_fields(model, ["0", "2"], 12).values()
+    assert (before.method, before.size) == ("traced", (3, 3))
+    assert note in after.note
+    assert (after.method, after.size) == (("unknown", (12, 12)) if note else ("traced", (5, 5)))
