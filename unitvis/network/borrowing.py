@@ -148,7 +148,8 @@ class _Held(NamedTuple):
 
     def differs(self) -> bool:
         """Whether the tensor has other values or other memory; a write of equal values moves its mark alone."""
-        return mark_of(self.tensor)[1] != self.mark[1] or not torch.equal(self.tensor.data, self.values)
+        moved = mark_of(self.tensor)[1] != self.mark[1]
+        return moved or (not self.values.is_meta and not torch.equal(self.tensor.data, self.values))
 
     def still(self, mark: tuple[int | None, int | None]) -> bool:
         """Whether the tensor, which had this mark before it was written to, has the values that it has here."""
