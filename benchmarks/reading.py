@@ -29,12 +29,16 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks.long import jpegs
 from benchmarks.machine import ROOT
 from benchmarks.results import record
+from unitvis.decoding.contents import FileContents, digest
+from unitvis.decoding.options import Decoding
 from unitvis.ranking.recorder import Recorder
 from unitvis.scanning.scan import scan
 from unitvis.sources import open_source
@@ -122,8 +126,29 @@ def rates(photographs: Path, scratch: Path) -> dict[str, Any]:
         },
         "folder_x_cores_x_plain": round(statistics.median(t["folder"] / t["plain"] / cores for t in turns), 3),
         "tar_x_cores_x_plain": round(statistics.median(t["tar"] / t["plain"] / cores for t in turns), 3),
+        "microseconds_of_a_worker": stages(paths),
         "microseconds_of_the_plain_loop": {name: round(median[name], 1) for name in loop["microseconds"]},
     }
+
+
+def stages(paths: list[Path]) -> dict[str, float]:
+    """Microseconds an image of what a worker does, stage by stage, in this process."""
+    contents, decoding, geometry = FileContents(b"/"), Decoding(), TRANSFORM.geometry
+    pixels = np.empty((224, 224, 3), np.uint8)
+    seconds = dict.fromkeys(("read", "hash", "decode", "resize and crop"), 0.0)
+    for path in paths:
+        times = [time.process_time()]
+        data = contents.read(os.fsencode(path))
+        times.append(time.process_time())
+        digest(data)
+        times.append(time.process_time())
+        picture = decoding.picture(data)
+        times.append(time.process_time())
+        pixels[:] = geometry(picture)
+        times.append(time.process_time())
+        for stage, start, stop in zip(seconds, times, times[1:], strict=False):
+            seconds[stage] += stop - start
+    return {stage: round(value / len(paths) * 1e6, 1) for stage, value in seconds.items()}
 
 
 def small_files(scratch: Path) -> dict[str, Any]:
@@ -131,8 +156,6 @@ def small_files(scratch: Path) -> dict[str, Any]:
     folder = scratch / "small"
     folder.mkdir()
     tile = next(iter(sorted((scratch / "drawn").iterdir())))
-    from PIL import Image
-
     with Image.open(tile) as picture:
         for number in range(SMALL):
             left, top = number % 400, number // 400 % 300

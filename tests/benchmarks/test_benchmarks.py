@@ -14,7 +14,7 @@ import torch
 
 import unitvis
 import unitvis_kernels as uk
-from benchmarks import convolutions, crp, long, machine, results, stream
+from benchmarks import convolutions, crp, long, machine, reading, results, stream
 from benchmarks.__main__ import MODULES
 from unitvis.sources import open_source
 from unitvis_kernels import choice
@@ -209,3 +209,18 @@ def test_without_zennit_crp_the_comparison_says_so(
 def test_exact_says_where_half_precision_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.long.fastest_half", lambda device: None)
     assert set(long.exact(10)) == {"not measured", "times_as_fast_as_float32"}
+
+
+def test_reading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"PHOTOGRAPHS": 4, "SMALL": 8, "TURNS": 1, "WAITING_IMAGES": 260, "WAITING_WORKERS": 2}
+    for name, value in (sizes | {"MEMORY_FROM": 64, "MEMORY_TO": 300}).items():
+        monkeypatch.setattr(reading, name, value)
+    written = {}
+    monkeypatch.setattr(reading, "record", lambda name, figures: written.update({name: figures}))
+    monkeypatch.setattr(sys, "argv", ["reading", "--memory"])
+    reading.main()
+    found = written["reading"]
+    assert found["own_microseconds"] > 0
+    assert found["small_images_s"] > 0
+    assert set(found["microseconds_of_a_worker"]) == set(found["microseconds_of_the_plain_loop"])
+    assert "memory_growth_megabytes" in capsys.readouterr().out
