@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import unitvis_kernels as uk
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
 from unitvis.network.copies import copied
@@ -33,6 +34,9 @@ from unitvis.network.receptive_fields.calls import READ_OUTSIDE
 NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # precisions in sentences
 HEADROOM = 16  # times more than in the images looked at, numbers may reach in the others; as many times less likewise
 TOLERANCE = 8  # resolutions of the half precision, of a layer's largest value: what rounding does in a deep network
+# Times the error of the median image that half precision may make of an image that is nearly of one colour: trained
+# networks with batch normalisation make ten, normalisations of such an image make hundreds.
+FLAT_TOLERANCE = 32
 # ATen operations, without the underscore of in-place ones, from floats to floats that are continuous where their
 # results are finite. Any other makes a step, hides NaN, hands numbers to the model's Python code, or may do so.
 _CONTINUOUS = CONVOLUTIONS_AND_NORMS | names(
@@ -101,6 +105,7 @@ def suitable_precision(network: Network, images: Tensor, precision: str) -> tupl
         parts = (unsuitable_layers(network, part, wider) for part in images.split(COMPUTE_BATCH))
         reasons = (reason for part in parts for reason in part.values())
         reason = _failure(network, images[:COMPUTE_BATCH], wider) or next(reasons, None)
+        reason = reason or _flat_images(network, images[:COMPUTE_BATCH], wider)
         if reason is None:
             return wider, first_reason
         first_reason = first_reason or reason
@@ -150,13 +155,67 @@ def _failure(network: Network, images: Tensor, precision: str) -> str | None:
         if tensor.is_floating_point() and tensor.numel() and (largest := _largest(tensor)) > finfo.max:
             return f"{name!r} holds {largest:.3g}, and {NAMES[precision]} ends at {finfo.max:.3g}"
     try:
-        model = copied(network.model).to(memory_format=torch.channels_last).to(dtype)  # type: ignore[call-overload]
-        axes = network.channel_axes([layer.name for layer in network.layers], network.input_shape)
-        with torch.no_grad(), torch.autocast(network.device.type, enabled=False), Hooks(model, axes) as hooks:
-            hooks.run(network.normalise(images).to(dtype, memory_format=torch.channels_last), lambda index, maps: None)
+        _half_values(network, images, dtype=dtype)
     except UnitvisError as error:
         return f"it does not compute in {NAMES[precision]} ({error})"
     return None
+
+
+def _half_values(network: Network, *batches: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Responses of batches in half precision, float32 [N, units] each, by a copy of the model."""
+    model = copied(network.model).to(memory_format=torch.channels_last).to(dtype)  # type: ignore[call-overload]
+    axes = network.channel_axes([layer.name for layer in network.layers], network.input_shape)
+    with torch.no_grad(), torch.autocast(network.device.type, enabled=False), Hooks(model, axes) as hooks:
+        pixels = (network.normalise(batch).to(dtype, memory_format=torch.channels_last) for batch in batches)
+        keys = [hooks.keys(one, network.columns, None, neurons=network.unit == "neuron") for one in pixels]
+    return [uk.unpack(one)[0].float() for one in keys]
+
+
+def _flat_images(network: Network, images: Tensor, precision: str) -> str | None:
+    """Why half precision gets images wrong that are nearly of one colour; None where it errs as in others.
+
+    Data sets hold such images, if few: blank pages, skies, masks. A normalisation of the image gives them the contrast
+    of any other, and with it what rounding did to them.
+    """
+    dtype, flat = HALF[precision], nearly_flat(images)
+    half = _half_values(network, images, flat, dtype=dtype)
+    with network.reading() as canonical:
+        wanted = [uk.unpack(canonical.keys(batch))[0].float() for batch in (images, flat)]
+    usual, unusual = ((found - right).abs().nan_to_num(0, 0, 0) for found, right in zip(half, wanted, strict=True))
+    for layer, own in zip(network.layers, network.columns, strict=True):
+        # The median image: some of these may be flat themselves.
+        expected = float(usual[:, own].amax(dim=1).median())
+        expected = max(expected, torch.finfo(dtype).eps * max(_largest(right[:, own]) for right in wanted))
+        if (error := float(unusual[:, own].amax())) > FLAT_TOLERANCE * expected:
+            return (
+                f"layer {layer.name!r} errs by {error:.2g} in {NAMES[precision]} where an image is nearly of one "
+                f"colour, and by {expected:.2g} in others"
+            )
+    return None
+
+
+def nearly_flat(images: Tensor) -> Tensor:
+    """`COMPUTE_BATCH` images of almost one grey each: four greys with a spot, two, noise or a half that hardly differ.
+
+    images: those of the data set, as they were read, whose shape, type and range of values they have.
+    """
+    pixels = images.dtype == torch.uint8
+    height, width = images.shape[1:3] if pixels else images.shape[2:]
+    finite = images[images.isfinite()].float()
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    changes = torch.zeros(4, height, width)
+    changes[:2, height // 2, width // 2] = 1
+    changes[1, height // 4, width // 3] = -1
+    changes[2] = torch.rand(height, width, generator=torch.Generator().manual_seed(0)) < 0.02
+    changes[2, 0, 0] = 1  # where the images are small, by chance nothing else is
+    changes[3, height // 2 :] = 1
+    levels = low + (high - low) * torch.tensor([0.02, 0.35, 0.65, 0.98])
+    finest = (high - low) / torch.tensor([255.0, 4096.0, 16384.0, 65536.0])
+    steps = torch.ones(4) if pixels else finest
+    flat = levels[:, None, None, None] + steps[:, None, None, None] * changes
+    flat = flat.reshape(COMPUTE_BATCH, height, width).to(images.device)
+    whole = flat.round()[..., None] if pixels else flat[:, None]
+    return whole.expand(-1, *images.shape[1:]).to(images.dtype).contiguous()
 
 
 def _run(network: Network, images: Tensor, mode: TorchDispatchMode, read: Callable[[int, Tensor], None]) -> None:
@@ -345,6 +404,8 @@ def _width(func: Any, args: tuple[Any, ...], result: Tensor) -> float:
         return float(high - low)
     finite = result[result.isfinite()]
     extent = float(finite.amax() - finite.amin()) if len(finite) else 0.0
+    if not extent and (_name(func) in ("clamp_min", "maximum") or (_name(func) == "clamp" and high is None)):
+        return math.inf  # closed, as a ReLU is, which has no second bound
     return extent or _largest(result)  # one number, or a bound that all have reached
 
 

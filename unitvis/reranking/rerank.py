@@ -89,6 +89,9 @@ def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
     return Reranked(again.topk, again.decided, len(again.computed), again.sampled)
 
 
+MIN_VARYING = 16  # images of the sample in which a unit's response must not be its commonest one
+
+
 class Reranking:
     """Canonical responses of a half-precision scan's images, in the layers that need them, and what they decide.
 
@@ -191,6 +194,7 @@ class Reranking:
             draws = 4.0 * (own.stop - own.start) * self.half.shape[1]
             bound = math.inf if boundless[own].any() else upper_bound(pooled, draws)
             margins[own] = np.maximum(bound * scale[own], largest[own] * self._resolution / 2)  # a rounding at least
+        margins[_rarely_varies(self._half_sample)] = np.inf
         return margins
 
     def outsiders(self) -> Floats:
@@ -232,3 +236,14 @@ class Reranking:
         ids = np.concatenate([np.arange(*ends) for ends in self._scanned.coverage.ranges.tolist()])
         self.compute(ids, np.full(len(ids), layer + 1))
         self.decided |= self.layer_of <= layer
+
+
+def _rarely_varies(sampled: Floats) -> NDArray[np.bool_]:
+    """Bool [units]: fewer than `MIN_VARYING` of the values [images, units] differ from the commonest one.
+
+    Such a unit shows no error in the sample, as behind a ReLU that all of its images close, and others may open.
+    """
+    if len(sampled) < MIN_VARYING:
+        return np.ones(sampled.shape[1], bool)
+    ordered = np.sort(sampled, axis=0)
+    return np.asarray((ordered[:MIN_VARYING] == ordered[len(ordered) - MIN_VARYING :]).any(axis=0))

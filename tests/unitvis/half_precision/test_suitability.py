@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import unitvis
 from support.brute import wrong
 from support.scans import by_half, pictures, tiny_net
-from unitvis.half_precision.suitability import suitable_precision, unsuitable_layers
+from unitvis.half_precision.suitability import nearly_flat, suitable_precision, unsuitable_layers
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
 from unitvis.reranking import rerank
@@ -142,6 +142,61 @@ def test_what_the_first_batch_does_not_show_the_sample_does() -> None:
     assert wrong(run, model, images) == 0
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(3), nn.LayerNorm([3, 12, 12])])
+def test_rare_images_of_almost_one_colour(norm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)  # nothing but the bound decides
+    torch.manual_seed(0)
+    images = 128 + 40 * F.interpolate(torch.randn(COUNT, 3, 3, 3), size=(12, 12)) + 15 * torch.randn(COUNT, 3, 12, 12)
+    images[OUTSIDE] = 128
+    images[OUTSIDE, :, 4, 6] += 0.05  # less than the spacing of float16 there
+    model = nn.Sequential(norm, nn.Conv2d(3, 6, 3, padding=1)).eval()
+    with pytest.warns(UserWarning, match="layer '1' errs by .* in float16 where an image is nearly of one colour, and"):
+        run = by_half(model, images, k=5)
+    assert run.manifest["scan"]["precision"] == "fp32"
+    assert wrong(run, model, images) == 0
+    assert np.isin(run["1"].images[:, 0], OUTSIDE).any()
+
+
+class Threshold(nn.Module):
+    """Rare images alone exceed a threshold, by less than a rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.threshold = nn.Parameter(torch.zeros(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x) - self.threshold))
+
+
+@pytest.mark.parametrize(("precision", "fine"), [("bf16", 1.0), ("fp16", 1 / 8)])
+def test_units_that_the_sample_never_opens_are_not_decided_by_it(
+    precision: str, fine: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)  # nothing but the bound decides
+    torch.manual_seed(0)
+    count = 1500
+    outside = np.setdiff1d(np.arange(count), sample(np.array([[0, count]])))[::10]
+    images, model = 0.5 * torch.randn(count, 3, 12, 12), Threshold().eval()
+    images[outside] = 2 * torch.randn(1, 3, 12, 12) + 0.02 * fine * torch.randn(len(outside), 3, 12, 12)
+    images *= 16  # far from the smallest numbers of float16
+    with torch.no_grad():
+        model.threshold.copy_((model.first(images[outside]).amax((0, 2, 3)) - 0.16 * fine)[:, None, None])
+    run = by_half(model, images, precision)
+    assert run.manifest["scan"]["precision"] == precision
+    assert wrong(run, model, images) == 0
+    assert (run["last"].status == UNSEPARATED).any()
+
+
+def test_images_of_almost_one_grey_are_like_those_of_the_data_set() -> None:
+    for images in (torch.randint(3, 250, (5, 9, 7, 3), dtype=torch.uint8), torch.randn(2, 11, 8, 6)):
+        flat = nearly_flat(images)
+        assert (flat.dtype, flat.shape) == (images.dtype, (16, *images.shape[1:]))
+        extent = float(images.float().max() - images.float().min())
+        within = (flat.float().amax((1, 2, 3)) - flat.float().amin((1, 2, 3))) / extent
+        assert bool((within > 0).all() and (within < 0.02).all())
+
+
 def test_the_room_that_is_kept() -> None:
     model, images = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False)), torch.ones(16, 3, 2, 2)
     for largest, fits in ((65504 / 16, True), (65504 / 16 + 1, False)):
@@ -193,6 +248,10 @@ def test_operations_without_a_trace_in_the_layers() -> None:
         (lambda x: F.hardsigmoid(-1500 * x), lambda x: F.hardsigmoid(-90 * x)),
         (lambda x: x * torch.sigmoid(1000 * x), lambda x: x * torch.sigmoid(40 * x)),
         (lambda x: torch.tanh(1000 * x), lambda x: torch.tanh(40 * x)),
+        (
+            lambda x: F.relu(1000 * x).clamp(max=1),
+            lambda x: (x - 30).clamp(min=0) + torch.maximum(x, torch.ones(1)),
+        ),
         (lambda x: torch.softmax(-1000 * x, 1), lambda x: torch.softmax(torch.cat([x, x - 1000], 1), 1)[:, :8]),
     ],
 )
