@@ -29,7 +29,10 @@ MAX_SHARDS = 1_000_000  # archives that a pattern may name
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 # first bytes of compressed archives, which are refused
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MAX_SIZE = 2**50  # bytes of a member
+_MAX_HEADER = 16 * 2**20  # bytes of one header; names of files take 4 kB at most
+_MAX_DIGITS = 18  # of a number in braces
 _NOT_A_PLAIN_FILE = -1  # in place of the size of a link or a sparse member
 
 
@@ -92,6 +95,8 @@ def _brace_names(inside: str, pattern: str) -> tuple[int, Iterable[str]]:
     """Number of names that one pair of braces stands for, and the names."""
     if found := _RANGE.fullmatch(inside):
         first, last = found.groups()
+        if len(last) > _MAX_DIGITS:
+            raise UnitvisError(f"{pattern[:40]!r}... names more than {MAX_SHARDS:,} archives")
         width = len(first) if first[0] == "0" or len(first) == len(last) else 0
         if int(first) > int(last):
             raise UnitvisError(f"{{{inside}}} in {pattern!r} counts down; write the smaller number first")
@@ -218,11 +223,12 @@ def _members(shard: str, allow_truncated: bool) -> Iterator[tuple[tarfile.TarInf
     count = 0
     try:
         with open(shard, "rb", buffering=1 << 16) as file:
-            start = file.read(2)
-            if start in _COMPRESSED:
-                raise UnitvisError(f"{shard!r} is compressed ({_COMPRESSED[start]}); unpack it to a plain tar")
+            if kind := _compression(file.read(tarfile.BLOCKSIZE)):
+                raise UnitvisError(f"{shard!r} is compressed ({kind}); unpack it to a plain tar")
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+            headers: Any = _HeaderReader(file)
+            options: dict[str, Any] = {"tarinfo": _Member, "encoding": "utf-8", "errors": "surrogateescape"}
+            with tarfile.open(fileobj=headers, mode="r:", **options) as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                     if not member.isdir():
@@ -238,6 +244,46 @@ def _members(shard: str, allow_truncated: bool) -> Iterator[tuple[tarfile.TarInf
             raise UnitvisError(
                 f"the archive {shard!r} is broken after {count} files: {first_line(error)}{hint}"
             ) from error
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose size cannot go backwards: with a negative one tarfile would read the same header for ever."""
+
+    @property
+    def size(self) -> int:
+        """Size in bytes, as a header or an extended header gives it."""
+        return self._size
+
+    @size.setter
+    def size(self, value: int) -> None:
+        if not 0 <= value <= _MAX_SIZE:
+            raise tarfile.ReadError(f"a file of {value} bytes")
+        self._size = value
+
+
+class _HeaderReader:
+    """What tarfile reads headers from: a file whose reads are bounded, so that no claimed length takes memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Read at most `size` bytes; tarfile.ReadError where they are too many for a header."""
+        if size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+
+def _compression(start: bytes) -> str | None:
+    """How a file that begins with these bytes is compressed; None if they are the header of a plain archive, or else.
+
+    start: one block; the name of an archive's first member is at its beginning, and may begin as a compressed file.
+    """
+    try:
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+    return None
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:

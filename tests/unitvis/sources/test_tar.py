@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from support.clock import in_time
 from unitvis.decoding import contents
 from unitvis.errors import UnitvisError
 from unitvis.sources import open_source, reopen_source, tar
@@ -230,6 +231,7 @@ def test_truncated_archives_count_where_that_is_allowed(tmp_path):
         ("train-{000..009}.tar", "7 of 10 archives are not there: .*train-003.tar.*train-009.tar"),
         ("train-{2..0}.tar", "counts down"),
         ("train-{0..999999999}.tar", "names more than 1,000,000 archives"),
+        (f"train-{{0..{'9' * 5000}}}.tar", "names more than 1,000,000 archives"),
         ("{0..1000}/train-{0..1000}.tar", "names more than 1,000,000 archives"),
         ("train-{all}.tar", "neither a range"),
         (["train-000.tar", "train-000.tar"], "is named twice"),
@@ -243,6 +245,12 @@ def test_refusals(images, message, shards, monkeypatch):
         open_source(images, PLAIN)
 
 
+@pytest.mark.parametrize("start", ["BZ", "BZh", "\x1f\udc8b", "\udcfd7zXZ", "(\udcb5/\udcfd"])
+def test_a_name_that_begins_as_a_compressed_file_is_one(start, tmp_path):
+    path = write_tar(tmp_path / "x.tar", [(f"{start}.png", encoded(0)), ("1.png", encoded(1))], tarfile.GNU_FORMAT)
+    assert open_source(path, PLAIN).name(0) == f"x.tar/{start}.png"
+
+
 def test_a_member_that_claims_to_be_huge_costs_nothing(tmp_path):
     info = tarfile.TarInfo("a.png")
     info.size = 1 << 28
@@ -250,6 +258,44 @@ def test_a_member_that_claims_to_be_huge_costs_nothing(tmp_path):
     path.write_bytes(info.tobuf() + encoded(0))
     source = open_source(path, PLAIN, allow_truncated=True)
     assert len(source._contents.read(source.place(0))) == len(encoded(0))
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    """A block whose size field has this number, which may be negative, in base 256."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (b"\x80" if size >= 0 else b"\xff") + (size % 2**88).to_bytes(11, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(record):
+    """An extended header with one record, without its length."""
+    record = b"%d %s\n" % (len(record) + 4, record)
+    return header("pax", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("hostile", "message"),
+    [
+        (header("b.png", -512), "a file of -512 bytes"),
+        (header("b", -512, tarfile.DIRTYPE), "a file of -512 bytes"),
+        (header("b", -1024, tarfile.GNUTYPE_LONGNAME), "a file of -1024 bytes"),
+        (pax(b"size=-512") + header("b.png", 0), "a file of -512 bytes"),
+        (pax(b"size=" + b"9" * 20) + header("b.png", 0), "a file of 99999999999999999999 bytes"),
+        (header("b", 8 << 30, tarfile.GNUTYPE_LONGNAME), "a header of 8,589,934,592 bytes"),
+        (header("b", 8 << 30, tarfile.XHDTYPE), "a header of 8,589,934,592 bytes"),
+    ],
+)
+def test_sizes_that_no_file_has_are_refused(hostile, message, tmp_path):
+    """A size of -512 leads back to its own header, over and over."""
+    path = tmp_path / "x.tar"
+    image = encoded(0)
+    path.write_bytes(header("a.png", len(image)) + image + bytes(-len(image) % 512) + hostile + bytes(1024))
+    with in_time(), pytest.raises(UnitvisError, match=f"is broken after 1 files: {message}"):
+        open_source(path, PLAIN)
 
 
 def test_few_files_stay_open(shards, monkeypatch):
