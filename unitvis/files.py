@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import math
 import os
+import stat
 import urllib.parse
 import zipfile
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from unitvis.errors import UnitvisError
 
 _UNPACKED_BYTES = 64 * 2**20  # of arrays that may be unpacked from any file
 _MAX_RATIO = 100  # how many times as many bytes larger arrays may take unpacked; those of runs stay far below
+_MAX_TEXT = 2**28  # bytes of a JSON file, which is read whole: a manifest that lists two million failures
 _MAX_NAME = 180  # characters of a layer's file name: file systems take 255 bytes, with endings of ours
 
 
@@ -64,23 +68,49 @@ def write_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
         flush_to_disk(file)
 
 
+def open_regular(path: str | bytes | Path) -> io.BufferedReader:
+    """Open a file to read its bytes; OSError for a pipe or a device, which is not waited for."""
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", os.fsdecode(path))
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file for `open`; a pipe without another end is opened at once."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8; OSError where it cannot be, or has more than 256 MiB; ValueError where it is not UTF-8."""
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > _MAX_TEXT:
+            raise OSError(errno.EFBIG, f"a file of {size:,} bytes; more than {_MAX_TEXT:,} are refused", str(path))
+        return file.read(_MAX_TEXT).decode("utf-8")
+
+
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """All arrays of an npz file, checked against its checksums; raises nearly anything where it is damaged.
 
     Nothing is allocated for a length that the file only claims.
     """
-    with zipfile.ZipFile(path) as archive:
-        sizes = {member.filename: member.file_size for member in archive.infolist()}
-        packed = sum(member.compress_size for member in archive.infolist())
-        if sum(sizes.values()) > max(_UNPACKED_BYTES, _MAX_RATIO * packed):
-            raise ValueError(f"{sum(sizes.values()):,} bytes in {packed:,}")
-        for name, size in sizes.items():
-            with archive.open(name) as member:
-                shape, dtype = _npy_header(member)
-                if math.prod(shape) * dtype.itemsize > size:
-                    raise ValueError(f"{name} claims {dtype} {list(shape)} in {size:,} bytes")
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            sizes = {member.filename: member.file_size for member in archive.infolist()}
+            if len({name.removesuffix(".npy") for name in sizes}) < len(archive.infolist()):
+                raise ValueError("two arrays have one name")
+            packed = os.fstat(file.fileno()).st_size
+            if sum(sizes.values()) > max(_UNPACKED_BYTES, _MAX_RATIO * packed):
+                raise ValueError(f"{sum(sizes.values()):,} bytes in {packed:,}")
+            for name, size in sizes.items():
+                with archive.open(name) as member:
+                    shape, dtype = _npy_header(member)
+                    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+                        raise ValueError(f"{name} claims {dtype} {list(shape)} in {size:,} bytes")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
 
 
 def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -96,7 +126,9 @@ def file_name(layer: str) -> str:
 
     Of a name that is too long for a file the first part is kept, with a hash of the whole.
     """
-    name = urllib.parse.quote(layer, safe=" ")
+    name = urllib.parse.quote(layer, safe=" ", errors="surrogatepass")
     if len(name) > _MAX_NAME:
-        name = f"{name[:_MAX_NAME]}~{hashlib.blake2b(layer.encode(), digest_size=8).hexdigest()}"
+        name = (
+            f"{name[:_MAX_NAME]}~{hashlib.blake2b(layer.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
+        )
     return name if name.strip(".") else name.replace(".", "%2E")  # "." and ".." are folders of their own

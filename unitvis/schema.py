@@ -7,7 +7,7 @@ A schema is a predicate with words (`Is`), a dict of schemas by key (of a key th
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ def either(*schemas: Schema) -> Is:
 
 
 COUNT = whole(0, 2**62)
-NUMBER = Is("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v))
+NUMBER = Is("a finite number", lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max)
 SECONDS = Is("a number of seconds", lambda v: type(v) in (int, float) and abs(v) <= 1e12)
 TEXT = Is("text", lambda v: isinstance(v, str))
 FLAG = Is("true or false", lambda v: isinstance(v, bool))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
 from unitvis.errors import ImageError
+from unitvis.files import open_regular
 
 MAX_BYTES = 1 << 29  # of one file, which is read whole; no image within the limit of pixels needs more
 _MAX_OPEN_SHARDS = 64  # file descriptors kept open at once
@@ -40,12 +40,9 @@ class FileContents(Contents):
         self.root = root
 
     def _read(self, place: bytes) -> bytes:
-        with open(os.path.join(self.root, place), "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("not a regular file")
-            _check_size(status.st_size)
-            return file.read()
+        with open_regular(os.path.join(self.root, place)) as file:
+            _check_size(os.fstat(file.fileno()).st_size)
+            return file.read(MAX_BYTES)
 
 
 class TarContents(Contents):
@@ -106,8 +103,3 @@ def _check_size(size: int) -> None:
     """Raise ImageError for a file that is too large to be read whole."""
     if size > MAX_BYTES:
         raise ImageError(f"a file of {size:,} bytes; more than {MAX_BYTES:,} are refused")
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file for `open` without blocking: a pipe named like an image would hang the scan."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -54,11 +54,19 @@ class Cutter:
     input_size: tuple[int, int]
     grey: bool
 
-    def __call__(self, place: Any, hashed: str | None, cuts: Cuts) -> Pieces | None:
-        """Cut the file at a place; None if its content has another hash. Raises ImageError if it cannot be read."""
+    def __call__(
+        self, place: Any, hashed: str | None, cuts: Cuts, packed: NDArray[np.uint8] | None = None
+    ) -> Pieces | None:
+        """Cut the file at a place; None if its content has another hash.
+
+        packed: pixels [H, W, 3] that the file must give as the model's input. Raises ImageError if it gives others, or
+        cannot be read.
+        """
         data = self.contents.read(place)
         if hashed is not None and digest(data).hex() != hashed:
             return None
+        if packed is not None:
+            self.decoding.check(data, self.geometry, packed)
         picture = self.decoding.picture(data)
         to_picture = partial(self.geometry.to_source, width=picture.width, height=picture.height)
         return pieces(as_seen(picture, grey=self.grey), to_picture, self.input_size, cuts)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from unitvis.choices import DECODERS
 from unitvis.decoding.decode import Size, decode_sized
 from unitvis.decoding.geometry import Geometry
-from unitvis.errors import UnitvisError
+from unitvis.errors import ImageError, UnitvisError
+from unitvis.schema import FLAG, TEXT, Schema, problem
 
+SCHEMA: Schema = {"decoder?": TEXT, "scaled?": FLAG, "allow_truncated?": FLAG}  # of `Decoding.to_json`
+_ROUNDING = 4.0  # of 255: decoders of other versions give pixels that differ by less, on average
 _Result = TypeVar("_Result")
 
 
@@ -45,6 +49,21 @@ class Decoding:
     def picture(self, data: bytes) -> Image.Image:
         """Decode the whole image, upright and never scaled, to cut patches from."""
         return self._decoded(data, lambda image, _: image, None)
+
+    def check(self, data: bytes, geometry: Geometry, pixels: NDArray[np.uint8]) -> None:
+        """Raise ImageError unless a file gives these pixels, uint8 [H, W, 3], up to the rounding of decoders."""
+        found, _ = self.pixels(data, geometry)
+        if found.shape != pixels.shape or np.abs(found.astype(np.int16) - pixels).mean() > _ROUNDING:
+            raise ImageError("it does not give the pixels that were packed; pack again")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Decoding:
+        """Make the options that `to_json` wrote; UnitvisError for others."""
+        if wrong := problem(values, SCHEMA, "decoding"):
+            raise UnitvisError(wrong)
+        if unknown := values.keys() - asdict(cls()).keys():
+            raise UnitvisError(f"decoding has no {', '.join(sorted(map(repr, unknown)))}; a newer unitvis wrote it")
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """Options for the manifest, as keyword arguments of `open_source`."""

@@ -89,7 +89,8 @@ class Hands:
         if record is not None:
             self._run.source.check_name(record)
         hashed = None if record is None else record["hash"]
-        future = self._executor.submit(self._cutter, self._run.source.place(image), hashed, cuts)
+        place, packed = self._run.source.place(image), self._run.source.packed(image)
+        future = self._executor.submit(self._cutter, place, hashed, cuts, packed)
 
         def result() -> Pieces:
             found, reason = None, "it changes while it is read"

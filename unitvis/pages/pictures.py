@@ -27,7 +27,7 @@ from unitvis.drawing.colours import heat, heat_levels, signed
 from unitvis.drawing.hands import Hands
 from unitvis.drawing.patches import crop_of, cut_layers, drawn_box, fired_winners
 from unitvis.drawing.sheets import PATCH_SIZE, tile_columns
-from unitvis.files import file_name, make_folder, unoccupied
+from unitvis.files import file_name, make_folder, read_text, unoccupied
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.results.arrays import LayerArrays
@@ -212,7 +212,7 @@ def _drawn(run: RunData, layer: str) -> dict[str, Any]:
 def read_drawn(folder: Path) -> dict[str, Any]:
     """Read a gallery's drawn.json: {"run": digest, "layers": {layer: {"crop", "filters", ...}}}; empty without one."""
     try:
-        drawn = json.loads((folder / "gallery" / "drawn.json").read_text(encoding="utf-8"))
+        drawn = json.loads(read_text(folder / "gallery" / "drawn.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     return {} if problem(drawn, DRAWN) else drawn

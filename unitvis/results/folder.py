@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from unitvis.errors import UnitvisError, abridged
-from unitvis.files import read_arrays, replacing
+from unitvis.files import open_regular, read_arrays, read_text, replacing
 from unitvis.results.arrays import ARRAYS, LayerArrays
 from unitvis.results.data import RunData
 from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD, arrays_problem, crop_problem
@@ -37,6 +37,7 @@ from unitvis.state.partial import differences, identity, read_partial
 
 FORMAT = 1  # version of the folder's format, in the manifest
 _HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
+_MAX_LINE = 2**20  # bytes of a line of images.jsonl, where a path takes most
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
 _Data = TypeVar("_Data", bound=RunData)
 
@@ -150,13 +151,14 @@ def _records_problem(
 
 def _file_hash(path: Path) -> str:
     """BLAKE2b hash of a file, 32 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _read_records(path: Path) -> dict[int, dict[str, Any]]:
     """The records of images, by id."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open_regular(path) as file:
+        records = [json.loads(line) for line in iter(lambda: file.readline(_MAX_LINE), b"")]
     if wrong := problem(records, [RECORD], path.name):
         raise ValueError(wrong)
     return {record["id"]: record for record in records}
@@ -166,7 +168,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a run folder; raises UnitvisError where it is missing, damaged or of another format."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         raise UnitvisError(f"{folder} is not a run: there is no {path.name} in it") from None
     except OSError as error:

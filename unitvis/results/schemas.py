@@ -7,11 +7,27 @@ from typing import Any
 
 import numpy as np
 
+from unitvis.decoding.options import SCHEMA as DECODING
 from unitvis.results.arrays import ARRAYS, SEPARATED, TIED, UNSEPARATED, LayerArrays
-from unitvis.schema import COUNT, FLAG, NUMBER, OBJECT, SECONDS, TEXT, ByName, Optional, Schema, choice, either, whole
+from unitvis.schema import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    SECONDS,
+    TEXT,
+    ByName,
+    Is,
+    Optional,
+    Schema,
+    choice,
+    either,
+    whole,
+)
 from unitvis.state.partial import SHARED
 
 _SIDE = whole(1, 10**6)  # pixels of an input, cells of a map
+_STRIDE = Is("a number of pixels", lambda v: NUMBER.holds(v) and abs(v) <= 10**9)
 _LAYER: dict[str, Schema] = {
     "name": TEXT,
     "channels": _SIDE,
@@ -25,7 +41,7 @@ _RANKED_LAYER = _LAYER | {
     "units": COUNT,
     "receptive_field": {
         "size": (whole(0, 10**9), whole(0, 10**9)),
-        "stride": Optional((NUMBER, NUMBER)),
+        "stride": Optional((_STRIDE, _STRIDE)),
         "whole_image": FLAG,
         "method": TEXT,
         "note": TEXT,
@@ -43,7 +59,7 @@ _SOURCE = {
     "other_endings?": ByName(COUNT),
     "images_ending?": [TEXT],
     "entry?": either(TEXT, COUNT),
-    "decoding?": OBJECT,
+    "decoding?": DECODING,
 }
 _MANIFEST: dict[str, Schema] = SHARED | {
     "model": SHARED["model"] | {"spec?": Optional(TEXT), "file?": Optional(TEXT), "pretrained?": FLAG},

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged
-from unitvis.sources.arrays import ArraySource
+from unitvis.sources.arrays import ArraySource, mapped_array
 from unitvis.sources.base import Batch, Failure, Source
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.entries import is_batch
@@ -139,9 +139,11 @@ def reopen_source(description: Mapping[str, Any], transform: Mapping[str, Any] |
     if description.get("path") is None:
         raise UnitvisError(f"the images came from a {description['kind']}, which has no path; give them as images=")
     try:
+        Decoding.from_json(description.get("decoding", {}))
+    except UnitvisError as error:
+        raise UnitvisError(f"the images of the run were read in a way that is unknown here: {error}") from error
+    try:
         return open_as_described(description["path"], description, transform)
-    except TypeError as error:  # an option that this version does not have
-        raise UnitvisError(f"the images of the run were read in a way that is unknown here ({error})") from error
     except UnitvisError as error:
         raise UnitvisError(f"the images of the run are not where they were: {error}; give them as images=") from error
 
@@ -157,8 +159,9 @@ def open_as_described(
         options["images_ending"] = description["images_ending"]
     if "entry" in description and not isinstance(images, str | os.PathLike | np.ndarray | Tensor | Source):
         options["entry"] = description["entry"]
+    decoding = Decoding.from_json(description["decoding"]).to_json() if "decoding" in description else {}
     values = None if transform is None else Transform.from_json(transform)
-    return open_source(images, values, **description.get("decoding", {}), **options)
+    return open_source(images, values, **decoding, **options)
 
 
 def _lists_files(images: Any) -> bool:
@@ -207,10 +210,9 @@ def _open_path(
         if ending == ".npy":
             if packed := pack_source(path, transform, on_error=on_error, decoding=decoding):
                 return packed
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            return ArraySource(array, transform, on_error=on_error, path=os.path.abspath(path))
-    except (OSError, ValueError, EOFError) as error:
-        raise UnitvisError(f"cannot read {path!r}: {' '.join(str(error).split())}") from error
+            return ArraySource(mapped_array(path), transform, on_error=on_error, path=os.path.abspath(path))
+    except OSError as error:
+        raise UnitvisError(f"cannot read {path!r}: {error.strerror}") from error
     if is_image_name(os.fsencode(path)):
         raise UnitvisError(f"{path!r} is one image; give the folder that holds it, or a .txt list with its path")
     raise UnitvisError(f"{path!r} is neither a folder, a .txt list of paths, a .tar archive nor a .npy array")

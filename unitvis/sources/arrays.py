@@ -107,6 +107,14 @@ class ArraySource(Source):
         return rows
 
 
+def mapped_array(path: str) -> NDArray[Any]:
+    """The array of a .npy file, mapped into memory; UnitvisError if it cannot be read."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise UnitvisError(f"cannot read {path!r}: {' '.join(str(error).split())}") from error
+
+
 def check_pixels(value: object, ndim: int, what: str) -> None:
     """Raise UnitvisError unless `value` has `ndim` dimensions and is uint8 [..., H, W, 3 or 1] or float [..., C, H, W].
 

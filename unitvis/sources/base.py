@@ -158,6 +158,10 @@ class Source(ABC):
         """Where the file of an image is, for a `Cutter` or `Contents.read`."""
         raise NotImplementedError(f"images of a {self.kind} are no files")
 
+    def packed(self, id: int) -> NDArray[np.uint8] | None:
+        """Pixels [H, W, 3] that the file of an image must give to a `Cutter`; None if it was not packed."""
+        return None
+
     def check_name(self, record: Mapping[str, Any]) -> None:
         """Raise UnitvisError unless the image has the name and the id that `record` describes."""
         id, name = record["id"], record["name"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unitvis.decoding.board import BROKEN, ERROR, JOB_IMAGES, OTHER_SIZE, READ, UNUSABLE
@@ -93,6 +94,11 @@ class EncodedSource(ItemSource):
     def cutter(self, input_size: tuple[int, int], *, grey: bool) -> Cutter:
         """What cuts patches from the files in other processes."""
         return Cutter(self._contents, self._decoding, self._transform.geometry, input_size, grey)
+
+    def check_pixels(self, id: int, pixels: NDArray[np.uint8]) -> None:
+        """Raise UnitvisError unless the file gives these pixels, resized and cropped; see `Decoding.check`."""
+        with self._failure_as_error(id):
+            self._decoding.check(self._checked_contents(self._checked_id(id))[0], self._transform, pixels)
 
     @abstractmethod
     def place(self, id: int) -> Any:

@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unitvis.decoding.contents import FileContents
 from unitvis.errors import UnitvisError
+from unitvis.files import open_regular
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.image_names import ImageNames, others_in_words
 from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing
 from unitvis.sources.transform import Transform
+
+_MAX_LINE = 2**16  # bytes of a line of a text list; file systems take paths of 4,096
 
 
 class FileSource(EncodedSource):
@@ -66,17 +70,15 @@ def _new_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, Ima
 
 def _saved_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, ImageNames] | None:
     """Load the listing of an earlier run; None if any folder has changed since (its time changes with its names)."""
-    saved = load_listing("folder", listing_key([root], endings))
-    if saved is None:
-        return None
-    try:
+
+    def parse(saved: dict[str, NDArray[Any]]) -> tuple[Names, ImageNames] | None:
         folders = Names.from_arrays({"names": saved["folder_names"], "starts": saved["folder_starts"]})
-        same = all(
-            _stamp(os.path.join(root, folders[i])) == tuple(row) for i, row in enumerate(saved["stamps"].tolist())
-        )
-        return (Names.from_arrays(saved), ImageNames.restored(saved["chosen"])) if same else None
-    except (OSError, KeyError):
-        return None
+        stamps = [list(_stamp(os.path.join(root, folders[i]))) for i in range(len(folders))]
+        if not stamps or stamps != saved["stamps"].tolist():
+            return None
+        return Names.from_arrays(saved), ImageNames.restored(saved["chosen"])
+
+    return load_listing("folder", listing_key([root], endings), parse)
 
 
 _Stamp = tuple[int, int, int]  # device, inode, time of the last change in ns
@@ -90,9 +92,16 @@ def _stamp(folder: bytes) -> _Stamp:
 
 def list_source(path: str, transform: Transform | None, **options: Any) -> FileSource:
     """Open the files that a text list names, one a line, relative to the list's folder, in the list's order."""
-    with open(path, "rb") as file:
-        lines = file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    names = [line.removesuffix(b"\r") for line in lines if line.strip()]
+    names = []
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+            if len(line) == _MAX_LINE:
+                raise UnitvisError(
+                    f"line {number} of the list {path!r} has {_MAX_LINE:,} bytes or more, so it is no path"
+                )
+            name = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if name.strip():
+                names.append(name.removesuffix(b"\n").removesuffix(b"\r"))
     if not names:
         raise UnitvisError(f"the list {path!r} names no file; one path a line is needed")
     return _listed_files("list", os.path.abspath(path), names, transform, options)

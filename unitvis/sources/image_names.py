@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
+from unitvis.schema import COUNT, TEXT, ByName, problem
 
 # Endings of images, the same wherever unitvis runs: ids depend on what is listed, so a file that the installed Pillow
 # cannot decode is listed all the same, and fails.
@@ -30,7 +32,7 @@ class ImageNames:
     """
 
     def __init__(self, endings: Sequence[str] | None) -> None:
-        self._endings = None if endings is None else {ending.encode() for ending in endings}
+        self._endings = None if endings is None else {os.fsencode(ending) for ending in endings}
         self.others: Counter[str] = Counter()
         self._shared_keys = 0
         self._shared: list[str] = []  # names of the first images that share a key
@@ -72,8 +74,10 @@ class ImageNames:
 
     @classmethod
     def restored(cls, array: NDArray[np.generic]) -> ImageNames:
-        """Make the counts again that `array` gave."""
+        """Make the counts again that `array` gave; ValueError for other arrays."""
         names, counted = cls(None), json.loads(array.tobytes())
+        if wrong := problem(counted, {"others": ByName(COUNT), "shared_keys": COUNT, "shared": [TEXT]}):
+            raise ValueError(wrong)
         names.others = Counter(counted["others"])
         names._shared_keys, names._shared = counted["shared_keys"], counted["shared"]
         return names

@@ -8,8 +8,9 @@ import os
 import stat
 import tempfile
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from unitvis.files import read_arrays
 MIN_SAVED_NAMES = 20_000  # a shorter listing is not saved: making it again takes a moment
 SETTLE_NS = 2_000_000_000  # ns; after a change as recent as that, another one may leave the time stamp as it is
 _LISTING_FORMAT = b"3"  # part of a saved listing's file name
+_Parsed = TypeVar("_Parsed")
 
 
 class Names:
@@ -47,29 +49,35 @@ class Names:
         return {"names": np.frombuffer(self._block, np.uint8), "starts": self._starts}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Names:
-        """Make the list of names from the arrays of `arrays`."""
-        names = cls(())
-        names._block, names._starts = arrays["names"].tobytes(), arrays["starts"].astype(np.int64)
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Names:
+        """Make the list of names from the arrays of `arrays`; ValueError or KeyError for others."""
+        names, (block, starts) = cls(()), (arrays[name] for name in ("names", "starts"))
+        if block.dtype != np.uint8 or block.ndim != 1 or starts.dtype != np.int64:
+            raise ValueError(f"names are {block.dtype} {list(block.shape)}, their starts {starts.dtype}")
+        ends = np.flatnonzero(block == 0)  # a name holds no NUL and ends with one
+        if not np.array_equal(starts, np.append(0, ends + 1)) or starts[-1] != len(block):
+            raise ValueError("names do not start where others end")
+        names._block, names._starts = block.tobytes(), starts.astype(np.int64)
         return names
 
 
 def listing_key(parts: Iterable[bytes], endings: Sequence[str] | None) -> bytes:
     """Key of a listing: what was listed, and the endings of images if they were chosen."""
-    chosen = b"" if endings is None else b"\0".join([b"", b"endings", *(ending.encode() for ending in endings)])
+    chosen = b"" if endings is None else b"\0".join([b"", b"endings", *map(os.fsencode, endings)])
     return b"\0".join(parts) + chosen
 
 
-def load_listing(kind: str, key: bytes) -> dict[str, NDArray[np.generic]] | None:
-    """Load the arrays saved under a key, or None; the caller checks that they are still true.
+def load_listing(kind: str, key: bytes, parse: Callable[[dict[str, NDArray[Any]]], _Parsed | None]) -> _Parsed | None:
+    """What `parse` makes of the arrays saved under a key: None where they are absent, damaged or no longer true.
 
-    A listing that somebody else may have written is not believed.
+    `parse` may raise anything for other arrays than were saved. A listing that somebody else may have written is not
+    believed.
     """
     path = _listing_file(kind, key)
     try:
         if not (_is_own(path.parent) and _is_own(path)):
             return None
-        return read_arrays(path)
+        return parse(read_arrays(path))
     except Exception:  # absent or damaged, which makes numpy and zipfile raise nearly anything: list again
         return None
 

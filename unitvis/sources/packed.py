@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -24,9 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unitvis.decoding.cutting import Cutter
+from unitvis.decoding.options import SCHEMA as DECODING
 from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged, first_line
-from unitvis.sources.arrays import ArraySource
+from unitvis.files import open_regular, read_arrays, read_text
+from unitvis.schema import COUNT, OBJECT, TEXT, Schema, choice, either, problem, whole
+from unitvis.sources.arrays import ArraySource, mapped_array
 from unitvis.sources.base import Chunks, ImageInfoTable, Picture, Source
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.files import FileSource
@@ -40,8 +42,21 @@ FORMAT = 1
 FORMAT_KEY = "unitvis pack"  # the first key of a pack's JSON file; its value is the number of the format
 BAKED_FIELDS = ("resize", "crop", "interpolation")  # fields of a transform that were applied when the pack was made
 _SAMPLED_IMAGES = 16  # images that are checked in place of all
-# of the JSON file
-_REQUIRED_KEYS = {FORMAT_KEY, "source", "transform", "shape", "pixels", "tables", "failures"}
+_ABOUT: dict[str, Schema] = {  # of the JSON file
+    "source": {
+        "kind": choice("folder", "list", "tar"),
+        "path": either(TEXT, [TEXT]),
+        "images": COUNT,
+        "names": TEXT,
+        "decoding": DECODING,
+        "images_ending?": [TEXT],
+    },
+    "transform": OBJECT,
+    "shape": (whole(1, 2**40), whole(1, 10**6), whole(1, 10**6), whole(3, 3)),
+    "pixels": TEXT,
+    "tables": TEXT,
+    "failures": [{"id": COUNT, "reason": TEXT}],
+}
 
 
 class PackSource(Source):
@@ -82,6 +97,7 @@ class PackSource(Source):
     def picture(self, id: int, value_range: tuple[float, float] = (0.0, 1.0)) -> Picture:
         """Decode the original file, upright; if the originals are gone, return the packed pixels."""
         id = self._usable_id(id)
+        self._check_pixels(id)
         return (self._originals or self._rows).picture(id, value_range)
 
     def cutter(self, input_size: tuple[int, int], *, grey: bool) -> Cutter | None:
@@ -92,6 +108,20 @@ class PackSource(Source):
         """Where the original file of an image is."""
         assert self._originals is not None  # noqa: S101  there is no cutter without
         return self._originals.place(self._usable_id(id))
+
+    def packed(self, id: int) -> NDArray[np.uint8]:
+        """The image's row of the array."""
+        return self._rows.read(self._usable_id(id)).numpy()
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raise UnitvisError unless the original file is the one that was packed, and gives the packed pixels."""
+        super().check(record)
+        self._check_pixels(record["id"])
+
+    def _check_pixels(self, id: int) -> None:
+        """Raise UnitvisError where the original file gives other pixels: names and hashes may be those of others."""
+        if self._originals is not None:
+            self._originals.check_pixels(id, self.packed(id))
 
     def record(self, id: int) -> dict[str, Any]:
         """Identify the image: id, name, width, height and hash of the original file when it was packed."""
@@ -153,7 +183,7 @@ class PackSource(Source):
                 f"pixels, and nothing tells whether a file has changed; there is no {instance}"
             )
             return None
-        options: dict[str, Any] = {"decoding": Decoding(**source["decoding"]), "infos": self._infos}
+        options: dict[str, Any] = {"decoding": Decoding.from_json(source["decoding"]), "infos": self._infos}
         if not tar:  # no new listing is needed: a missing file fails when it is read
             return FileSource(source["kind"], path, root, self._names, self.transform, **options)
         found = tar_source(path, self.transform, endings=source.get("images_ending"), **options)
@@ -187,11 +217,10 @@ def pack_source(
             "asked for; leave that out, or pack again"
         )
     combined = _combined_transform(transform, Transform.from_json(about["transform"]), path)
-    pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    pixels = mapped_array(path)
     try:
-        with open(Path(path).with_suffix(".npz"), "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            tables = dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        tables = read_arrays(Path(path).with_suffix(".npz"))
+    except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything
         raise UnitvisError(f"{path!r} is an incomplete pack: its .npz file: {first_line(error)}; pack again") from error
     for ending, hashed, known in (
         ("npz", tables_hash(tables), about["tables"]),
@@ -201,6 +230,8 @@ def pack_source(
             raise UnitvisError(
                 f"{path!r} is an incomplete pack: its .{ending} and .json files do not belong together; pack again"
             )
+    if wrong := _contents_problem(about, pixels, tables):
+        raise UnitvisError(f"{path!r} is damaged: {wrong}; pack again")
     return PackSource(os.path.abspath(path), about, pixels, tables, combined, on_error=on_error)
 
 
@@ -210,11 +241,10 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if f'"{FORMAT_KEY}"'.encode() not in file.read(64):  # the first key of the file; another file may be long
                 return None
-            file.seek(0)
-            about = json.load(file)
+        about = json.loads(read_text(path))
     except OSError as error:
         raise UnitvisError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -222,9 +252,38 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
     if not isinstance(about, dict) or about.get(FORMAT_KEY) != FORMAT:
         found = about.get(FORMAT_KEY) if isinstance(about, dict) else "none"
         raise UnitvisError(f"{path} has format {found}; this version of unitvis reads format {FORMAT}")
-    if absent := _REQUIRED_KEYS - set(about):
-        raise UnitvisError(f"{path} is damaged: there is no {', '.join(sorted(absent))}; pack again")
+    if wrong := problem(about, _ABOUT):
+        raise UnitvisError(f"{path} is damaged: {wrong}; pack again")
+    try:
+        Transform.from_json(about["transform"])
+        Decoding.from_json(about["source"]["decoding"])
+    except UnitvisError as error:
+        raise UnitvisError(f"{path} is damaged: {error}; pack again") from error
     return about
+
+
+def _contents_problem(about: Mapping[str, Any], pixels: NDArray[Any], tables: Arrays) -> str | None:
+    """What of a pack's array, tables and JSON file does not fit together; None if all does."""
+    images = len(pixels)
+    if pixels.dtype != np.uint8 or list(pixels.shape) != about["shape"]:
+        return f"the array is {pixels.dtype} {list(pixels.shape)}, not uint8 {about['shape']}"
+    try:
+        names = Names.from_arrays(tables)
+    except (KeyError, ValueError) as error:
+        return first_line(error)
+    if len(names) != images or names.hash() != about["source"]["names"]:
+        return f"its {len(names):,} names are not those of the {images:,} images that were packed"
+    seen = tables.get("seen")
+    if seen is None or seen.dtype != ImageInfoTable.ROW or seen.shape != (images,):
+        return "it has no table of the files that were packed"
+    failed = [failure["id"] for failure in about["failures"]]
+    if max(failed, default=0) >= images:
+        return f"image {max(failed)} is said to have failed, of {images:,}"
+    if len(unseen := np.setdiff1d(np.flatnonzero((seen["width"] == 0) | (seen["height"] == 0)), failed)):
+        return f"nothing is noted of image {unseen[0]}"
+    if type(about["source"]["path"]) is list and about["source"]["kind"] != "tar":
+        return f"source.path is a list, of a {about['source']['kind']}"
+    return None
 
 
 def _combined_transform(given: Transform, baked: Transform, path: str) -> Transform:

@@ -152,11 +152,9 @@ def _shard_index(shards: list[str], allow_truncated: bool, endings: Sequence[str
     key = listing_key([str(allow_truncated).encode(), *map(os.fsencode, shards)], endings)
     status = [os.stat(shard) for shard in shards]
     stamps = np.array([(one.st_size, one.st_mtime_ns) for one in status], np.int64)
-    saved = load_listing("tar", key)
-    if saved is not None and np.array_equal(saved["stamps"], stamps):
-        members = {name: saved[name].astype(np.int64) for name in ("offsets", "sizes", "ends")}
-        chosen = ImageNames.restored(saved["chosen"])
-        return Index(Names.from_arrays(saved), **members, chosen=chosen, rewritten=saved["rewritten"].tolist())
+    saved = load_listing("tar", key, lambda arrays: _restored_index(arrays, stamps))
+    if saved is not None:
+        return saved
     offsets, sizes, hashes, ends = array("q"), array("q"), array("q"), array("q")
     chosen = ImageNames(endings)
 
@@ -185,6 +183,25 @@ def _shard_index(shards: list[str], allow_truncated: bool, endings: Sequence[str
         found |= {"stamps": stamps, "chosen": chosen.array(), "rewritten": np.array(index.rewritten, np.str_)}
         save_listing("tar", key, {**index.names.arrays(), **found})
     return index
+
+
+def _restored_index(saved: dict[str, NDArray[Any]], stamps: NDArray[np.int64]) -> Index | None:
+    """The index of an earlier run; None if an archive has changed since, and nearly any error for other arrays."""
+    if not np.array_equal(saved["stamps"], stamps):
+        return None
+    names, lists = Names.from_arrays(saved), [saved[name].astype(np.int64) for name in ("offsets", "sizes", "ends")]
+    offsets, sizes, ends = lists
+    whole = [len(names)], [len(names)], [len(stamps)]
+    if (
+        tuple(list(one.shape) for one in lists) != whole
+        or (np.diff(ends, prepend=0) < 0).any()
+        or ends[-1] != len(names)
+    ):
+        raise ValueError("the lists of offsets, sizes and ends are not those of the names")
+    if (offsets < 0).any() or (sizes < _NOT_A_PLAIN_FILE).any():
+        raise ValueError("an image begins before its archive")
+    chosen, rewritten = ImageNames.restored(saved["chosen"]), [str(name) for name in saved["rewritten"]]
+    return Index(names, offsets, sizes, ends, chosen, rewritten)
 
 
 def _extracted(member: bytes) -> bytes:

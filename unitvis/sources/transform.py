@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -17,6 +17,8 @@ from torch import Tensor
 import unitvis_kernels as uk
 from unitvis.decoding.geometry import FILTERS, Geometry, ResizeCrop
 from unitvis.errors import UnitvisError
+
+_MAX_SIDE = 10**6  # pixels of a resize or a crop
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Transform(Geometry):
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in FILTERS:
+        if not isinstance(self.interpolation, str) or self.interpolation not in FILTERS:
             raise UnitvisError(f"interpolation={self.interpolation!r}; it must be one of {', '.join(FILTERS)}")
         for name in ("resize", "crop"):
             object.__setattr__(self, name, _checked_size(name, getattr(self, name)))
@@ -118,8 +120,12 @@ def _checked_size(name: str, value: Any) -> int | tuple[int, int] | None:
     sides = value if isinstance(value, tuple | list) else [value]
     if value is None:
         return None
-    if not all(isinstance(side, Integral) and not isinstance(side, bool) and int(side) > 0 for side in sides):
-        raise UnitvisError(f"{name}={value!r}; it must be a positive number of pixels or a pair (height, width)")
+    if not all(
+        isinstance(side, Integral) and not isinstance(side, bool) and 0 < int(side) <= _MAX_SIDE for side in sides
+    ):
+        raise UnitvisError(
+            f"{name}={value!r}; it must be a positive number of pixels, at most {_MAX_SIDE:,}, or a pair (height, width)"
+        )
     if isinstance(value, tuple | list):
         if len(value) != 2:
             raise UnitvisError(f"{name}={value!r}; a pair (height, width) is needed")
@@ -134,10 +140,15 @@ def _checked_colour(name: str, value: Any) -> tuple[float, ...] | None:
     numbers = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
     numbers = [numbers] if isinstance(numbers, Real) else numbers
     wanted = isinstance(numbers, tuple | list) and len(numbers) in (1, 3)
-    if not wanted or not all(isinstance(number, Real) and math.isfinite(number) for number in numbers):
+    if not wanted or not all(isinstance(number, Real) and _is_finite(number) for number in numbers):
         raise UnitvisError(
             f"{name}={value!r}; three numbers are needed, for red, green and blue, or one for all channels"
         )
     if name == "std" and min(numbers) <= 0:
         raise UnitvisError(f"std={value!r}; every value must be above 0")
     return tuple(float(number) for number in numbers)
+
+
+def _is_finite(number: Any) -> bool:
+    """True for a number that a float can hold: math.isfinite raises for larger integers."""
+    return bool(abs(number) <= sys.float_info.max)

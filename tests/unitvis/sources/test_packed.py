@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from unitvis import UnitvisError
 from unitvis.drawing import sheets
 from unitvis.scanning.verify import verify
 from unitvis.sources import PackSource, open_source, reopen_source
+from unitvis.sources.names import Names
+from unitvis.sources.packed import tables_hash
 
 
 @pytest.fixture(scope="module")
@@ -280,10 +284,116 @@ def test_files_that_do_not_belong_together(packed: Path, unchanged: Path, tmp_pa
         (
             ".json",
             b'{"unitvis pack": 1, "source": {}}',
-            r"x.json is damaged: there is no failures, pixels, shape, tables",
+            r"x.json is damaged: source.kind is missing; pack again",
         ),
     ]
     for ending, data, message in cases:
         with pytest.raises(UnitvisError, match=message):
             open_source(mixed(ending, data), NORMAL)
     (unchanged / "list.txt").unlink()
+
+
+def changed_pack(packed: Path, folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Path:
+    """Copy a pack whose JSON file and tables were changed by somebody who also wrote the hashes anew."""
+    for path in packed.parent.glob("whole.*"):
+        shutil.copy(path, folder / f"x{path.suffix}")
+    about, tables = json.loads((folder / "x.json").read_text()), dict(np.load(folder / "x.npz"))
+    change(about, tables)
+    np.savez(folder / "x.npz", **tables)
+    (folder / "x.json").write_text(json.dumps(about | {"tables": tables_hash(tables)}))
+    return folder / "x.npy"
+
+
+@pytest.mark.parametrize("names_too", [False, True])
+def test_names_that_were_exchanged_show_no_other_image(
+    names_too: bool, packed: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Names and hashes in the order of other images."""
+
+    def change(about: dict[str, Any], tables: dict[str, Any]) -> None:
+        names = Names.from_arrays(tables)
+        turned = Names(names[id] for id in reversed(range(COUNT)))
+        tables |= {**turned.arrays(), "seen": tables["seen"][::-1]}
+        about["failures"] = [one | {"id": COUNT - 1 - one["id"]} for one in about["failures"]]
+        about["source"]["path"] = str(folder)
+        if names_too:
+            about["source"]["names"] = turned.hash()
+
+    path = changed_pack(packed, tmp_path, change)
+    if not names_too:
+        with pytest.raises(UnitvisError, match=r"x.npy' is damaged: its 70 names are not those of the 70 images that"):
+            open_source(path, NORMAL)
+        return
+    run = scan(path, out=tmp_path / "run")
+    match = r"'.*' cannot be used: it does not give the pixels that were packed; pack again"
+    with pytest.raises(UnitvisError, match=match):
+        run.patch("2", 0, 0)
+    with pytest.raises(UnitvisError, match=match):
+        sheets.render(run, tmp_path / "run")
+    with pytest.raises(UnitvisError, match=match):
+        run.source.picture(int(run.winners[0]))
+    with pytest.raises(UnitvisError, match=match):
+        verify(run, net())
+
+
+def test_decoders_that_round_otherwise_give_the_packed_pixels(folder: Path, tmp_path: Path) -> None:
+    pack(folder, tmp_path / "x.npy")
+    pixels = np.load(tmp_path / "x.npy", mmap_mode="r+")
+    pixels[5] ^= 1  # not one of the rows whose hash is known
+    pixels.flush()
+    assert isinstance(open_source(tmp_path / "x.npy", NORMAL).picture(5)[0], Image.Image)
+
+
+def at(keys: str, value: object) -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """Set an entry of the JSON file."""
+
+    def change(about: dict[str, Any], tables: dict[str, Any]) -> None:
+        *above, last = keys.split(".")
+        for key in above:
+            about = about[key]
+        about[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (at("source", []), "source is .., not an object"),
+        (at("source.kind", {}), "source.kind is {}, not one of folder, list, tar"),
+        (at("source.path", 5), "source.path is 5"),
+        (at("source.path", None), "source.path is None"),
+        (at("source.path", ["/a"]), "source.path is a list, of a folder"),
+        (at("source.decoding", {"bogus": 1}), "decoding has no 'bogus'; a newer unitvis wrote it"),
+        (at("source.decoding", {"scaled": "x"}), "source.decoding.scaled is 'x', not true or false"),
+        (at("source.images_ending", 5), "source.images_ending is 5, not a list"),
+        (at("transform", None), "transform is None, not an object"),
+        (at("transform.crop", 10**400), "crop=1000"),
+        (at("transform.interpolation", []), r"interpolation=\[\]; it must be one of"),
+        (at("shape", [9, 9, 9, 9]), r"shape\[3\] is 9"),
+        (at("shape", [9, 9, 9, 3]), r"the array is uint8 \[70, 16, 16, 3\], not uint8 \[9, 9, 9, 3\]"),
+        (at("failures", [5]), r"failures\[0\] is 5, not an object"),
+        (at("failures", [{"id": 10**6, "reason": ""}]), "image 1000000 is said to have failed, of 70"),
+        (at("failures", []), "nothing is noted of image 0"),
+        (lambda _, tables: tables.pop("names"), "'names'"),
+        (lambda _, tables: tables.pop("seen"), "it has no table of the files that were packed"),
+        (lambda _, tables: tables.update(seen=tables["seen"][:2]), "it has no table of the files"),
+        (lambda _, tables: tables.update(seen=np.zeros(COUNT, "u1")), "it has no table of the files"),
+        (lambda _, tables: tables.update(seen=np.zeros_like(tables["seen"])), "nothing is noted of image 1"),
+        (lambda _, tables: tables.update(starts=-tables["starts"]), "names do not start where others end"),
+        (lambda _, tables: tables.update(starts=tables["starts"][:3]), "names do not start where others end"),
+        (
+            lambda _, tables: tables.update(starts=tables["starts"].astype("f8")),
+            "names are uint8 .*, their starts float64",
+        ),
+    ],
+)
+def test_packs_of_any_content_are_refused(
+    change: Callable[[dict[str, Any], dict[str, Any]], object], message: str, packed: Path, tmp_path: Path
+) -> None:
+    path = changed_pack(packed, tmp_path, change)
+    with pytest.raises(UnitvisError, match=rf"x\..* damaged: {message}.*; pack again") as refused:
+        open_source(path, NORMAL)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(UnitvisError, match="damaged"):
+        pack(packed.parent / "images", path, resume=True)
