@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,10 @@ import torch
 from torch import nn
 
 import unitvis
+from support.clock import in_time
 from unitvis import UnitvisError
 from unitvis.drawing import sheets
-from unitvis.files import file_name, make_folder, replacing, unoccupied
+from unitvis.files import file_name, make_folder, read_arrays, read_text, replacing, unoccupied
 
 
 def test_a_failure_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -47,12 +52,70 @@ def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere").is_dir()
 
 
-@pytest.mark.parametrize("layer", [".", "..", "...", "a/b", "../x", "\0", "a b.c", "é"])
+@pytest.mark.parametrize("layer", [".", "..", "...", "a/b", "../x", "\0", "a b.c", "é", "\ud800"])
 def test_no_layer_name_leads_out_of_its_folder(layer: str, tmp_path: Path) -> None:
     name = file_name(layer)
     assert (tmp_path / name).resolve().parent == tmp_path.resolve()
     assert name not in (".", "..")
     assert (file_name(layer) == layer) == (layer in ("a b.c",))
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def hollow(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 20 << 30)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (pipe, "not a regular file"),
+        (endless, "not a regular file"),
+        (hollow, "a file of 21,474,836,480 bytes"),
+    ],
+)
+def test_only_files_that_end_are_read(make: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    make(tmp_path / "file")
+    with in_time(), pytest.raises(OSError, match=message):
+        read_text(tmp_path / "file")
+    with in_time(), pytest.raises((OSError, zipfile.BadZipFile)):
+        read_arrays(tmp_path / "file")
+
+
+def npy(array: object) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_arrays_that_claim_more_than_a_file_can_hold_are_refused(tmp_path: Path) -> None:
+    """The table at the end of a zip file may say of an array that it is stored, and no smaller than unpacked."""
+    path, big = tmp_path / "x.npz", npy(np.zeros(80 << 20, np.uint8))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", big)
+    data = bytearray(path.read_bytes())
+    table = data.rindex(b"PK\1\2")
+    data[table + 20 : table + 24] = len(big).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"83,886,208 bytes in 8\d,\d\d\d$"):
+        read_arrays(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("second", ["x.npy", "x"])
+def test_two_arrays_of_one_name_are_refused(second: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", npy(1))
+        archive.writestr(second, npy(2))
+    with pytest.raises(ValueError, match="two arrays have one name"):
+        read_arrays(tmp_path / "x.npz")
 
 
 @pytest.fixture

@@ -29,7 +29,10 @@ _PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 MAX_PATCHES = 25  # of a unit, in a tile: of a larger k only the strongest are drawn
 MAX_PAGE_PIXELS = 100_000_000  # of a picture; PNG files of more are not opened by many programs
 _SHEET_PIXELS = 32_000_000  # of a page of a layer's sheet, about; a layer with more units has several
-_MAX_NEURONS = 1024  # of a layer, on its sheet: single neurons are too many to draw them all
+# Units of a layer that its sheet shows, at most: single neurons are too many to draw them all, channels of a network that
+# is in use are not.
+_MAX_ON_SHEET = {"neuron": 1024, "channel": 32_768}
+_WINNER_PIXELS = 200  # whose memory a winner takes beside its patch
 
 
 def patch(run: RunData, layer: str, unit: int, rank: int, *, crop: str | None, size: int) -> Image.Image:
@@ -109,10 +112,10 @@ def drawable(run: Drawn) -> Drawn:
 
 
 def _units_on_sheet(top: LayerArrays) -> list[int]:
-    """The units that a layer's sheet shows: all channels; of more neurons than `_MAX_NEURONS`, evenly spaced ones."""
-    if top.info["unit"] == "channel" or len(top) <= _MAX_NEURONS:
+    """The units that a layer's sheet shows: all, or of more than `_MAX_ON_SHEET` evenly spaced ones."""
+    if len(top) <= (most := _MAX_ON_SHEET[top.info["unit"]]):
         return list(range(len(top)))
-    return np.linspace(0, len(top) - 1, _MAX_NEURONS).round().astype(int).tolist()
+    return np.linspace(0, len(top) - 1, most).round().astype(int).tolist()
 
 
 def refuse_too_many(run: RunData, units: int, size: int) -> None:
@@ -136,6 +139,7 @@ def memory_groups(run: RunData, crop: str | None) -> list[list[str]]:
     held = 0
     for layer in run:
         need = _different_patches(run, layer, crop_of(run, layer, crop)) * PATCH_SIZE**2
+        need += int(run[layer].fired.sum()) * _WINNER_PIXELS
         if held + need > MAX_PIXELS_IN_MEMORY and groups[-1]:
             groups.append([])
             held = 0

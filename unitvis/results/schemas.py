@@ -127,6 +127,8 @@ def arrays_problem(top: LayerArrays, manifest: Mapping[str, Any]) -> str | None:
     ordered = np.sort(top.images, axis=1)
     if ((np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] >= 0)).any():
         return "a unit has an image twice among its winners"
+    if (np.isnan(top.values) & ~blank).any():
+        return "a winner has no value"
     if not ((top.values[:, :-1] >= top.values[:, 1:]) | blank[:, 1:]).all():
         return "values of winners do not descend"
     inside = (top.positions >= 0) & (top.positions < [info["height"], info["width"]])

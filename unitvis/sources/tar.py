@@ -200,7 +200,9 @@ def _restored_index(saved: dict[str, NDArray[Any]], stamps: NDArray[np.int64]) -
         raise ValueError("the lists of offsets, sizes and ends are not those of the names")
     if (offsets < 0).any() or (sizes < _NOT_A_PLAIN_FILE).any():
         raise ValueError("an image begins before its archive")
-    chosen, rewritten = ImageNames.restored(saved["chosen"]), [str(name) for name in saved["rewritten"]]
+    if saved["rewritten"].dtype.kind != "U" or saved["rewritten"].ndim != 1:
+        raise ValueError("the names of rewritten members are no list of texts")
+    chosen, rewritten = ImageNames.restored(saved["chosen"]), saved["rewritten"].tolist()
     return Index(names, offsets, sizes, ends, chosen, rewritten)
 
 

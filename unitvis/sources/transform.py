@@ -124,7 +124,7 @@ def _checked_size(name: str, value: Any) -> int | tuple[int, int] | None:
         isinstance(side, Integral) and not isinstance(side, bool) and 0 < int(side) <= _MAX_SIDE for side in sides
     ):
         raise UnitvisError(
-            f"{name}={value!r}; it must be a positive number of pixels, at most {_MAX_SIDE:,}, or a pair (height, width)"
+            f"{name}={value!r}; it must be a positive number of pixels (to {_MAX_SIDE:,}) or a pair (height, width)"
         )
     if isinstance(value, tuple | list):
         if len(value) != 2:
