@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ _IMAGE = re.compile(rb"\.(jpe?g|jpe|jfif|png|webp|avif|bmp|gif|tiff?|p[bgpn]m)$"
 # key, which the files of one WebDataset sample share.
 _ENDINGS = re.compile(rb"(\.[^./]*[^./0-9][^./]*)+$")
 _LAST_ENDING = re.compile(rb"\.[A-Za-z0-9]{1,10}$")  # any longer one is no type of file but part of the name
+# An ending as text: of the surrogates those that `os.fsdecode` makes of bytes.
+_ENDING = re.compile(r"\.[^/\0\ud800-\udc7f\udd00-\udfff]+")
 _ENDINGS_SHOWN = 8  # of other files, the most frequent ones
 
 
@@ -98,8 +100,8 @@ def checked_endings(given: str | Sequence[str] | None) -> tuple[str, ...] | None
     """Endings in lower case, sorted; None if none were given. UnitvisError unless each is "" or begins with a dot."""
     if given is None:
         return None
-    endings = [given] if isinstance(given, str) else list(given)
-    if not endings or not all(isinstance(one, str) and (not one or re.fullmatch(r"\.[^/]+", one)) for one in endings):
+    endings = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not endings or not all(isinstance(one, str) and (not one or _ENDING.fullmatch(one)) for one in endings):
         raise UnitvisError(
             f"images_ending={given!r}; an ending is all that follows the first dot, such as '.jpg' or '.seg.png', or "
             "'' for names without one"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -18,12 +20,14 @@ from PIL import Image
 from torch import nn
 
 import unitvis
+from support.clock import in_time
 from unitvis import UnitvisError
+from unitvis.drawing import sheets
 from unitvis.scanning.verify import verify
 from unitvis.sources import open_source
 
 DELETED = object()
-VALUES = [DELETED, None, -1, 10**18, "x", [], {}, float("nan"), True, 1.5]
+VALUES = [DELETED, None, -1, 10**18, "x", [], {}, float("nan"), True, 1.5, 10**400, "\ud800"]
 FILES = ("manifest.json", "gallery/drawn.json", "images.jsonl")
 
 
@@ -57,6 +61,7 @@ def without_hashes(run: Path) -> Path:
 
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
+    (tmp_path / "photos").symlink_to(whole.parent / "photos")
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
@@ -106,6 +111,7 @@ def use(folder: Path, model: nn.Module) -> list[str]:
         lambda: unitvis.gallery(unitvis.load(folder), folder, model),
         lambda: verify(unitvis.load(folder), model),
         lambda: unitvis.merge([folder], model),
+        lambda: unitvis.load(folder, folder.parent / "photos"),
     ):
         try:
             action()
@@ -154,6 +160,7 @@ ARRAYS: list[tuple[str, Any, str]] = [
     ("0/values", lambda a: a[:, ::-1], "values of winners do not descend"),
     ("0/images", lambda a: np.repeat(a[:, :1], 2, axis=1), "a unit has an image twice among its winners"),
     ("0/images", lambda a: np.where([[True, False]], -1, a), "a winner follows a blank place"),
+    ("0/values", lambda a: np.where(np.arange(2) == 1, np.nan, a), "a winner has no value"),
     ("0/values", lambda a: np.array(["x"]), "values is <U1"),
     ("0/values", lambda a: np.broadcast_to(np.float32(0), (2**24, 2)).copy(), "bytes in"),
     ("0/status", lambda a: np.full_like(a, "exact"), "a status is none of"),
@@ -241,3 +248,68 @@ def test_patches_outside_of_their_picture_are_refused() -> None:
         UnitvisError, match="a patch lies outside of its picture of 16 x 16 pixels, so the transform or"
     ):
         other.sheet("0", crop="rf")
+
+
+SINGLE = [
+    ("manifest.json", ("layers", "0", "receptive_field", "stride"), [1e308, 1], "not a number of pixels"),
+    ("manifest.json", ("model", "responses"), {"0": [10**400]}, "not a finite number"),
+    ("manifest.json", ("model", "spec"), "\ud800", None),
+    ("manifest.json", ("model", "weights"), "\ud800", None),
+    ("manifest.json", ("source", "images_ending"), [".\ud800"], "an ending is all that follows"),
+    ("manifest.json", ("source", "images_ending"), 5, "not a list"),
+    ("manifest.json", ("source", "path"), f"x{{0..{'9' * 5000}}}.tar", "more than 1,000,000 archives"),
+    ("manifest.json", ("source", "decoding"), {"bogus": 1}, "decoding has no 'bogus'; a newer unitvis wrote it"),
+    ("manifest.json", ("source", "decoding"), {"images": "/etc"}, "decoding has no 'images'"),
+    ("manifest.json", ("source", "decoding"), {"on_error": "raise"}, "decoding has no 'on_error'"),
+    ("manifest.json", ("source", "decoding"), {"scaled": 5}, "source.decoding.scaled is 5, not true or false"),
+    ("manifest.json", ("transform", "interpolation"), [], r"interpolation=\[\]; it must be one of"),
+    ("manifest.json", ("transform", "mean"), 10**400, "mean=1000"),
+    ("manifest.json", ("transform", "resize"), 10**400, "resize=1000"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("file", "place", "new", "message"), SINGLE, ids=[f"{n}-{p[-1]}" for n, (_, p, *_) in enumerate(SINGLE)]
+)
+def test_single_values_are_drawn_or_refused(
+    file: str, place: tuple[str, ...], new: object, message: str | None, whole: Path, folder: Path, model: nn.Module
+) -> None:
+    write(folder / file, changed(read(whole / file), place, new))
+    refusals = use(folder, model)
+    assert any("has no state to merge" in one for one in refusals) or message
+    assert message is None or any(re.search(message, one) for one in refusals)
+    shutil.rmtree(folder / "gallery")
+    if message is None:
+        assert unitvis.gallery(unitvis.load(folder), folder).exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "top.npz", "images.jsonl", "state.npz", "gallery/drawn.json"])
+def test_pipes_in_place_of_files_are_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with in_time():
+        if name == "gallery/drawn.json":
+            assert unitvis.gallery(unitvis.load(folder), folder).exists()
+            return
+        with pytest.raises(UnitvisError, match="not a regular file"):
+            unitvis.load(folder)
+
+
+def test_records_without_an_end_are_damaged(folder: Path) -> None:
+    os.truncate(folder / "images.jsonl", 20 << 30)
+    with in_time(), pytest.raises(UnitvisError, match="not a whole run"):
+        unitvis.load(folder)
+
+
+def test_of_more_channels_than_a_network_has_some_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sheets._MAX_ON_SHEET, "channel", 100)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    run = unitvis.scan(nn.Sequential(nn.Conv2d(3, 150, 1)), pixels, k=1, transform=unitvis.Transform(), progress=False)
+    shown = sheets._units_on_sheet(run["0"])
+    assert (len(set(shown)), shown[0], shown[-1]) == (100, 0, 149)
+    assert sheets._caption(run, run["0"], shown, "rf")[0].startswith("100 of 150 channels")
+    assert sheets.memory_groups(run, None) == [["0"]]
+    monkeypatch.setattr(sheets, "MAX_PIXELS_IN_MEMORY", 70_000)  # more than the few patches that all winners share
+    two = unitvis.Run({"a": run["0"], "b": run["0"]}, run.manifest, {}, run.source)
+    assert sheets.memory_groups(two, None) == [["a"], ["b"]]

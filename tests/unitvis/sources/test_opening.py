@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from support.clock import in_time
 from support.sources import PLAIN, SMALL, everything, noise, write
 from unitvis.errors import UnitvisError
 from unitvis.sources import open_source, reopen_source
@@ -81,3 +82,18 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)
     with pytest.raises(UnitvisError, match=f"{name}' is not a regular file; give a folder"):
         open_source(tmp_path / name, PLAIN)
+
+
+@pytest.mark.parametrize("shape", [(-8, 8, 8, 3), (10**30, 8, 8, 3), (10**12, 8, 8, 3)])
+def test_arrays_of_impossible_shapes_are_refused(shape, tmp_path):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(1536))
+    with pytest.raises(UnitvisError, match=r"cannot read '.*x.npy'"):
+        open_source(tmp_path / "x.npy", PLAIN)
+
+
+def test_a_list_without_lines_is_refused_before_it_is_read_whole(tmp_path):
+    (tmp_path / "x.txt").write_text("a.png\n")
+    os.truncate(tmp_path / "x.txt", 20 << 30)
+    with in_time(), pytest.raises(UnitvisError, match=r"line 2 of the list '.*x.txt' has 65,536 bytes or more"):
+        open_source(tmp_path / "x.txt", PLAIN)
