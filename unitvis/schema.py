@@ -7,6 +7,7 @@ A schema is a predicate with words (`Is`), a dict of schemas by key (of a key th
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,10 +50,13 @@ def either(*schemas: Schema) -> Is:
     return Is(words, lambda v: any(problem(v, schema) is None for schema in schemas))
 
 
+# Characters that stand for bytes of a path that are not UTF-8, or for nothing: neither UTF-8 nor a page can hold them.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 COUNT = whole(0, 2**62)
 NUMBER = Is("a finite number", lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max)
 SECONDS = Is("a number of seconds", lambda v: type(v) in (int, float) and abs(v) <= 1e12)
-TEXT = Is("text", lambda v: isinstance(v, str))
+TEXT = Is("text", lambda v: isinstance(v, str))  # with lone surrogates where it is a path
+UNICODE = Is("text without lone surrogates", lambda v: isinstance(v, str) and not _SURROGATE.search(v))
 FLAG = Is("true or false", lambda v: isinstance(v, bool))
 OBJECT = Is("an object", lambda v: isinstance(v, dict))
 
@@ -66,6 +70,8 @@ def problem(value: Any, schema: Schema, place: str = "") -> str | None:
     if isinstance(schema, ByName):
         if not isinstance(value, dict):
             return f"{place or 'it'} is {_shown(value)}, not an object"
+        if wrong := next((name for name in value if not UNICODE.holds(name)), None):
+            return f"{place or 'it'} has the name {_shown(wrong)}, which is not {UNICODE.words}"
         named = (problem(one, schema.schema, f"{place}.{name}") for name, one in value.items())
         return next((found for found in named if found), None)
     if isinstance(schema, dict):

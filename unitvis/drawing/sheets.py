@@ -29,8 +29,8 @@ _PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 MAX_PATCHES = 25  # of a unit, in a tile: of a larger k only the strongest are drawn
 MAX_PAGE_PIXELS = 100_000_000  # of a picture; PNG files of more are not opened by many programs
 _SHEET_PIXELS = 32_000_000  # of a page of a layer's sheet, about; a layer with more units has several
-# Units of a layer that its sheet shows, at most: single neurons are too many to draw them all, channels of a network that
-# is in use are not.
+# Units of a layer that its sheet shows, at most: single neurons are too many to draw them all; channels are so
+# only in a run that no network gave.
 _MAX_ON_SHEET = {"neuron": 1024, "channel": 32_768}
 _WINNER_PIXELS = 200  # whose memory a winner takes beside its patch
 

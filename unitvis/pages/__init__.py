@@ -142,9 +142,9 @@ def _earlier_drawings(run: RunData, folder: Path, crop: str | None) -> dict[str,
 
 def _run_digest(run: RunData) -> str:
     """A hexadecimal hash that identifies the run: of its model's weights and all winners."""
-    digest = hashlib.blake2b(run.manifest["model"]["weights"].encode("utf-8", "surrogatepass"), digest_size=16)
+    digest = hashlib.blake2b(run.manifest["model"]["weights"].encode(), digest_size=16)
     for layer, top in run.tops.items():
-        digest.update(layer.encode("utf-8", "surrogatepass"))
+        digest.update(layer.encode())
         for array in (top.values, top.images, top.positions):
             digest.update(array.tobytes())
     return digest.hexdigest()

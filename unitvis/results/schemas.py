@@ -134,6 +134,9 @@ def arrays_problem(top: LayerArrays, manifest: Mapping[str, Any]) -> str | None:
     inside = (top.positions >= 0) & (top.positions < [info["height"], info["width"]])
     if (top.images < -1).any() or not (inside.all(axis=2) | blank).all():
         return "a winner lies outside of the feature map"
+    own = np.arange(len(top))[:, None] % neurons  # of a neuron, whose place is its number
+    if info["unit"] == "neuron" and ((top.positions @ [info["width"], 1] != own) & ~blank).any():
+        return "a neuron has a winner at another neuron's place"
     if (np.abs(top.boxes.astype(np.int64)) > _MAX_BOX).any():
         return "a box lies far outside of the image"
     return None

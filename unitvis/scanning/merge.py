@@ -280,7 +280,7 @@ def _checked_model(
                 f"the runs name {spec!r} as their model, and code that a run names is not executed; name it yourself, "
                 f"with --model {spec}{weights}, or model="
             )
-        model = models.load(spec, recorded.get("file"), pretrained=recorded.get("pretrained", True))
+        model = models.load(spec, recorded["file"], pretrained=recorded["pretrained"])
     module, _, origin = models.resolved(model)
     refuse_another_model(ANOTHER_MODEL, recorded, outline(module))
     return module, origin

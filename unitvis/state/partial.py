@@ -15,7 +15,20 @@ from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError, abridged
 from unitvis.files import read_arrays, write_arrays
-from unitvis.schema import COUNT, NUMBER, OBJECT, SECONDS, TEXT, ByName, Optional, Schema, choice, problem, whole
+from unitvis.schema import (
+    COUNT,
+    NUMBER,
+    OBJECT,
+    SECONDS,
+    TEXT,
+    UNICODE,
+    ByName,
+    Optional,
+    Schema,
+    choice,
+    problem,
+    whole,
+)
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.topk import TopK
 
@@ -27,7 +40,7 @@ SHARED: dict[str, Schema] = {
     "model": {
         "class": TEXT,
         "parameters": COUNT,
-        "weights?": TEXT,
+        "weights?": UNICODE,
         "modules?": TEXT,
         "responses?": ByName(Optional([NUMBER])),
     },

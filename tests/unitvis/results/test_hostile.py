@@ -252,9 +252,10 @@ def test_patches_outside_of_their_picture_are_refused() -> None:
 
 SINGLE = [
     ("manifest.json", ("layers", "0", "receptive_field", "stride"), [1e308, 1], "not a number of pixels"),
+    ("manifest.json", ("layers", "\ud800"), {}, "layers has the name .* which is not text without lone surrogates"),
     ("manifest.json", ("model", "responses"), {"0": [10**400]}, "not a finite number"),
     ("manifest.json", ("model", "spec"), "\ud800", None),
-    ("manifest.json", ("model", "weights"), "\ud800", None),
+    ("manifest.json", ("model", "weights"), "\ud800", "not text without lone surrogates"),
     ("manifest.json", ("source", "images_ending"), [".\ud800"], "an ending is all that follows"),
     ("manifest.json", ("source", "images_ending"), 5, "not a list"),
     ("manifest.json", ("source", "path"), f"x{{0..{'9' * 5000}}}.tar", "more than 1,000,000 archives"),

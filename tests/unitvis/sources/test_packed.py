@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 import unitvis
+from support.clock import in_time
 from support.packs import BROKEN, COUNT, NORMAL, TRANSFORM, as_kind, net, originals, pack, same, scan
 from unitvis import UnitvisError
 from unitvis.drawing import sheets
@@ -342,6 +344,27 @@ def test_decoders_that_round_otherwise_give_the_packed_pixels(folder: Path, tmp_
     pixels[5] ^= 1  # not one of the rows whose hash is known
     pixels.flush()
     assert isinstance(open_source(tmp_path / "x.npy", NORMAL).picture(5)[0], Image.Image)
+
+
+@pytest.mark.parametrize(("ending", "message"), [("npz", "not a regular file"), ("npy", "is not a regular file")])
+def test_pipes_in_place_of_a_pack_s_files_are_not_waited_for(
+    ending: str, message: str, packed: Path, tmp_path: Path
+) -> None:
+    path = changed_pack(packed, tmp_path, lambda *_: None)
+    path.with_suffix(f".{ending}").unlink()
+    os.mkfifo(path.with_suffix(f".{ending}"))
+    with in_time(), pytest.raises(UnitvisError, match=message):
+        open_source(path, NORMAL)
+
+
+def test_a_json_file_without_an_end_is_refused(packed: Path, tmp_path: Path) -> None:
+    path = changed_pack(packed, tmp_path, lambda *_: None)
+    os.truncate(path.with_suffix(".json"), 20 << 30)
+    with (
+        in_time(),
+        pytest.raises(UnitvisError, match=r"x.json: a file of 21,474,836,480 bytes; more"),
+    ):
+        open_source(path, NORMAL)
 
 
 def at(keys: str, value: object) -> Callable[[dict[str, Any], dict[str, Any]], None]:
