@@ -60,6 +60,7 @@ def draw(
 
     Returns the path of index.html and those of the sheets.
     """
+    run.need_winners()
     units = sum(len(top) for top in run.tops.values())
     if units > MAX_UNITS:
         raise UnitvisError(
