@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import unitvis_kernels as uk
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
+from unitvis.network.borrowing import Tensors
 from unitvis.network.copies import copied
 from unitvis.network.forward import COMPUTE_BATCH, Hooks
 from unitvis.network.network import Network
@@ -167,8 +168,11 @@ def _half_values(network: Network, *batches: Tensor, dtype: torch.dtype) -> list
     axes = network.channel_axes([layer.name for layer in network.layers], network.input_shape)
     with torch.no_grad(), torch.autocast(network.device.type, enabled=False), Hooks(model, axes) as hooks:
         pixels = (network.normalise(batch).to(dtype, memory_format=torch.channels_last) for batch in batches)
-        keys = [hooks.keys(one, network.columns, None, neurons=network.unit == "neuron") for one in pixels]
-    return [uk.unpack(one)[0].float() for one in keys]
+        found = []
+        for one in pixels:
+            with Tensors(model).kept():  # a pass that ends with the last layer may leave the model changed
+                found.append(hooks.keys(one, network.columns, None, neurons=network.unit == "neuron"))
+    return [uk.unpack(keys)[0].float() for keys in found]
 
 
 def _flat_images(network: Network, images: Tensor, precision: str) -> str | None:
