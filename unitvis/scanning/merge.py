@@ -26,9 +26,9 @@ from unitvis.run import Run, load
 from unitvis.scanning.scan import finish_run
 from unitvis.sources import Source, open_as_described, reopen_source
 from unitvis.state.interval_set import IntervalSet
+from unitvis.state.noise_numbers import ROUNDING
 from unitvis.state.overlap import contradiction
 from unitvis.state.partial import (
-    ROUNDING,
     Identity,
     Partial,
     joined_seen,

@@ -19,7 +19,7 @@ from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
 from unitvis.sources import Source
-from unitvis.state.partial import ROUNDING
+from unitvis.state.noise_numbers import ROUNDING
 
 
 class _WinnerRows:

@@ -17,11 +17,10 @@ from unitvis.errors import UnitvisError, abridged
 from unitvis.files import read_arrays, write_arrays
 from unitvis.schema import COUNT, NUMBER, OBJECT, SECONDS, TEXT, ByName, Optional, Schema, choice, problem, whole
 from unitvis.state.interval_set import IntervalSet
+from unitvis.state.noise_numbers import NUMBERS, changed_layers
 from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
-RESPONSES = "model.responses"  # entry that has numbers for each layer of what it computes from fixed noise
-ROUNDING = 1e-5  # share of a layer's largest response by which other hardware may change a float32 response
 # Entries that a manifest and an identity share, as JSON.
 SHARED: dict[str, Schema] = {
     "model": {
@@ -30,6 +29,7 @@ SHARED: dict[str, Schema] = {
         "weights?": TEXT,
         "modules?": TEXT,
         "responses?": ByName(Optional([NUMBER])),
+        "channels?": ByName(NUMBERS),
     },
     "input": (whole(1, 10**6), whole(1, 10**6), whole(1, 10**6)),
     "k": whole(1, 10**9),
@@ -45,6 +45,7 @@ _IDENTITY = SHARED | {
 }
 _ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": SECONDS}
 FORMAT = 2  # version of the arrays
+_NOISE = ("responses", "channels")  # entries of a model that are equal up to rounding, see `noise_numbers`
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 
@@ -164,7 +165,7 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     shared = {key: manifest[key] for key in ("input", "k", "unit", "transform", "fingerprint")}
     shared["precision"] = manifest["scan"]["precision"]
     described = manifest["model"]
-    keys = ("class", "parameters", "weights", "modules", "responses")
+    keys = ("class", "parameters", "weights", "modules", "responses", "channels")
     model = {key: described[key] for key in keys if key in described}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
     source = same_images(manifest["source"])
@@ -178,10 +179,11 @@ def same_images(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
     """What is not equal in two identities, as sentences: `k is 9 and 5`."""
-    if name == RESPONSES and isinstance(one, Mapping) and isinstance(other, Mapping):
-        if changed := [layer for layer in one if layer in other and not _same_numbers(one[layer], other[layer])]:
-            yield f"the network computes something else in {abridged(changed)}"
-    elif isinstance(one, Mapping) and isinstance(other, Mapping):
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if name == "model":
+            if changed := changed_layers(one, other):
+                yield f"the network computes something else in {abridged(changed)}"
+            one, other = ({k: v for k, v in each.items() if k not in _NOISE} for each in (one, other))
         for key in [*one, *(key for key in other if key not in one)]:
             inside = f"{name}.{key}" if name else key
             yield from differences(one.get(key, "nothing"), other.get(key, "nothing"), inside)
@@ -201,16 +203,6 @@ def refuse_another_model(what: str, then: Mapping[str, Any], now: Mapping[str, A
     Entries: see `network.identity`; what the manifest says beside them does not count.
     """
     refuse_differences(what, {"model": {key: then[key] for key in now if key in then}}, {"model": dict(now)})
-
-
-def _same_numbers(one: Any, other: Any) -> bool:
-    """Whether a layer's numbers, the largest magnitude first, are equal up to rounding; for anything else, equality."""
-    if not all(
-        isinstance(value, list) and value and all(isinstance(v, float) for v in value) for value in (one, other)
-    ):
-        return one == other
-    slack = ROUNDING * max(abs(one[0]), abs(other[0]))
-    return len(one) == len(other) and all(abs(a - b) <= slack for a, b in zip(one, other, strict=True))
 
 
 def _shown(value: Any) -> str:
