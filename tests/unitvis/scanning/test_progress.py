@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,6 +221,22 @@ def test_a_finished_run_is_not_scanned_again(folder: Path, tmp_path: Path, monke
     assert again["0"].values.tobytes() == first["0"].values.tobytes()
     assert result(tmp_path / "run") == before
     assert again.source.length == COUNT
+
+
+@pytest.mark.parametrize("batches", [3, 99])
+def test_a_scan_of_single_neurons_goes_on(
+    batches: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"unit": "neuron", "layers": ["2"], "k": 3}
+    whole = scan(folder, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch, suppress(StoppedError):
+        stopping(batches, crash, patch)
+        scan(folder, tmp_path / "run", **options)
+    with pytest.raises(UnitvisError, match="unit is neuron and channel"):
+        scan(folder, tmp_path / "run", layers=["2"], k=3, resume=True)
+    run = scan(folder, tmp_path / "run", resume=True, **options)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    assert run["2"].values.tobytes() == whole["2"].values.tobytes()
 
 
 def redrawn(path: Path) -> bytes:
