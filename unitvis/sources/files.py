@@ -14,7 +14,16 @@ from unitvis.decoding.contents import FileContents
 from unitvis.errors import UnitvisError
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.image_names import ImageNames, others_in_words
-from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing
+from unitvis.sources.names import (
+    MIN_SAVED_NAMES,
+    SETTLE_NS,
+    Names,
+    Stamp,
+    listing_key,
+    load_listing,
+    save_listing,
+    stamp,
+)
 from unitvis.sources.transform import Transform
 
 
@@ -52,10 +61,10 @@ def folder_source(
 
 def _new_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, ImageNames]:
     """List the names of all images below, and count the other files; a long listing is saved for the next run."""
-    folders, start = dict[bytes, _Stamp](), time.time_ns()
+    folders, start = dict[bytes, Stamp](), time.time_ns()
     chosen = ImageNames(endings)
     names = Names(filter(chosen.take, _walk(root, folders, lambda name: chosen.take(name, hidden=True))))
-    newest = max(changed for _, _, changed in folders.values())
+    newest = max(max(written, changed) for _, _, written, changed in folders.values())
     if len(names) + chosen.others.total() >= MIN_SAVED_NAMES and start - newest > SETTLE_NS:
         inside = {f"folder_{key}": value for key, value in Names(folders).arrays().items()}
         stamps = np.array(list(folders.values()), np.int64)
@@ -72,20 +81,12 @@ def _saved_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, I
     try:
         folders = Names.from_arrays({"names": saved["folder_names"], "starts": saved["folder_starts"]})
         same = all(
-            _stamp(os.path.join(root, folders[i])) == tuple(row) for i, row in enumerate(saved["stamps"].tolist())
+            stamp(os.stat(os.path.join(root, folders[i]))) == tuple(row)
+            for i, row in enumerate(saved["stamps"].tolist())
         )
         return (Names.from_arrays(saved), ImageNames.restored(saved["chosen"])) if same else None
     except (OSError, KeyError):
         return None
-
-
-_Stamp = tuple[int, int, int]  # device, inode, time of the last change in ns
-
-
-def _stamp(folder: bytes) -> _Stamp:
-    """Identity and time of the last change of a folder."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def list_source(path: str, transform: Transform | None, **options: Any) -> FileSource:
@@ -119,7 +120,7 @@ def _listed_files(
     return FileSource(kind, path, os.fsencode(root), Names(names), transform, **options)
 
 
-def _walk(root: bytes, folders: dict[bytes, _Stamp], skip: Callable[[bytes], object]) -> Iterator[bytes]:
+def _walk(root: bytes, folders: dict[bytes, Stamp], skip: Callable[[bytes], object]) -> Iterator[bytes]:
     """Yield relative paths of all files below, sorted as bytes; hidden names are left out, no folder is visited twice.
 
     Folders of runs are left out: a run written into the images' own folder must not become part of the images.
@@ -139,11 +140,11 @@ def _walk(root: bytes, folders: dict[bytes, _Stamp], skip: Callable[[bytes], obj
             continue
         path = os.path.join(root, name)
         try:
-            stamp = _stamp(path)
-            if stamp[:2] in visited:
+            found_stamp = stamp(os.stat(path))
+            if found_stamp[:2] in visited:
                 continue
-            visited.add(stamp[:2])
-            folders[name] = stamp
+            visited.add(found_stamp[:2])
+            folders[name] = found_stamp
             with os.scandir(path) as entries:
                 # the slash makes a folder sort as the paths of its contents do
                 found = [entry.name + b"/" * _is_folder(entry) for entry in entries]
