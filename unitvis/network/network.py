@@ -126,6 +126,11 @@ class Network:
         return np.repeat(np.arange(len(self.layers)), [own.stop - own.start for own in self.columns])
 
     @property
+    def layer_names(self) -> list[str]:
+        """The names of the layers, in the order of the forward pass and of the units."""
+        return [layer.name for layer in self.layers]
+
+    @property
     def map_shapes(self) -> list[Shape]:
         """[C, H, W] of each layer's map."""
         return [(layer.channels, layer.height, layer.width) for layer in self.layers]
@@ -267,7 +272,7 @@ class Network:
         Returns {"responses": {layer: five numbers, see `numbers_of`}, "channels": {layer: see `channel_numbers`}}.
         """
         refuse_other_arithmetic(self.device)  # or else the network would seem to be another one
-        names = [layer.name for layer in self.layers]
+        names = self.layer_names
         found: dict[str, dict[str, Any]] = {"responses": {}, "channels": {}}
 
         def read(index: int, maps: Tensor) -> None:

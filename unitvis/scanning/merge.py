@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from unitvis.state.partial import (
     refuse_another_model,
     refuse_differences,
     same_images,
+    units_of_layers,
 )
 from unitvis.state.topk import TopK
 
@@ -107,6 +107,7 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     for name in order[1:]:
         part = parts[name]
         refuse_differences(f"{first} and {name} cannot be merged", merged.identity, part.identity)
+        part = part.ordered(list(merged.identity["layers"]))
         failures |= part.failures
         try:
             seen = joined_seen(seen, part.seen)
@@ -138,7 +139,7 @@ def _refuse_contradiction(what: str, scanned: Identity, one: TopK, other: TopK, 
     if not len(shared):
         return
     mine, theirs = one.read(), other.read()
-    sizes = [shape[0] if scanned["unit"] == "channel" else math.prod(shape) for shape in scanned["layers"].values()]
+    sizes = units_of_layers(scanned)
     layer_of = np.repeat(np.arange(len(sizes)), sizes)
     if (precision := scanned["precision"]) == "fp32":
         slack, share = ROUNDING * mine.largest_of_layers(sizes), 0.0
@@ -196,6 +197,7 @@ def _finished_run(
         recorder.prepare((channels, height, width))
         refuse_another_model(ANOTHER_MODEL, manifest["model"], recorder.network.description)
         recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
+        part = part.ordered(recorder.network.layer_names)
         recorder.restore(part)
         source.add_failures(part.failures)
         checked = _check_same_images(recorder, source, parts, manifest["fingerprint"])
@@ -235,7 +237,8 @@ def _check_same_images(
                 f"{others}: {error}, or give the images that were scanned (--images, images=)"
             ) from error
         try:
-            sums.update(recorder.check_witness(source, part.topk, bits=bits))
+            topk = part.ordered(recorder.network.layer_names).topk
+            sums.update(recorder.check_witness(source, topk, bits=bits))
         except UnitvisError as error:
             if len(noted):
                 raise UnitvisError(

@@ -74,7 +74,7 @@ class Progress:
             if part.identity["precision"] in precisions:
                 self._recorder.set_precision(part.identity["precision"], batch_size)
             self._prepare_same_scan(f"the scan in {self._folder} cannot be resumed (then and now)", part.identity)
-            self._recorder.restore(part)
+            self._recorder.restore(part.ordered(self._recorder.network.layer_names))
             self._source.add_failures(part.failures)
             self.earlier_seconds = part.seconds
             self._check_same_images(part)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,6 +71,21 @@ class Partial:
         """The ids that hold one of the first k places and are noted in `seen`, ascending."""
         return np.intersect1d(self.topk.images(self.identity["k"]), self.seen["id"])
 
+    def ordered(self, layers: Sequence[str]) -> Self:
+        """The same with the units in the order of these layers, which are its own.
+
+        One network may run its branches in another order in each process, as where it keeps their names in a set.
+        """
+        own = self.identity["layers"]
+        if list(own) == list(layers):
+            return self
+        counts = units_of_layers(self.identity)
+        ends = dict(zip(own, np.cumsum(counts).tolist(), strict=True))
+        count = dict(zip(own, counts, strict=True))
+        rows = np.concatenate([np.arange(ends[name] - count[name], ends[name]) for name in layers])
+        identity = self.identity | {"layers": {name: own[name] for name in layers}}
+        return replace(self, identity=identity, topk=TopK(self.topk.tensor[torch.from_numpy(rows)]))
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything as arrays, for an npz file without pickle."""
         reasons = sorted(set(self.failures.values()))
@@ -120,8 +135,7 @@ def read_partial(path: Path) -> Partial:
 
 def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> str | None:
     """What of the arrays does not fit together; None if all does."""
-    maps = identity["layers"].values()
-    units = sum(math.prod(shape) if identity["unit"] == "neuron" else shape[0] for shape in maps)
+    units = sum(units_of_layers(identity))
     state = arrays["state"]
     wide = 2 * (identity["k"] + 1) + 2  # see `TopK`; half precision keeps more places
     if state.dtype != np.int64 or state.ndim != 2 or len(state) != units or state.shape[1] < wide or state.shape[1] % 2:
@@ -152,6 +166,12 @@ def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> s
     return None
 
 
+def units_of_layers(identity: Identity) -> list[int]:
+    """The number of units of each layer, in the order of the rows of the top-k."""
+    maps = identity["layers"].values()
+    return [math.prod(shape) if identity["unit"] == "neuron" else shape[0] for shape in maps]
+
+
 def joined_seen(one: NDArray[np.void], other: NDArray[np.void]) -> NDArray[np.void]:
     """The union of two SEEN tables, by id; UnitvisError where they have an image with another content each."""
     seen = np.unique(np.concatenate([one, other]))  # by id, then by digest
@@ -180,13 +200,14 @@ def same_images(source: Mapping[str, Any]) -> dict[str, Any]:
 def differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
     """What is not equal in two identities, as sentences: `k is 9 and 5`."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
+        changed = changed_layers(one, other) if name == "model" else []
         if name == "model":
-            if changed := changed_layers(one, other):
-                yield f"the network computes something else in {abridged(changed)}"
             one, other = ({k: v for k, v in each.items() if k not in _NOISE} for each in (one, other))
         for key in [*one, *(key for key in other if key not in one)]:
             inside = f"{name}.{key}" if name else key
             yield from differences(one.get(key, "nothing"), other.get(key, "nothing"), inside)
+        if changed:
+            yield f"the network computes something else in {abridged(changed)}"
     elif one != other:
         yield f"{name} is {_shown(one)} and {_shown(other)}"
 
