@@ -15,6 +15,7 @@ from torch import nn
 
 from unitvis import models
 from unitvis.errors import UnitvisError
+from unitvis.files import only_writer
 from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
 from unitvis.network.identity import outline
@@ -69,10 +70,27 @@ def merge(
     Raises UnitvisError that names what differs between the runs, or which images are missing.
     """
     folder = None if out is None else check_output(out, overwrite=overwrite)
-    loaded = {str(run): load(run) for run in runs if not isinstance(run, Run)}
-    loaded |= {f"run {number}": run for number, run in enumerate(runs, 1) if isinstance(run, Run)}
-    if not loaded:
-        raise UnitvisError("there is nothing to merge; name the runs of the shards")
+    with only_writer(folder):
+        loaded = {str(run): load(run) for run in runs if not isinstance(run, Run)}
+        loaded |= {f"run {number}": run for number, run in enumerate(runs, 1) if isinstance(run, Run)}
+        if not loaded:
+            raise UnitvisError("there is nothing to merge; name the runs of the shards")
+        run = _merged_run(loaded, model, images, device, on_error, partial=partial)
+        if folder is not None:
+            run.write(folder)
+    return run
+
+
+def _merged_run(
+    loaded: Mapping[str, Run],
+    model: nn.Module | str | models.Loaded | None,
+    images: object,
+    device: torch.device | str | None,
+    on_error: str,
+    *,
+    partial: bool,
+) -> Run:
+    """Merge runs, given by name; see `merge`."""
     parts: dict[str, Partial] = {}
     for name, run in loaded.items():
         if run.partial is None:
@@ -89,8 +107,6 @@ def merge(
         run.records = {id: records[id] for id in merged.candidates.tolist() if id in records}
     else:
         run = _finished_run(merged, parts, manifest, records, model, images, device, on_error)
-    if folder is not None:
-        run.write(folder)
     return run
 
 

@@ -37,9 +37,7 @@ def test_filters_of_the_first_layer_are_its_weights(model: nn.Module, layer: str
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_filters_of_a_model_in_another_precision_are_those_that_were_scanned(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_filters_of_a_model_in_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3)).eval().to(dtype)
     run = unitvis.scan(model, torch.rand(3, 3, 8, 8), layers=["1", "3"], progress=False)

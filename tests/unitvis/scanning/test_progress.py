@@ -451,6 +451,29 @@ def test_a_folder_that_was_removed_meanwhile_is_said(
         scan(folder, tmp_path / "run")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no lock is taken")
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_commands_never_write_into_one_folder(
+    options: dict[str, object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = scan(folder, tmp_path / "whole"), tmp_path / "run"
+    refused = "another command is writing into .*run; wait for its end, or give another path"
+
+    def second() -> None:
+        if not options:  # the first has written nothing yet when the second begins
+            for path in out.iterdir():
+                path.unlink()
+        for command in (lambda: scan(folder, out, **options), lambda: whole.save(out, overwrite=True)):
+            with pytest.raises(UnitvisError, match=refused):
+                command()
+
+    with monkeypatch.context() as patch:
+        stopping(3, second, patch)
+        run = scan(folder, out)
+    assert result(out) == result(tmp_path / "whole")
+    assert run.save(out, overwrite=True) == out  # the lock is free again
+
+
 def test_what_a_folder_holds_is_respected(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = unfinished(folder, tmp_path / "run", monkeypatch)
     with pytest.raises(UnitvisError, match=r"not finished; resume it \(--resume\) or start again \(--overwrite\)"):
