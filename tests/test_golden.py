@@ -86,7 +86,7 @@ def contents(run: unitvis.Run) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays = {f"{layer}/{key}": getattr(top, key) for layer, top in run.tops.items() for key in ARRAYS}
     manifest = {key: value for key, value in run.manifest.items() if key not in NOT_COMPARED}
     model = manifest["model"]
-    manifest["model"] = {key: value for key, value in model.items() if key not in ("modules", "responses")}
+    manifest["model"] = {key: value for key, value in model.items() if key not in ("modules", "responses", "channels")}
     manifest["source"] = {key: value for key, value in manifest["source"].items() if key != "path"}
     return arrays, json.loads(json.dumps({"manifest": manifest, "images": list(run.records.values())}))
 

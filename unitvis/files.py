@@ -11,7 +11,7 @@ import stat
 import urllib.parse
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where no lock is taken
+    fcntl = None  # type: ignore[assignment]
 
 _UNPACKED_BYTES = 64 * 2**20  # of arrays that may be unpacked from any file
 _MAX_RATIO = 100  # how many times as many bytes larger arrays may take unpacked; those of runs stay far below
@@ -53,6 +58,40 @@ def make_folder(path: Path) -> Path:
         raise UnitvisError(f"{path} is a link, so nothing is written into it; remove it, or give another path")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def only_writer(folder: Path | None) -> Iterator[None]:
+    """Context that keeps a folder for one command; UnitvisError where another one holds it. None: no folder.
+
+    The system takes the lock back from a process that dies. Some file systems have no locks; there none is held.
+    """
+    if folder is None or fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if not lock(number):
+            raise UnitvisError(f"another command is writing into {folder}; wait for its end, or give another path")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # of a file system without locks
+                fcntl.flock(number, fcntl.LOCK_UN)  # processes that were forked meanwhile would keep it
+    finally:
+        os.close(number)
+
+
+def lock(file: int | IO[Any]) -> bool:
+    """Lock an open file or folder until it is closed; False where another process or thread holds it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def flush_to_disk(file: IO[Any]) -> None:

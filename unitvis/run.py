@@ -13,6 +13,7 @@ from PIL import Image
 from unitvis.drawing import sheets
 from unitvis.drawing.notebook import PATCH_SIZE, layer_html, png, run_html
 from unitvis.errors import UnitvisError, check_unit
+from unitvis.files import only_writer
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 from unitvis.results.folder import check_output, read_run, write_run
@@ -118,7 +119,8 @@ class Run(RunData):
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the run into a folder: a new or empty one, or with `overwrite` one that holds a run; returns it."""
-        return self.write(check_output(path, overwrite=overwrite))
+        with only_writer(folder := check_output(path, overwrite=overwrite)):
+            return self.write(folder)
 
     def write(self, folder: Path) -> Path:
         """Write the run into a folder that `check_output` returned; see `results.folder`."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unitvis import models
 from unitvis.network.borrowing import Tensors, evaluating
+from unitvis.network.device import on_device, unwrapped
 from unitvis.network.layers import Examination
 from unitvis.results.data import RunData
 
@@ -20,8 +21,8 @@ def first_filters(model: nn.Module | str | models.Loaded, run: RunData) -> dict[
     weight has the sign of its filter changed, as that of its response. Empty where the run has neither, and for a
     convolution that is grouped, is 1x1, or has other input channels than the image.
     """
-    model, channels = models.resolved(model)[0], run.manifest["input"][0]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model, device = on_device(unwrapped(models.resolved(model)[0]), None)
+    channels = run.manifest["input"][0]
     with evaluating(model), Tensors(model).kept():
         examination = Examination(model, torch.zeros(1, *run.manifest["input"], device=device))
     convolutions = {n: m for n in examination.runs if isinstance(m := examination.modules[n], nn.Conv2d)}
@@ -30,7 +31,7 @@ def first_filters(model: nn.Module | str | models.Loaded, run: RunData) -> dict[
     first, convolution = next(iter(convolutions.items()))
     if convolution.in_channels != channels or convolution.groups != 1 or max(convolution.kernel_size) == 1:
         return {}
-    weights = convolution.weight.detach().float()
+    weights = convolution.weight.detach()
     found = {first: weights}
     for norm in examination.following_batch_norms().get(first, []):
         scale = examination.modules[norm].weight

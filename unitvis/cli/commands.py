@@ -181,8 +181,14 @@ def _sheet(arguments: argparse.Namespace) -> int:
         raise UnitvisError("several layers go on one page as a figure: --figure lecture or --figure paper")
     else:
         page = run.sheet(arguments.layer[0], units, crop=arguments.crop, size=arguments.size)
-    with replacing(target) as part:
-        page.save(part, {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG"), dpi=(DPI, DPI))
+    kind = {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG")
+    try:
+        with replacing(target) as part:
+            page.save(part, kind, dpi=(DPI, DPI))
+    except OSError as error:
+        raise UnitvisError(
+            f"{target} could not be written: {error.strerror or error}; make room there, or give another path"
+        ) from error
     print(f"{target}: {page.width} x {page.height} pixels")
     return DONE
 

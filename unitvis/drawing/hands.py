@@ -88,7 +88,7 @@ class Hands:
             return lambda: self._cut(image, cuts)
         if record is not None:
             self._run.source.check_name(record)
-        hashed = None if record is None else record["hash"]
+        hashed = None if record is None else record.get("hash") or ""  # "": of no content
         place, packed = self._run.source.place(image), self._run.source.packed(image)
         future = self._executor.submit(self._cutter, place, hashed, cuts, packed)
 

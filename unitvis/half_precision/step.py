@@ -72,9 +72,9 @@ class Step:
             keys = canonical.keys(images)
         return cls(
             model,
-            dict(zip((layer.name for layer in network.layers), network.columns, strict=True)),
+            dict(zip(network.layer_names, network.columns, strict=True)),
             topk,
-            axes=network.channel_axes([layer.name for layer in network.layers], network.input_shape),
+            axes=network.channel_axes(network.layer_names, network.input_shape),
             shapes=network.map_shapes,
             dtype=HALF[precision],
             size=size,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from unitvis.state.noise_numbers import encoded
+
 NOISE_IMAGES = 2
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -57,6 +59,18 @@ def numbers_of(maps: Tensor) -> list[float] | None:
     sums = [float(values @ weight) / len(values) for weight in weights]
     found = [float(values.abs().max()), float(values.mean()), float(values.square().mean().sqrt()), *sums]
     return found if all(map(math.isfinite, found)) else None
+
+
+def channel_numbers(maps: Tensor) -> str:
+    """One number for each channel of a layer's maps [N, C, H, W], as `noise_numbers.encoded` writes float32 [C].
+
+    It is the mean of the channel's magnitudes, in which negative values count half, so that a change of sign shows, and
+    places by pseudo-random weights in 0.5..1.5, so that a shift shows.
+    """
+    values = maps.detach().double().cpu().transpose(0, 1).flatten(1)  # [C, N * H * W]
+    number = torch.arange(values.shape[1], dtype=torch.float64, device="cpu")
+    weights = (number.square() * _GOLDEN_RATIO).frac() + 0.5
+    return encoded((torch.maximum(values, -0.5 * values) @ weights / weights.sum()).float().numpy())
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis.errors import UnitvisError, abridged
-from unitvis.network.bits import Bits, close
+from unitvis.network.bits import Bits, close, computing_threads
 from unitvis.network.borrowing import Tensors, evaluating, turn
 from unitvis.network.canonical import canonical_settings, refuse_other_arithmetic
 from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
 from unitvis.network.forward import CanonicalPass, Hooks, model_input
-from unitvis.network.identity import describe_model, noise, numbers_of, outline
+from unitvis.network.identity import channel_numbers, describe_model, noise, numbers_of, outline
 from unitvis.network.inputs import input_channels, refuse_channels_last
 from unitvis.network.layers import Examination, Layer, maps_of_two
 from unitvis.network.receptive_fields.fields import followed_fields
@@ -124,6 +124,11 @@ class Network:
     def layer_of(self) -> NDArray[np.int64]:
         """int64 [units]: the number of each unit's layer."""
         return np.repeat(np.arange(len(self.layers)), [own.stop - own.start for own in self.columns])
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The names of the layers, in the order of the forward pass and of the units."""
+        return [layer.name for layer in self.layers]
 
     @property
     def map_shapes(self) -> list[Shape]:
@@ -251,25 +256,32 @@ class Network:
     def description(self) -> dict[str, Any]:
         """The model in the manifest: class and number of parameters, and once it was examined what identifies it.
 
-        See `describe_model`; `responses` has five numbers for each layer. Buffers that a pass changes do not count.
+        See `describe_model` and `responses_to_noise`. Buffers that a pass changes do not count.
         """
         if self._description is None:
             if not self.layers:
                 return outline(self.model)
             responses = self.responses_to_noise()  # first: it shows tensors that a pass changes
-            self._description = {**describe_model(self.model, self._tensors.changing), "responses": responses}
+            self._description = describe_model(self.model, self._tensors.changing) | responses
         return self._description
 
     @torch.inference_mode(False)
-    def responses_to_noise(self) -> dict[str, list[float] | None]:
-        """Five numbers for each layer of what the model computes now from fixed noise, see `numbers_of`."""
+    def responses_to_noise(self) -> dict[str, dict[str, Any]]:
+        """What the model computes now from fixed noise, on one thread of a CPU, whose rounding is always the same.
+
+        Returns {"responses": {layer: five numbers, see `numbers_of`}, "channels": {layer: see `channel_numbers`}}.
+        """
         refuse_other_arithmetic(self.device)  # or else the network would seem to be another one
-        names, responses = [layer.name for layer in self.layers], dict[str, list[float] | None]()
+        names = self.layer_names
+        found: dict[str, dict[str, Any]] = {"responses": {}, "channels": {}}
 
         def read(index: int, maps: Tensor) -> None:
-            responses[names[index]] = numbers_of(maps)
+            found["responses"][names[index]] = numbers_of(maps)
+            found["channels"][names[index]] = channel_numbers(maps)
 
         hooks = Hooks(self.model, self._layer_axes(), self.map_shapes)
-        with torch.no_grad(), self.evaluating(), canonical_settings(self.device), hooks, self._tensors.kept():
+        one_thread = computing_threads(1) if self.device.type == "cpu" else nullcontext()
+        settings = canonical_settings(self.device)
+        with torch.no_grad(), self.evaluating(), settings, one_thread, hooks, self._tensors.kept():
             hooks.run(noise(self.input_shape).to(self.device), read)
-        return responses
+        return found

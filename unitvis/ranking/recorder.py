@@ -22,7 +22,8 @@ from unitvis.reranking.witness import check_witness
 from unitvis.results.manifest import scan_manifest
 from unitvis.run import Run
 from unitvis.sources import Source, open_source
-from unitvis.state.partial import ROUNDING, SEEN, Identity, Partial, identity
+from unitvis.state.noise_numbers import ROUNDING
+from unitvis.state.partial import SEEN, Identity, Partial, identity
 from unitvis.state.topk import TopK
 
 # Share of a layer's largest response by which the images of a loop may give others when they are read again.

@@ -23,7 +23,7 @@ from unitvis.ranking.batches import check_coverage, checked_ids, checked_images,
 from unitvis.ranking.watch import WeightsWatch
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.partial import RESPONSES, differences
+from unitvis.state.partial import differences
 from unitvis.state.topk import TopK
 
 
@@ -291,8 +291,8 @@ class Recording:
         """
         if self.network.model is not self._given:  # a copy was ranked, which nobody else has
             return
-        before, now = self.network.description["responses"], self.network.responses_to_noise()
-        if different := list(differences(before, now, RESPONSES)):
+        before, now = self.network.description, self.network.responses_to_noise()
+        if different := list(differences({key: before[key] for key in now}, now, "model")):
             raise UnitvisError(
                 f"the model changed while images were recorded ({different[0]}), so the responses are those of "
                 f"different networks; leave its attributes, modules and hooks as they are until the result is made"

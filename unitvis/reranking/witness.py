@@ -15,8 +15,8 @@ from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.reranking.rereading import read_again
 from unitvis.sources import Source
-from unitvis.state.partial import ROUNDING
-from unitvis.state.sampling import smallest_hashes
+from unitvis.state.noise_numbers import ROUNDING
+from unitvis.state.sampling import mixed
 from unitvis.state.topk import TopK
 
 WITNESSES = COMPUTE_BATCH  # images that are computed again
@@ -36,7 +36,7 @@ def check_witness(
     half: HalfResponses | None = None,
     resolution: float = 0.0,
 ) -> dict[str, int]:
-    """Compute 16 winners of a top-k again, those whose ids have the smallest hashes, and compare all their places.
+    """Compute 16 winners of a top-k again, chosen by `witnesses`, and compare all their places.
 
     network: in eval mode, its layers known. k: places of winners. bits: values and positions must be bit-equal, except
     in layers whose bits depend on an image's place in its batch; otherwise values may differ by `rounding` of the
@@ -47,8 +47,7 @@ def check_witness(
     that is absent, has changed, or gives other responses.
     """
     ranked = topk.read()
-    winners = np.unique(ranked.images[:, :k])
-    ids = smallest_hashes(winners[winners >= 0], WITNESSES)
+    ids = witnesses(ranked.images[:, :k])
     if not len(ids):
         return {"images": 0, "responses": 0, "equal": 0}
     [batch] = read_again(source, ids)
@@ -82,6 +81,26 @@ def check_witness(
             f"and gives {now[first]:.9g} now"
         )
     return {"images": len(ids), "responses": len(equal), "equal": int(equal.sum())}
+
+
+def witnesses(winners: NDArray[np.int64]) -> NDArray[np.int64]:
+    """At most 16 of the images in `winners` [units, k], -1 where blank, that win for many different units: ascending.
+
+    One after the other the image is taken that wins for most units for which none of those before it does (Chvatal
+    1979, a greedy cover); of equal ones, and once all units are covered, that whose id has the smallest hash.
+    """
+    ids, at = np.unique(winners, return_inverse=True)
+    unit, image = np.nonzero(winners >= 0)[0], at.ravel()[winners.ravel() >= 0]
+    order = np.argsort(mixed(ids), kind="stable")
+    place = np.argsort(order, kind="stable")[image]  # of each pair's image by hash: argmax takes the first
+    free, chosen = ids[order] >= 0, list[int]()
+    for _ in range(min(WITNESSES, int(free.sum()))):
+        wins = np.bincount(place, minlength=len(ids))
+        chosen.append(int(np.argmax(np.where(free, wins, -1))))
+        free[chosen[-1]] = False
+        left = ~np.isin(unit, unit[place == chosen[-1]])
+        unit, place = unit[left], place[left]
+    return np.sort(ids[order][chosen])
 
 
 def _close(then: NDArray[Any], now: NDArray[Any], slack: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import nn
 
 from unitvis import models
 from unitvis.errors import UnitvisError
+from unitvis.files import only_writer
 from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
 from unitvis.network.identity import outline
@@ -26,15 +26,16 @@ from unitvis.run import Run, load
 from unitvis.scanning.scan import finish_run
 from unitvis.sources import Source, open_as_described, reopen_source
 from unitvis.state.interval_set import IntervalSet
+from unitvis.state.noise_numbers import ROUNDING
 from unitvis.state.overlap import contradiction
 from unitvis.state.partial import (
-    ROUNDING,
     Identity,
     Partial,
     joined_seen,
     refuse_another_model,
     refuse_differences,
     same_images,
+    units_of_layers,
 )
 from unitvis.state.topk import TopK
 
@@ -69,10 +70,27 @@ def merge(
     Raises UnitvisError that names what differs between the runs, or which images are missing.
     """
     folder = None if out is None else check_output(out, overwrite=overwrite)
-    loaded = {str(run): load(run) for run in runs if not isinstance(run, Run)}
-    loaded |= {f"run {number}": run for number, run in enumerate(runs, 1) if isinstance(run, Run)}
-    if not loaded:
-        raise UnitvisError("there is nothing to merge; name the runs of the shards")
+    with only_writer(folder):
+        loaded = {str(run): load(run) for run in runs if not isinstance(run, Run)}
+        loaded |= {f"run {number}": run for number, run in enumerate(runs, 1) if isinstance(run, Run)}
+        if not loaded:
+            raise UnitvisError("there is nothing to merge; name the runs of the shards")
+        run = _merged_run(loaded, model, images, device, on_error, partial=partial)
+        if folder is not None:
+            run.write(folder)
+    return run
+
+
+def _merged_run(
+    loaded: Mapping[str, Run],
+    model: nn.Module | str | models.Loaded | None,
+    images: object,
+    device: torch.device | str | None,
+    on_error: str,
+    *,
+    partial: bool,
+) -> Run:
+    """Merge runs, given by name; see `merge`."""
     parts: dict[str, Partial] = {}
     for name, run in loaded.items():
         if run.partial is None:
@@ -89,8 +107,6 @@ def merge(
         run.records = {id: records[id] for id in merged.candidates.tolist() if id in records}
     else:
         run = _finished_run(merged, parts, manifest, records, model, images, device, on_error)
-    if folder is not None:
-        run.write(folder)
     return run
 
 
@@ -107,6 +123,7 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     for name in order[1:]:
         part = parts[name]
         refuse_differences(f"{first} and {name} cannot be merged", merged.identity, part.identity)
+        part = part.ordered(list(merged.identity["layers"]))
         failures |= part.failures
         try:
             seen = joined_seen(seen, part.seen)
@@ -138,7 +155,7 @@ def _refuse_contradiction(what: str, scanned: Identity, one: TopK, other: TopK, 
     if not len(shared):
         return
     mine, theirs = one.read(), other.read()
-    sizes = [shape[0] if scanned["unit"] == "channel" else math.prod(shape) for shape in scanned["layers"].values()]
+    sizes = units_of_layers(scanned)
     layer_of = np.repeat(np.arange(len(sizes)), sizes)
     if (precision := scanned["precision"]) == "fp32":
         slack, share = ROUNDING * mine.largest_of_layers(sizes), 0.0
@@ -196,6 +213,7 @@ def _finished_run(
         recorder.prepare((channels, height, width))
         refuse_another_model(ANOTHER_MODEL, manifest["model"], recorder.network.description)
         recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
+        part = part.ordered(recorder.network.layer_names)
         recorder.restore(part)
         source.add_failures(part.failures)
         checked = _check_same_images(recorder, source, parts, manifest["fingerprint"])
@@ -235,7 +253,8 @@ def _check_same_images(
                 f"{others}: {error}, or give the images that were scanned (--images, images=)"
             ) from error
         try:
-            sums.update(recorder.check_witness(source, part.topk, bits=bits))
+            topk = part.ordered(recorder.network.layer_names).topk
+            sums.update(recorder.check_witness(source, topk, bits=bits))
         except UnitvisError as error:
             if len(noted):
                 raise UnitvisError(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from unitvis.bars import bar, no_bars
 from unitvis.choices import CHECKPOINT_SECONDS
 from unitvis.errors import Interrupted, UnitvisError
-from unitvis.files import flush_to_disk, replacing, write_arrays
+from unitvis.files import flush_to_disk, lock, replacing, write_arrays
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.scanning.signals import Signals
 from unitvis.sources import Batch, PackSource, Source, open_source
@@ -30,11 +30,6 @@ from unitvis.sources.packed import BAKED_FIELDS, FORMAT, FORMAT_KEY, pack_source
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import HOW_TO_RESUME, Arrays, Checkpoints, check_seconds
 from unitvis.state.partial import refuse_differences, same_images
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where no lock is taken: two processes must not pack into the same file
-    fcntl = None  # type: ignore[assignment]
 
 
 def pack(
@@ -221,13 +216,8 @@ class _Packing:
         """Open the array's file, or create it empty, and lock it; UnitvisError if another process packs into it."""
         # unbuffered, so that a full disk raises at the write that fails
         self._open_file = io.FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._open_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UnitvisError(f"another process is packing into {self._target}; wait for its end") from error
-        except OSError:  # a file system without locks
-            pass
+        if not lock(self._open_file):
+            raise UnitvisError(f"another process is packing into {self._target}; wait for its end")
         return self._open_file
 
     def _create_array(self, row: tuple[int, ...]) -> io.FileIO:

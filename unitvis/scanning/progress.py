@@ -74,7 +74,7 @@ class Progress:
             if part.identity["precision"] in precisions:
                 self._recorder.set_precision(part.identity["precision"], batch_size)
             self._prepare_same_scan(f"the scan in {self._folder} cannot be resumed (then and now)", part.identity)
-            self._recorder.restore(part)
+            self._recorder.restore(part.ordered(self._recorder.network.layer_names))
             self._source.add_failures(part.failures)
             self.earlier_seconds = part.seconds
             self._check_same_images(part)
@@ -91,7 +91,8 @@ class Progress:
     def _prepare_same_scan(self, what: str, found: Identity) -> None:
         """Prepare the recorder for the scan that was found; UnitvisError, starting with `what`, if it is another."""
         outline = self._recorder.network.description  # before any pass, class and number of parameters
-        unprepared = {"input": found["input"], "layers": found["layers"], "model": {**found["model"], **outline}}
+        unprepared = {key: found[key] for key in ("input", "layers", "unit")}  # known once it is prepared
+        unprepared["model"] = {**found["model"], **outline}
         refuse_differences(what, found, self._identity_now() | unprepared)
         channels, height, width = found["input"]
         self._recorder.prepare((channels, height, width))

@@ -19,6 +19,7 @@ from unitvis.attribution.effective_boxes import effective_boxes
 from unitvis.bars import bar, no_bars
 from unitvis.choices import CHECKPOINT_SECONDS, PRECISIONS
 from unitvis.errors import UnitvisError
+from unitvis.files import only_writer
 from unitvis.half_precision.suitability import NAMES, fallbacks
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
@@ -121,7 +122,9 @@ def scan(
 
     recorder = Recorder(model, layers, k, exclude=exclude, unit=unit, device=device, transform=source.transform)
     bars = nullcontext() if progress else no_bars()
-    with bars, Progress(folder, recorder, source, own_shard, every) as tracker:
+    with bars, only_writer(folder), Progress(folder, recorder, source, own_shard, every) as tracker:
+        if folder is not None:  # another command may have written there while the model was loaded
+            check_output(folder, overwrite=overwrite, resume=resume)
         with recorder:
             if folder is not None and not resume:
                 tracker.remove_checkpoints()

@@ -52,8 +52,7 @@ def scan_together(
         resume = resume or _attempt() > 0
         if resume and (folder / "manifest.json").exists():
             options |= {"out": folder, "device": device, "resume": True}
-            run = _in_every_process(lambda: scan(model, images, layers, k, **options))
-            return run if rank == 0 else None
+            return _in_every_process(lambda: scan(model, images, layers, k, **options) if rank == 0 else None)
         _in_every_process(lambda: _check_folders(folder, shards, overwrite, resume) if rank == 0 else None)
         if device is not None and torch.device(device).type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

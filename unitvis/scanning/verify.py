@@ -19,28 +19,28 @@ from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
 from unitvis.sources import Source
-from unitvis.state.partial import ROUNDING
+from unitvis.state.noise_numbers import ROUNDING
 
 
 class _WinnerRows:
     """Winners of a run as arrays [winners], sorted by image: the column of the unit, the value and the position.
 
-    columns: units of all layers in one count; positions: in the flattened map, 0 for a neuron; layer: its number.
+    columns: units of all of the network's layers in one count, in its order, which may be another than the run's;
+    positions: in the flattened map, 0 for a neuron; layer: its number in the run.
     """
 
-    def __init__(self, run: RunData) -> None:
+    def __init__(self, network: Network, run: RunData) -> None:
         columns, images, values, flat, layers = [], [], [], [], []
-        start = 0
-        for number, top in enumerate(run.tops.values()):
+        starts = dict(zip(network.layer_names, (own.start for own in network.columns), strict=True))
+        for number, (name, top) in enumerate(run.tops.items()):
             unit, rank = np.nonzero(top.images >= 0)
             width = top.info["width"]
-            columns.append(start + unit)
+            columns.append(starts[name] + unit)
             images.append(top.images[unit, rank])
             values.append(top.values[unit, rank])
             rows, cols = top.positions[unit, rank].astype(np.int64).T
             flat.append(np.zeros_like(rows) if top.info["unit"] == "neuron" else rows * width + cols)
             layers.append(np.full(len(unit), number))
-            start += len(top)
         order = np.argsort(np.concatenate(images), kind="stable")
         self.columns, self.images, self.values, self.positions, self.layer = (
             np.concatenate(part)[order] for part in (columns, images, values, flat, layers)
@@ -51,8 +51,8 @@ class Comparison:
     """A run's winners beside their responses as they are now, `recomputed`."""
 
     def __init__(self, network: Network, run: RunData) -> None:
-        self._network = network
-        self.winners = _WinnerRows(run)
+        self._network, self._tops = network, list(run.tops.values())
+        self.winners = _WinnerRows(network, run)
         self.recomputed = ResponsePairs(self.winners.images, self.winners.columns)
 
     def read(self, source: Source, ids: Iterable[int]) -> None:
@@ -72,13 +72,13 @@ class Comparison:
 
     def describe(self, row: int) -> str:
         """Describe one winner in words: its value in the run and now, and its positions where they differ."""
-        winners, layer = self.winners, self._network.layers[self.winners.layer[row]]
+        winners, top = self.winners, self._tops[self.winners.layer[row]]
         told = [f"{values[row]:.9g}" for values in (winners.values, self.recomputed.values)]
         positions = [int(found[row]) for found in (winners.positions, self.recomputed.positions)]
         if positions[0] != positions[1]:
-            places = (divmod(position, layer.width) for position in positions)
+            places = (divmod(position, top.info["width"]) for position in positions)
             told = [f"{value} at row {r}, column {c}" for value, (r, c) in zip(told, places, strict=True)]
-        return f"image {winners.images[row]} in layer {layer.name!r}: {told[0]} in the run, {told[1]} now"
+        return f"image {winners.images[row]} in layer {top.name!r}: {told[0]} in the run, {told[1]} now"
 
 
 def verify(

@@ -65,6 +65,17 @@ class Failure:
     reason: str
 
 
+def same_name(one: str, other: str) -> bool:
+    """Whether two names, each read under whatever locale, stand for the same bytes.
+
+    Python gives bytes of a file's name that the locale does not know as surrogates: under C those of all but ASCII.
+    """
+    try:
+        return one == other or one.encode("utf-8", "surrogateescape") == other.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # surrogates that stand for no byte
+        return False
+
+
 class Source(ABC):
     """Images with stable ids. `batches` reads them in order; the other methods read single images (if `rereadable`).
 
@@ -165,7 +176,7 @@ class Source(ABC):
     def check_name(self, record: Mapping[str, Any]) -> None:
         """Raise UnitvisError unless the image has the name and the id that `record` describes."""
         id, name = record["id"], record["name"]
-        if self.length is None or not 0 <= id < self.length or self.name(id) != name:
+        if self.length is None or not 0 <= id < self.length or not same_name(self.name(id), name):
             raise UnitvisError(
                 f"{name!r} {self._changed_message}: image {id} is another one here; give the images of the scan, or "
                 f"{self._remedy}"

@@ -16,7 +16,16 @@ from unitvis.errors import UnitvisError
 from unitvis.files import open_regular
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.image_names import ImageNames, others_in_words
-from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing
+from unitvis.sources.names import (
+    MIN_SAVED_NAMES,
+    SETTLE_NS,
+    Names,
+    Stamp,
+    listing_key,
+    load_listing,
+    save_listing,
+    stamp,
+)
 from unitvis.sources.transform import Transform
 
 _MAX_LINE = 2**16  # bytes of a line of a text list; file systems take paths of 4,096
@@ -56,10 +65,10 @@ def folder_source(
 
 def _new_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, ImageNames]:
     """List the names of all images below, and count the other files; a long listing is saved for the next run."""
-    folders, start = dict[bytes, _Stamp](), time.time_ns()
+    folders, start = dict[bytes, Stamp](), time.time_ns()
     chosen = ImageNames(endings)
     names = Names(filter(chosen.take, _walk(root, folders, lambda name: chosen.take(name, hidden=True))))
-    newest = max(changed for _, _, changed in folders.values())
+    newest = max(max(written, changed) for _, _, written, changed in folders.values())
     if len(names) + chosen.others.total() >= MIN_SAVED_NAMES and start - newest > SETTLE_NS:
         inside = {f"folder_{key}": value for key, value in Names(folders).arrays().items()}
         stamps = np.array(list(folders.values()), np.int64)
@@ -73,21 +82,12 @@ def _saved_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, I
 
     def parse(saved: dict[str, NDArray[Any]]) -> tuple[Names, ImageNames] | None:
         folders = Names.from_arrays({"names": saved["folder_names"], "starts": saved["folder_starts"]})
-        stamps = [list(_stamp(os.path.join(root, folders[i]))) for i in range(len(folders))]
+        stamps = [list(stamp(os.stat(os.path.join(root, folders[i])))) for i in range(len(folders))]
         if not stamps or stamps != saved["stamps"].tolist():
             return None
         return Names.from_arrays(saved), ImageNames.restored(saved["chosen"])
 
     return load_listing("folder", listing_key([root], endings), parse)
-
-
-_Stamp = tuple[int, int, int]  # device, inode, time of the last change in ns
-
-
-def _stamp(folder: bytes) -> _Stamp:
-    """Identity and time of the last change of a folder."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def list_source(path: str, transform: Transform | None, **options: Any) -> FileSource:
@@ -128,7 +128,7 @@ def _listed_files(
     return FileSource(kind, path, os.fsencode(root), Names(names), transform, **options)
 
 
-def _walk(root: bytes, folders: dict[bytes, _Stamp], skip: Callable[[bytes], object]) -> Iterator[bytes]:
+def _walk(root: bytes, folders: dict[bytes, Stamp], skip: Callable[[bytes], object]) -> Iterator[bytes]:
     """Yield relative paths of all files below, sorted as bytes; hidden names are left out, no folder is visited twice.
 
     Folders of runs are left out: a run written into the images' own folder must not become part of the images.
@@ -148,11 +148,11 @@ def _walk(root: bytes, folders: dict[bytes, _Stamp], skip: Callable[[bytes], obj
             continue
         path = os.path.join(root, name)
         try:
-            stamp = _stamp(path)
-            if stamp[:2] in visited:
+            found_stamp = stamp(os.stat(path))
+            if found_stamp[:2] in visited:
                 continue
-            visited.add(stamp[:2])
-            folders[name] = stamp
+            visited.add(found_stamp[:2])
+            folders[name] = found_stamp
             with os.scandir(path) as entries:
                 # the slash makes a folder sort as the paths of its contents do
                 found = [entry.name + b"/" * _is_folder(entry) for entry in entries]

@@ -61,6 +61,15 @@ class Names:
         return names
 
 
+Stamp = tuple[int, int, int, int]  # device, inode, time of the last write and of the last change of any kind, in ns
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What changes with an archive's bytes or a folder's names: programs can set the time of the last write back."""
+    bits = 2**63 - 1  # that int64 holds; some file systems number their files by 64
+    return status.st_dev & bits, status.st_ino & bits, status.st_mtime_ns, status.st_ctime_ns
+
+
 def listing_key(parts: Iterable[bytes], endings: Sequence[str] | None) -> bytes:
     """Key of a listing: what was listed, and the endings of images if they were chosen."""
     chosen = b"" if endings is None else b"\0".join([b"", b"endings", *map(os.fsencode, endings)])

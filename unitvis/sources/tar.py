@@ -22,7 +22,7 @@ from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged, first_line
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.image_names import ImageNames, others_in_words
-from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing
+from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing, stamp
 from unitvis.sources.transform import Transform
 
 MAX_SHARDS = 1_000_000  # archives that a pattern may name
@@ -151,7 +151,7 @@ def _shard_index(shards: list[str], allow_truncated: bool, endings: Sequence[str
     """Load the index of an earlier run if the archives have not changed since, otherwise read all their headers."""
     key = listing_key([str(allow_truncated).encode(), *map(os.fsencode, shards)], endings)
     status = [os.stat(shard) for shard in shards]
-    stamps = np.array([(one.st_size, one.st_mtime_ns) for one in status], np.int64)
+    stamps = np.array([(one.st_size, *stamp(one)) for one in status], np.int64)
     saved = load_listing("tar", key, lambda arrays: _restored_index(arrays, stamps))
     if saved is not None:
         return saved
@@ -177,7 +177,7 @@ def _shard_index(shards: list[str], allow_truncated: bool, endings: Sequence[str
     members = {"offsets": np.array(offsets), "sizes": np.array(sizes), "ends": np.array(ends)}
     index = Index(names, **members, chosen=chosen, rewritten=[])
     index = _without_earlier_versions(index, prefixes, np.array(hashes, np.int64))
-    settled = time.time_ns() - max(one.st_mtime_ns for one in status) > SETTLE_NS
+    settled = time.time_ns() - int(stamps[:, -2:].max()) > SETTLE_NS
     if len(names) + chosen.others.total() >= MIN_SAVED_NAMES and settled:
         found: dict[str, NDArray[Any]] = {"offsets": index.offsets, "sizes": index.sizes, "ends": index.ends}
         found |= {"stamps": stamps, "chosen": chosen.array(), "rewritten": np.array(index.rewritten, np.str_)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,11 +30,10 @@ from unitvis.schema import (
     whole,
 )
 from unitvis.state.interval_set import IntervalSet
+from unitvis.state.noise_numbers import NUMBERS, changed_layers
 from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
-RESPONSES = "model.responses"  # entry that has numbers for each layer of what it computes from fixed noise
-ROUNDING = 1e-5  # share of a layer's largest response by which other hardware may change a float32 response
 # Entries that a manifest and an identity share, as JSON.
 SHARED: dict[str, Schema] = {
     "model": {
@@ -43,6 +42,7 @@ SHARED: dict[str, Schema] = {
         "weights?": UNICODE,
         "modules?": TEXT,
         "responses?": ByName(Optional([NUMBER])),
+        "channels?": ByName(NUMBERS),
     },
     "input": (whole(1, 10**6), whole(1, 10**6), whole(1, 10**6)),
     "k": whole(1, 10**9),
@@ -58,6 +58,7 @@ _IDENTITY = SHARED | {
 }
 _ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": SECONDS}
 FORMAT = 2  # version of the arrays
+_NOISE = ("responses", "channels")  # entries of a model that are equal up to rounding, see `noise_numbers`
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 
@@ -82,6 +83,21 @@ class Partial:
     def noted_winners(self) -> NDArray[np.int64]:
         """The ids that hold one of the first k places and are noted in `seen`, ascending."""
         return np.intersect1d(self.topk.images(self.identity["k"]), self.seen["id"])
+
+    def ordered(self, layers: Sequence[str]) -> Self:
+        """The same with the units in the order of these layers, which are its own.
+
+        One network may run its branches in another order in each process, as where it keeps their names in a set.
+        """
+        own = self.identity["layers"]
+        if list(own) == list(layers):
+            return self
+        counts = units_of_layers(self.identity)
+        ends = dict(zip(own, np.cumsum(counts).tolist(), strict=True))
+        count = dict(zip(own, counts, strict=True))
+        rows = np.concatenate([np.arange(ends[name] - count[name], ends[name]) for name in layers])
+        identity = self.identity | {"layers": {name: own[name] for name in layers}}
+        return replace(self, identity=identity, topk=TopK(self.topk.tensor[torch.from_numpy(rows)]))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything as arrays, for an npz file without pickle."""
@@ -132,8 +148,7 @@ def read_partial(path: Path) -> Partial:
 
 def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> str | None:
     """What of the arrays does not fit together; None if all does."""
-    maps = identity["layers"].values()
-    units = sum(math.prod(shape) if identity["unit"] == "neuron" else shape[0] for shape in maps)
+    units = sum(units_of_layers(identity))
     state = arrays["state"]
     wide = 2 * (identity["k"] + 1) + 2  # see `TopK`; half precision keeps more places
     if state.dtype != np.int64 or state.ndim != 2 or len(state) != units or state.shape[1] < wide or state.shape[1] % 2:
@@ -164,6 +179,12 @@ def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> s
     return None
 
 
+def units_of_layers(identity: Identity) -> list[int]:
+    """The number of units of each layer, in the order of the rows of the top-k."""
+    maps = identity["layers"].values()
+    return [math.prod(shape) if identity["unit"] == "neuron" else shape[0] for shape in maps]
+
+
 def joined_seen(one: NDArray[np.void], other: NDArray[np.void]) -> NDArray[np.void]:
     """The union of two SEEN tables, by id; UnitvisError where they have an image with another content each."""
     seen = np.unique(np.concatenate([one, other]))  # by id, then by digest
@@ -177,7 +198,7 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     shared = {key: manifest[key] for key in ("input", "k", "unit", "transform", "fingerprint")}
     shared["precision"] = manifest["scan"]["precision"]
     described = manifest["model"]
-    keys = ("class", "parameters", "weights", "modules", "responses")
+    keys = ("class", "parameters", "weights", "modules", "responses", "channels")
     model = {key: described[key] for key in keys if key in described}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
     source = same_images(manifest["source"])
@@ -191,13 +212,15 @@ def same_images(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
     """What is not equal in two identities, as sentences: `k is 9 and 5`."""
-    if name == RESPONSES and isinstance(one, Mapping) and isinstance(other, Mapping):
-        if changed := [layer for layer in one if layer in other and not _same_numbers(one[layer], other[layer])]:
-            yield f"the network computes something else in {abridged(changed)}"
-    elif isinstance(one, Mapping) and isinstance(other, Mapping):
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        changed = changed_layers(one, other) if name == "model" else []
+        if name == "model":
+            one, other = ({k: v for k, v in each.items() if k not in _NOISE} for each in (one, other))
         for key in [*one, *(key for key in other if key not in one)]:
             inside = f"{name}.{key}" if name else key
             yield from differences(one.get(key, "nothing"), other.get(key, "nothing"), inside)
+        if changed:
+            yield f"the network computes something else in {abridged(changed)}"
     elif one != other:
         yield f"{name} is {_shown(one)} and {_shown(other)}"
 
@@ -214,16 +237,6 @@ def refuse_another_model(what: str, then: Mapping[str, Any], now: Mapping[str, A
     Entries: see `network.identity`; what the manifest says beside them does not count.
     """
     refuse_differences(what, {"model": {key: then[key] for key in now if key in then}}, {"model": dict(now)})
-
-
-def _same_numbers(one: Any, other: Any) -> bool:
-    """Whether a layer's numbers, the largest magnitude first, are equal up to rounding; for anything else, equality."""
-    if not all(
-        isinstance(value, list) and value and all(isinstance(v, float) for v in value) for value in (one, other)
-    ):
-        return one == other
-    slack = ROUNDING * max(abs(one[0]), abs(other[0]))
-    return len(one) == len(other) and all(abs(a - b) <= slack for a, b in zip(one, other, strict=True))
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -32,3 +34,14 @@ def test_filters_of_the_first_layer_are_its_weights(model: nn.Module, layer: str
     if layer:
         weights = next(m for m in model if isinstance(m, nn.Conv2d)).weight.detach().numpy()
         np.testing.assert_array_equal(found[layer], sign * weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_filters_of_a_model_in_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3)).eval().to(dtype)
+    run = unitvis.scan(model, torch.rand(3, 3, 8, 8), layers=["1", "3"], progress=False)
+    np.testing.assert_array_equal(first_filters(model, run)["1"], model[0].weight.detach().float().numpy())
+    unitvis.gallery(run, tmp_path / "gallery", model, project=True)
+    assert list((tmp_path / "gallery").rglob("1-filter.png"))
+    assert {p.dtype for p in model.parameters()} == {dtype}

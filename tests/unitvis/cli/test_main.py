@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -71,6 +73,36 @@ def test_scan_render_sheet_and_verify(
 
     code, printed, _ = call(capsys, "verify", out, model)
     assert (code, printed) == (cli.DONE, "50 of 50 winners were reproduced bit for bit\n")
+
+
+@pytest.mark.parametrize("reason", ["No space left on device", "Read-only file system"])
+def test_a_sheet_that_cannot_be_written_names_its_file_and_the_way_out(
+    reason: str,
+    model: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call(capsys, "scan", model, folder, "-o", tmp_path / "run", "-k", 2, *SIZE)
+    real, target = os.open, tmp_path / "page.png"
+
+    def refusing(path: object, *options: int, **named: object) -> int:
+        if str(path).endswith("page.png.part"):
+            raise OSError(errno.EROFS, reason, path)
+        return real(path, *options, **named)  # type: ignore[arg-type]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, reason)
+
+    if reason.startswith("No"):
+        monkeypatch.setattr(Image.Image, "save", full)
+    else:
+        monkeypatch.setattr("os.open", refusing)
+    code, _, said = call(capsys, "sheet", tmp_path / "run", "2", "-o", target)
+    told = f"unitvis: {target} could not be written: {reason}; make room there, or give another path"
+    assert (code, said) == (cli.USAGE, told)
+    assert not list(tmp_path.glob("page*"))
 
 
 def test_verify_finds_a_forged_value_and_another_model(

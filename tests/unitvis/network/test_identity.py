@@ -87,6 +87,73 @@ def test_another_network_is_neither_resumed_nor_merged_nor_drawn(edit: str, tmp_
     assert np.array_equal(unitvis.merge(shards, Net())["second"].images, run["second"].images)
 
 
+class Gains(nn.Module):
+    """A layer of 256 channels, each times a number that is no tensor of the model."""
+
+    def __init__(self, gains: dict[int, float] | None = None, strongest: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.scaled = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 256, 3), nn.Identity()
+        self.second.weight.data[0] *= strongest
+        self.gains = gains or {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = torch.ones(256, 1, 1)
+        for channel, value in self.gains.items():
+            gain[channel] = value
+        return self.scaled(self.second(self.first(x).relu()) * gain)
+
+
+@pytest.mark.parametrize("gain", [1.01, 0.999, -1.0])
+@pytest.mark.parametrize("strongest", [1.0, 1000.0])
+def test_one_channel_among_many_that_is_computed_otherwise_is_told(gain: float, strongest: float) -> None:
+    def described(gains: dict[int, float]) -> dict[str, object]:
+        network = Network(Gains(gains, strongest).eval())
+        network.examine((3, 12, 12), ["scaled"])
+        return network.description
+
+    for channel in (7, 100, 255):
+        told = list(differences({"model": described({})}, {"model": described({channel: gain})}))
+        assert len(told) == 1
+        assert told[0] in (
+            f"the network computes something else in scaled (channel {channel})",
+            "the network computes something else in scaled",  # the layer's numbers differ as well
+        )
+    assert list(differences({"model": described({})}, {"model": described({7: 1.0})})) == []
+
+
+def test_a_scan_is_not_gone_on_with_where_one_channel_changed(tmp_path: Path) -> None:
+    pixels = images(20, 12)
+    np.save(tmp_path / "pixels.npy", pixels.mul(40).add(128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
+    source = {"images": tmp_path / "pixels.npy", "transform": unitvis.Transform(), "progress": False}
+    unitvis.scan(Gains(strongest=1000).eval(), out=tmp_path / "run", layers=["scaled"], **source)
+    other = Gains({100: 1.01}, 1000).eval()
+    with pytest.raises(UnitvisError, match=r"something else in scaled \(channel 100\)"):
+        unitvis.scan(other, out=tmp_path / "run", layers=["scaled"], resume=True, **source)
+    with pytest.raises(UnitvisError, match=r"something else in scaled \(channel 100\)"):
+        unitvis.gallery(unitvis.load(tmp_path / "run"), tmp_path / "gallery", other)
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"channels": {\n   "scaled": "', '"channels": {\n   "scaled": "*'))
+    with pytest.raises(UnitvisError, match=r"model\.channels\.scaled is .* not float32 numbers in base64"):
+        unitvis.load(tmp_path / "run")
+
+
+def test_other_rounding_is_no_other_network() -> None:
+    network = Network(Gains().eval())
+    network.examine((3, 12, 12), ["scaled"])
+    then = network.responses_to_noise()
+    network.model.double()
+
+    def single(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.float()
+
+    network.model.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    network.model.scaled.register_forward_hook(single)
+    now = network.responses_to_noise()
+    assert now["channels"] != then["channels"]
+    assert list(differences(then, now, "model")) == []
+
+
 def test_buffers_that_a_pass_changes_do_not_count() -> None:
     model = Counting()
     then = description(model)

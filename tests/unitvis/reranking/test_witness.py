@@ -13,6 +13,8 @@ import unitvis
 from support import brute
 from support.scans import arrays, images, pictures, scan, tiny_net, two_convolutions
 from unitvis import Recorder, UnitvisError
+from unitvis.reranking.witness import witnesses
+from unitvis.state.sampling import mixed, smallest_hashes
 
 COUNT = 40
 LAYERS = ["0", "2"]
@@ -64,6 +66,28 @@ def test_one_image_among_the_witnesses_that_differs_is_enough() -> None:
             assert f"'image {id}' gave" in str(error)  # noqa: PT017
             changed += 1
     assert changed == 16
+
+
+@pytest.mark.parametrize("units", [300, 20])
+def test_witnesses_win_for_as_many_units_as_a_greedy_choice_of_sixteen_finds(units: int) -> None:
+    rng = np.random.default_rng(0)
+    winners = np.stack([rng.choice(200, 5, replace=False) for _ in range(units)])
+    winners[:4, 3:] = -1
+    winners[-2:] = -1  # units without a winner
+    wins = {image: set(np.nonzero((winners == image).any(1))[0].tolist()) for image in np.unique(winners).tolist()}
+    del wins[-1]
+    chosen, covered = list[int](), set[int]()
+    for _ in range(16):
+        left = [(len(wins[image] - covered), -int(mixed(np.array([image]))[0]), image) for image in wins]
+        chosen.append(max(one for one in left if one[2] not in chosen)[2])
+        covered |= wins[chosen[-1]]
+    assert witnesses(winners).tolist() == sorted(chosen)
+    assert len(covered) > np.isin(winners, smallest_hashes(np.array(sorted(wins)), 16)).any(1).sum()
+
+
+def test_few_winners_are_all_witnesses() -> None:
+    assert witnesses(np.array([[3, 5, -1], [5, 7, -1], [7, 3, 9]])).tolist() == [3, 5, 7, 9]
+    assert witnesses(np.full((2, 3), -1)).tolist() == []
 
 
 def test_images_normalised_elsewhere_may_differ_in_their_last_bits() -> None:

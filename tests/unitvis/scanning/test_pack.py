@@ -226,7 +226,7 @@ def test_kill_9_wherever_it_strikes(unchanged: Path, tmp_path: Path) -> None:
 def test_without_locks_a_pack_is_the_same(
     folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "fcntl", None)  # as on Windows
+    monkeypatch.setattr("unitvis.files.fcntl", None)  # as on Windows
     pack(folder, tmp_path / "x.npy")
     assert (tmp_path / "x.npy").read_bytes() == packed.read_bytes()
 

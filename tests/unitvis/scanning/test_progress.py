@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,6 +221,22 @@ def test_a_finished_run_is_not_scanned_again(folder: Path, tmp_path: Path, monke
     assert again["0"].values.tobytes() == first["0"].values.tobytes()
     assert result(tmp_path / "run") == before
     assert again.source.length == COUNT
+
+
+@pytest.mark.parametrize("batches", [3, 99])
+def test_a_scan_of_single_neurons_goes_on(
+    batches: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"unit": "neuron", "layers": ["2"], "k": 3}
+    whole = scan(folder, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch, suppress(StoppedError):
+        stopping(batches, crash, patch)
+        scan(folder, tmp_path / "run", **options)
+    with pytest.raises(UnitvisError, match="unit is neuron and channel"):
+        scan(folder, tmp_path / "run", layers=["2"], k=3, resume=True)
+    run = scan(folder, tmp_path / "run", resume=True, **options)
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
+    assert run["2"].values.tobytes() == whole["2"].values.tobytes()
 
 
 def redrawn(path: Path) -> bytes:
@@ -432,6 +449,29 @@ def test_a_folder_that_was_removed_meanwhile_is_said(
     stopping(3, lambda: shutil.rmtree(tmp_path / "run"), monkeypatch)
     with pytest.raises(UnitvisError, match=r"after 24 of 70 images the checkpoint could not be written into .*No such"):
         scan(folder, tmp_path / "run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no lock is taken")
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_commands_never_write_into_one_folder(
+    options: dict[str, object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = scan(folder, tmp_path / "whole"), tmp_path / "run"
+    refused = "another command is writing into .*run; wait for its end, or give another path"
+
+    def second() -> None:
+        if not options:  # the first has written nothing yet when the second begins
+            for path in out.iterdir():
+                path.unlink()
+        for command in (lambda: scan(folder, out, **options), lambda: whole.save(out, overwrite=True)):
+            with pytest.raises(UnitvisError, match=refused):
+                command()
+
+    with monkeypatch.context() as patch:
+        stopping(3, second, patch)
+        run = scan(folder, out)
+    assert result(out) == result(tmp_path / "whole")
+    assert run.save(out, overwrite=True) == out  # the lock is free again
 
 
 def test_what_a_folder_holds_is_respected(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

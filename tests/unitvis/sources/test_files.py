@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -173,3 +174,20 @@ def test_hidden_files_and_folders_are_counted_as_left_alone(tmp_path):
     source = open_source(tmp_path, PLAIN)
     assert [source.name(id) for id in range(source.length)] == ["b.png", "inside/c.png"]
     assert others_in_words(source.others) == "3 other files (hidden 3)"
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+def test_a_name_is_the_same_under_another_locale(tmp_path, monkeypatch):
+    for raw in ("bär.png".encode(), b"b\xe4r.png"):
+        folder = tmp_path / str(len(raw))
+        write(folder / os.fsdecode(raw), 1)
+        source = open_source(folder, PLAIN)
+        record = source.record(0)
+        other = record | {"name": raw.decode("ascii", "surrogateescape")}  # as LC_ALL=C reads it
+        source.check(other)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(source), "name", lambda self, id, name=other["name"]: name)
+            source.check(record)
+        for name in ("bar.png", "b\udce5r.png", "b\ud800r.png"):
+            with pytest.raises(UnitvisError, match="image 0 is another one here"):
+                source.check(record | {"name": name})

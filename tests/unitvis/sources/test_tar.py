@@ -384,6 +384,25 @@ def test_a_folder_s_names_are_kept_until_it_changes(tmp_path, kept, monkeypatch)
     assert open_source(root, PLAIN).length == 2
 
 
+def test_a_listing_of_other_names_under_the_same_times_is_not_believed(tmp_path, kept):
+    path, root = tmp_path / "x.tar", tmp_path / "images"
+    members = [("a.png", encoded(1)), ("b.png", encoded(2))]
+    for swapped in (False, True):
+        write_tar(path, members[::-1] if swapped else members)
+        for folder in (root, root / "b"):
+            folder.mkdir(exist_ok=True)
+        (root / "b" / "1.png").write_bytes(encoded(3))
+        if swapped:
+            (root / "b" / "1.png").rename(root / "b" / "2.png")
+        for changed in (path, root / "b", root):
+            os.utime(changed, ns=(10**18, 10**18))
+        names = ["b", "a"] if swapped else ["a", "b"]
+        source = open_source(path, PLAIN)
+        assert [source.name(id) for id in range(2)] == [f"x.tar/{name}.png" for name in names]
+        assert (read_all(source)[1][names.index("a")] == np.asarray(Image.open(io.BytesIO(encoded(1))))).all()
+        assert open_source(root, PLAIN).name(0) == ("b/2.png" if swapped else "b/1.png")
+
+
 def test_small_or_fresh_listings_leave_no_trace(shards, kept, tmp_path, monkeypatch):
     monkeypatch.setattr("unitvis.sources.tar.SETTLE_NS", 10**12)
     open_source(shards / "train-000.tar", PLAIN)
