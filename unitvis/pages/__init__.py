@@ -66,7 +66,6 @@ def draw(
         raise UnitvisError(
             f"a gallery of {units:,} units would be too large (more than {MAX_UNITS:,}); name fewer layers"
         )
-    run.need_winners()
     if project and model is None:
         raise UnitvisError("projections need the model; give it")
     if model is not None:

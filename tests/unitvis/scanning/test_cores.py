@@ -41,6 +41,6 @@ def test_a_small_network_computes_on_one_thread_beside_decoding(
         assert set(seen) == {3, 1}  # one thread also checks the bits of all
         seen.clear()  # in memory nothing is decoded
         scan(np.zeros((64, 12, 12, 3), np.uint8))
-        assert seen[-4:] == [3] * 4  # a compute batch each
+        assert seen.count(3) >= 4  # a compute batch each; one thread checks bits and describes the network
     finally:
         torch.set_num_threads(before)
