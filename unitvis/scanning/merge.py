@@ -284,8 +284,8 @@ def _checked_model(
             )
         if weights:
             raise UnitvisError(
-                f"the runs name {recorded['file']!r} as the weights of {spec}, and files that a run names are not read; "
-                f"name them yourself, with --model {spec}{weights}, or model="
+                f"the runs name {recorded['file']!r} as the weights of {spec}, and files that a run names are not "
+                f"read; name them yourself, with --model {spec}{weights}, or model="
             )
         model = models.load(spec, pretrained=recorded.get("pretrained", True))
     module, _, origin = models.resolved(model)
