@@ -123,3 +123,4 @@ def print_verified(found: Mapping[str, Any]) -> None:
     print(f"{found['winners'] - found['wrong']:,} of {found['winners']:,} winners were reproduced {how}")
     if found["wrong"]:
         print(f"the first that was not: {found['first_wrong']}")
+    print("compared: values, positions, boxes; only a scan tells whether other images win, and each unit's status")
