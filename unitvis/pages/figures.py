@@ -81,7 +81,8 @@ def _block(run: RunData, layer: str, style: str, units: Sequence[int], crop: str
     half = columns * step[0] - TILE_GAP
     block = Image.new("RGB", (len(halves) * (half + MARGIN) - MARGIN, _HEADING_HEIGHT + rows * step[1]), PAPER)
     draw = ImageDraw.Draw(block)
-    draw.text((0, 0), layer, INK, ImageFont.load_default(64))
+    heading = ImageFont.load_default(64)
+    draw.text((0, 0), sheets.fitting_name(layer, heading, block.width), INK, heading)
     draw.text((0, 84), _field_text(run, top, kind), FAINT, ImageFont.load_default(38))
     for number, tiles in enumerate(halves):
         for index, (unit, tile) in enumerate(zip(units, tiles, strict=True)):
