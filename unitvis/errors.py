@@ -1,11 +1,27 @@
 """Exceptions raised to users, and helpers that build their messages."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
 class UnitvisError(Exception):
-    """An error that the user can fix: the message says what is wrong, with the value, and what to do."""
+    """An error that the user can fix: the message says what is wrong, with the value, and what to do, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # it may hold names that come from files
+
+
+def printable(text: str) -> str:
+    """Text in which line breaks and characters that steer a terminal or turn the direction of writing are escaped."""
+    return "".join(
+        character.encode("unicode_escape").decode() if _steers(character) else character for character in text
+    )
+
+
+def _steers(character: str) -> bool:
+    """Whether a character is a control, format or surrogate character, or separates lines or paragraphs."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 class ImageError(UnitvisError):

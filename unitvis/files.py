@@ -53,10 +53,13 @@ def unoccupied(path: Path) -> Path:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder if there is none; UnitvisError where a link stands in its place, since files would go elsewhere."""
+    """Make a folder if there is none; UnitvisError where a file stands there, or a link, which would lead elsewhere."""
     if path.is_symlink():
         raise UnitvisError(f"{path} is a link, so nothing is written into it; remove it, or give another path")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UnitvisError(f"{path} must be a folder and something else stands there; remove it") from error
     return path
 
 
@@ -92,6 +95,11 @@ def lock(file: int | IO[Any]) -> bool:
     except OSError:  # a file system without locks
         pass
     return True
+
+
+def is_linked(folder: Path, path: Path) -> bool:
+    """Whether a path, given relative to a folder, is a link or leads through one, so that it may lie elsewhere."""
+    return any((folder / part).is_symlink() for part in (path, *path.parents[:-1]))
 
 
 def flush_to_disk(file: IO[Any]) -> None:

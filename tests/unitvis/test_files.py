@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from support.clock import in_time
 from unitvis import UnitvisError
 from unitvis.drawing import sheets
 from unitvis.files import file_name, make_folder, read_arrays, read_text, replacing, unoccupied
+from unitvis.pages.figures import figure
 
 
 def test_a_failure_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -118,15 +120,23 @@ def test_two_arrays_of_one_name_are_refused(second: str, tmp_path: Path) -> None
         read_arrays(tmp_path / "x.npz")
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> unitvis.Run:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """A run with its sheets and its gallery, which no test changes, and its images."""
+    folder = tmp_path_factory.mktemp("drawn") / "run"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
     pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 9, 3), np.uint8)
-    run = unitvis.scan(model, pixels, transform=unitvis.Transform(), out=tmp_path / "run", progress=False)
-    sheets.render(run, tmp_path / "run")
-    unitvis.gallery(run, tmp_path / "run", model, project=True)
-    return run
+    run = unitvis.scan(model, pixels, transform=unitvis.Transform(), out=folder, progress=False)
+    sheets.render(run, folder)
+    unitvis.gallery(run, folder, model, project=True)
+    return folder, pixels
+
+
+@pytest.fixture
+def run(drawn: tuple[Path, np.ndarray], tmp_path: Path) -> unitvis.Run:
+    folder, pixels = drawn
+    return unitvis.load(shutil.copytree(folder, tmp_path / "run"), pixels)
 
 
 def test_pictures_are_not_written_through_links_in_a_run_folder(run: unitvis.Run, tmp_path: Path) -> None:
@@ -156,13 +166,59 @@ def test_pictures_are_not_written_into_linked_folders(name: str, run: unitvis.Ru
     assert list(elsewhere.iterdir()) == []
 
 
-def test_a_gallery_elsewhere_copies_no_linked_file(run: unitvis.Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stands", ["link", "folder", "pipe"])
+def test_a_gallery_elsewhere_copies_nothing_but_files(stands: str, run: unitvis.Run, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
-    linked = next((tmp_path / "run" / "gallery").rglob("0-responses.png"))
-    linked.unlink()
-    linked.symlink_to(secret)
-    unitvis.gallery(run, tmp_path / "other")
-    copies = [path for path in (tmp_path / "other").rglob("*") if path.is_file()]
-    assert any("-projections" in path.name for path in copies)
-    assert not any(path.read_bytes() == b"secret" for path in copies)
+    picture = next((tmp_path / "run" / "gallery").rglob("0-responses.png"))
+    picture.unlink()
+    stand_in(picture, stands, secret)
+    with pytest.raises(UnitvisError, match=r"0-responses.png cannot be used: it is no regular file .*; draw it again"):
+        unitvis.gallery(run, tmp_path / "other")
+    assert not any(path.read_bytes() == b"secret" for path in (tmp_path / "other").rglob("*") if path.is_file())
+
+
+def stand_in(path: Path, what: str, target: Path) -> None:
+    """Put a link to `target`, a folder, a pipe or a file in the place of a file or folder."""
+    if what == "link":
+        path.symlink_to(target)
+    elif what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("a file")
+
+
+@pytest.mark.parametrize("name", ["gallery", "gallery/layers", "gallery/layers/0"])
+@pytest.mark.parametrize("stands", ["link", "pipe", "file"])
+def test_reading_an_earlier_gallery_creates_nothing_and_follows_no_link(
+    name: str, stands: str, run: unitvis.Run, tmp_path: Path
+) -> None:
+    elsewhere = Path(shutil.move(tmp_path / "run" / name, tmp_path / "elsewhere"))
+    for inner in [path for path in elsewhere.iterdir() if path.is_dir()]:
+        shutil.rmtree(inner)  # what is read from is not there, and must not be created
+    stand_in(tmp_path / "run" / name, stands, elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    with suppress(UnitvisError):
+        assert unitvis.gallery(run, tmp_path / "other")
+    with pytest.raises(UnitvisError, match=r"no projections of layer|reached through a link|cannot be used"):
+        figure(run, ["0"], "paper")
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["sheets", "gallery", "gallery/images", "gallery/layers", "gallery/layers/0"])
+def test_a_file_in_the_place_of_a_folder_is_named(name: str, run: unitvis.Run, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / name).write_text("a file")
+    draw = sheets.render if name == "sheets" else unitvis.gallery
+    with pytest.raises(UnitvisError, match=rf"{name} must be a folder and something else stands there; remove it"):
+        draw(run, tmp_path / "run")
+
+
+def test_a_folder_in_the_place_of_a_picture_is_named(run: unitvis.Run, tmp_path: Path) -> None:
+    picture = tmp_path / "run" / "gallery" / "layers" / "0" / "1.jpg"
+    picture.unlink()
+    picture.mkdir()
+    with pytest.raises(UnitvisError, match=r"the gallery could not be written into .* Is a directory: '.*1.jpg'"):
+        unitvis.gallery(run, tmp_path / "run")

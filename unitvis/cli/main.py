@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from unitvis.cli.codes import USAGE
 from unitvis.cli.options import parser, with_joined_numbers
 from unitvis.cli.output import unfailing_output
-from unitvis.errors import Interrupted, UnitvisError
+from unitvis.errors import Interrupted, UnitvisError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,21 +19,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with unfailing_output(), warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: print(f"unitvis: warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {message}")
         try:
             return COMMANDS[arguments.command](arguments)
         except UnitvisError as error:
-            print(f"unitvis: {error}", file=sys.stderr)
+            _complain(str(error))
             return USAGE
         except OSError as error:  # a disk, a folder or a name that the system refuses
-            print(f"unitvis: {error}", file=sys.stderr)
+            _complain(str(error))
             return USAGE
         except Interrupted as error:
-            print(f"unitvis: {error}", file=sys.stderr)
+            _complain(str(error))
             return error.code
         except KeyboardInterrupt:
-            print("unitvis: interrupted", file=sys.stderr)
+            _complain("interrupted")
             return 130
+
+
+def _complain(message: str) -> None:
+    """Print a message as one line on stderr."""
+    print(f"unitvis: {printable(message)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

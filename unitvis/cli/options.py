@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("merge", "Merge the runs of all shards into one, equal to a scan of all images.")
     sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="made with scan --shard, or merged")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write the run into")
-    sub.add_argument("--model", metavar="MODEL", help="the model; needed unless it was torchvision:NAME or timm:NAME")
+    sub.add_argument("--model", help="the model; needed unless it was torchvision:NAME or timm:NAME without --weights")
     weights_options(sub)
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
     sub.add_argument("--partial", action="store_true", help="merge although images are missing")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unitvis.errors import abridged
+from unitvis.errors import abridged, printable
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS
 from unitvis.results.nonfinite import odd_responses
@@ -15,12 +15,17 @@ from unitvis.sources import PackSource, Source
 from unitvis.sources.image_names import others_in_words
 
 
+def _say(line: str) -> None:
+    """Print a line, which may hold names that come from files."""
+    print(printable(line))
+
+
 def print_run(run: Run) -> None:
     """Print a run's counts, speed and precision, or that it is a shard's, and the images that were skipped."""
     if run.tops:
         _print_result(run)
     else:
-        print(f"{run.manifest['images']:,} images; `unitvis merge` makes a run of all shards")
+        _say(f"{run.manifest['images']:,} images; `unitvis merge` makes a run of all shards")
     if run.tops or run.manifest["shard"]:  # a partial merge has opened no images
         _print_others(run.source)
     _print_failures(run.manifest["failures"], "the manifest")
@@ -29,15 +34,15 @@ def print_run(run: Run) -> None:
 def _print_others(source: Source) -> None:
     """Print how many files beside the images were left alone, by their endings."""
     if source.others:
-        print(f"{others_in_words(source.others)} left alone; --images-ending reads others")
+        _say(f"{others_in_words(source.others)} left alone; --images-ending reads others")
 
 
 def _print_failures(failures: Sequence[Mapping[str, Any]], where: str) -> None:
     """Print the number of skipped images, and the first ten with their reasons; where: the file that lists them all."""
     if failures:
-        print(f"{len(failures)} images could not be read and were skipped (all are listed in {where}):")
+        _say(f"{len(failures)} images could not be read and were skipped (all are listed in {where}):")
         for failure in failures[:10]:
-            print(f"  {failure['name']!r}: {failure['reason']}")  # !r: a name may hold anything
+            _say(f"  {failure['name']!r}: {failure['reason']}")  # !r: a name may hold anything
 
 
 def _print_result(run: Run) -> None:
@@ -47,19 +52,19 @@ def _print_result(run: Run) -> None:
     images = run.manifest["images"]
     statuses = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
     rate = images / max(seconds["scan"], 1e-9)  # merged runs of Recorders have no scan time
-    print(
+    _say(
         f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
         f"({rate:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
         f"{seconds['second_pass']:.1f} s: {statuses}"
     )
-    print(_input_sentence(run.manifest))
+    _say(_input_sentence(run.manifest))
     if run.manifest["precision"] == "exact":
-        print(f"precision: {run.manifest['plan']}")
+        _say(f"precision: {run.manifest['plan']}")
     if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
         layers = ", ".join(f"{count} of {name}" for name, count in unseparated.items())
-        print(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
+        _say(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
     for sentence in odd_responses(run):
-        print(sentence)
+        _say(sentence)
 
 
 def _input_sentence(manifest: Mapping[str, Any]) -> str:
@@ -76,7 +81,7 @@ def _input_sentence(manifest: Mapping[str, Any]) -> str:
 def print_pack(packed: PackSource) -> None:
     """Print a pack's path and size, and the images that could not be packed."""
     images, height, width, _ = packed.describe()["shape"]
-    print(f"{packed.path}: {images:,} images, {width} x {height} pixels")
+    _say(f"{packed.path}: {images:,} images, {width} x {height} pixels")
     _print_others(packed)
     failures = [{"name": packed.name(id), "reason": reason} for id, reason in packed.unusable.items()]
     _print_failures(failures, Path(packed.path).with_suffix(".json").name)
@@ -84,31 +89,31 @@ def print_pack(packed: PackSource) -> None:
 
 def print_layers(network: Network) -> None:
     """Print a table of the layers: channels, size of the map, size and stride of the receptive field in pixels."""
-    print(f"{'layer':<28} {'channels':>8} {'map':>11} {'receptive field':>17} {'stride':>9}")
+    _say(f"{'layer':<28} {'channels':>8} {'map':>11} {'receptive field':>17} {'stride':>9}")
     for layer in network.layers:
         field = network.fields[layer.name]
         size = "whole image" if field.whole_image else f"{field.size[0]} x {field.size[1]}"
         size = "unknown" if field.method == "unknown" else size
         stride = f"{field.stride[0]:g} x {field.stride[1]:g}" if field.stride else "-"
-        print(f"{layer.name:<28} {layer.channels:>8} {f'{layer.height} x {layer.width}':>11} {size:>17} {stride:>9}")
+        _say(f"{layer.name:<28} {layer.channels:>8} {f'{layer.height} x {layer.width}':>11} {size:>17} {stride:>9}")
         if field.note:
-            print(f"  receptive field unknown, so whole images are drawn: {field.note}")
+            _say(f"  receptive field unknown, so whole images are drawn: {field.note}")
 
 
 def print_drawn(sheets: Sequence[Path], page: Path | None, units: int) -> None:
     """Print where the sheets and the gallery are; page: the gallery's first page, None if it was not drawn."""
-    print(f"{len(sheets)} sheets in {sheets[0].parent}")
+    _say(f"{len(sheets)} sheets in {sheets[0].parent}")
     if page is None:
-        print(f"no gallery: {units:,} units are too many ({MAX_UNITS:,} at most)")
+        _say(f"no gallery: {units:,} units are too many ({MAX_UNITS:,} at most)")
     else:
-        print(f"gallery: open {page} in a browser")
+        _say(f"gallery: open {page} in a browser")
 
 
 def print_times(run: Run, drawing: float) -> None:
     """Print where the time went: of the run's scan, as its manifest has it, and of drawing, in seconds."""
     seconds = run.manifest["seconds"]
     parts = {name.replace("_", " "): value for name, value in seconds.items() if value >= 0.05} | {"drawing": drawing}
-    print("time: " + ", ".join(f"{name} {value:.1f} s" for name, value in parts.items()))
+    _say("time: " + ", ".join(f"{name} {value:.1f} s" for name, value in parts.items()))
 
 
 def print_verified(found: Mapping[str, Any]) -> None:
@@ -120,6 +125,7 @@ def print_verified(found: Mapping[str, Any]) -> None:
     )
     if found["same_fingerprint"] and (by_slot := found["by_slot"]):
         how += f", but within 1e-5 of the layer's largest where bits depend on the batch ({abridged(by_slot)})"
-    print(f"{found['winners'] - found['wrong']:,} of {found['winners']:,} winners were reproduced {how}")
+    _say(f"{found['winners'] - found['wrong']:,} of {found['winners']:,} winners were reproduced {how}")
     if found["wrong"]:
-        print(f"the first that was not: {found['first_wrong']}")
+        _say(f"the first that was not: {found['first_wrong']}")
+    _say("compared: values, positions, boxes; only a scan tells whether other images win, and each unit's status")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unitvis.drawing.hands import Hands
 from unitvis.drawing.patches import Cells, crop_of, cut_layers, patches_by_winner
-from unitvis.errors import UnitvisError, check_unit
+from unitvis.errors import UnitvisError, check_unit, printable
 from unitvis.files import file_name, make_folder
 from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text
 from unitvis.results.data import RunData
@@ -22,6 +23,7 @@ Drawn = TypeVar("Drawn", bound=RunData)
 
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)  # colours of page, text and smaller text
 EMPTY, EMPTY_MARK = (238, 238, 238), (205, 205, 205)  # colours of a placeholder and of the line through it
+_MAX_CHARACTERS = 400  # of a layer's name on a page
 MAX_PIXELS_IN_MEMORY = 400_000_000  # of patches that are held at once while a run is rendered
 PATCH_SIZE = 112  # pixels of a patch when it is cut: a multiple of 16, so that no block of a JPEG file reaches across
 # Of zlib: what takes more time makes photographs hardly smaller.
@@ -198,11 +200,11 @@ def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int,
     lines = _caption(run, top, units, crop)
     caption = small.getbbox("Ag")[3] * 1.35
     head = round(margin + heading.getbbox("Ag")[3] * 1.4 + caption * len(lines) + margin / 2)
-    needed = max([heading.getlength(layer), *(small.getlength(line) for line in lines)])
-    width = max(2 * margin + columns * wide + (columns - 1) * margin, math.ceil(needed) + 2 * margin)
+    needed = max(math.ceil(small.getlength(line)) for line in lines)
+    width = 2 * margin + max(columns * wide + (columns - 1) * margin, needed)
     page = Image.new("RGB", (width, head + rows * (high + 2 * text + margin) + margin // 2), PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((margin, margin), layer, INK, heading)
+    draw.text((margin, margin), fitting_name(layer, heading, width - 2 * margin), INK, heading)
     for number, line in enumerate(lines):
         draw.text((margin, margin + heading.getbbox("Ag")[3] * 1.4 + number * caption), line, FAINT, small)
     for number, unit in enumerate(units):
@@ -234,6 +236,21 @@ def _caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) ->
     if (~top.fired).any():
         lines.append("struck out: the response is at most 0, so the ReLU that follows gives 0 (it did not fire)")
     return lines
+
+
+def fitting_name(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A name in one line of at most so many pixels: of a longer one the two ends, with an ellipsis between them."""
+    name = printable(name)
+    if len(name) <= _MAX_CHARACTERS and font.getlength(name) <= width:
+        return name
+
+    def ends(count: int) -> str:
+        return f"{name[: count - count // 2]}\u2026{name[len(name) - count // 2 :]}"
+
+    fits = bisect_right(
+        range(min(len(name), _MAX_CHARACTERS)), float(width), key=lambda count: font.getlength(ends(count))
+    )
+    return ends(max(0, fits - 1))
 
 
 def unit_name(top: LayerArrays, unit: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,15 @@ from unitvis.errors import UnitvisError, closest_names, error_text
 from unitvis.models.weights import load_weights
 from unitvis.sources.transform import Transform
 
-LIBRARIES = ("torchvision:", "timm:")  # specs that name a model of a library, and no code of the user's
+_OF_A_LIBRARY = re.compile(r"(?:torchvision|timm):[\w.-]+")  # a spec in which no file or module can be named
+
+
+def names_library_model(spec: str) -> bool:
+    """Whether a spec has the form of a name in the registry of torchvision or timm, so that it leads to no other code.
+
+    `load` looks the name up in that registry.
+    """
+    return _OF_A_LIBRARY.fullmatch(spec) is not None
 
 
 class Loaded(NamedTuple):
@@ -56,14 +65,15 @@ def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = Tru
 
     Raises UnitvisError if the spec names no model or the model cannot be built.
     """
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
+    library, _, known = spec.partition(":")
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
         raise UnitvisError(f"model {spec!r} is not of the form {MODEL_FORMS}")
     pretrained = pretrained and weights is None
-    if place == "torchvision":
-        loaded = _torchvision(name, pretrained)
-    elif place == "timm":
-        loaded = _timm(name, pretrained)
+    if library == "torchvision":  # before any other form: what follows is looked up in the library, and never imported
+        loaded = _torchvision(known, pretrained)
+    elif library == "timm":
+        loaded = _timm(known, pretrained)
     else:
         loaded = Loaded(spec, _model_of(spec, place, name), None)
     if weights is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import shutil
@@ -16,9 +15,9 @@ from unitvis import models
 from unitvis.drawing.patches import crop_of
 from unitvis.drawing.sheets import drawable
 from unitvis.errors import UnitvisError
-from unitvis.files import make_folder, replacing, unoccupied
+from unitvis.files import make_folder, replacing
 from unitvis.network.network import Network
-from unitvis.pages import facts, pictures
+from unitvis.pages import earlier, facts, pictures
 from unitvis.results.data import RunData
 from unitvis.state.partial import refuse_another_model
 
@@ -42,7 +41,10 @@ def gallery(
     without it, those in the run's own folder are kept. crop: see `Run.patch`. Raises UnitvisError for a folder that
     holds anything else, for another model than was scanned, and for images that have changed since.
     """
-    return draw(run, Path(path), model, project=project, crop=crop, device=device)[0]
+    try:
+        return draw(run, Path(path), model, project=project, crop=crop, device=device)[0]
+    except OSError as error:
+        raise UnitvisError(f"the gallery could not be written into {path}: {error}; give another path") from error
 
 
 @torch.inference_mode(False)
@@ -108,7 +110,7 @@ def _prepare_folder(run: RunData, folder: Path) -> Path:
         raise UnitvisError(
             f"{folder} is not empty and holds no gallery, so nothing is written there; give another path"
         )
-    if pictures.read_drawn(folder).get("run") != _run_digest(run):
+    if not earlier.drawings(run, folder):
         shutil.rmtree(folder / "gallery", ignore_errors=True)
     try:
         make_folder(folder / "gallery")
@@ -122,18 +124,12 @@ def _earlier_drawings(run: RunData, folder: Path, crop: str | None) -> dict[str,
 
     A folder without a gallery gets copies of those in the run's own folder.
     """
-    before = pictures.read_drawn(folder)
-    if not before and run.folder is not None and run.folder != folder:
-        before = pictures.read_drawn(run.folder)
-        before = before if before.get("run") == _run_digest(run) else {}
-        for layer in before.get("layers", {}):
-            target = pictures.layer_folder(folder, layer)
-            for file in pictures.layer_folder(run.folder, layer).glob("*-*"):
-                if not file.is_symlink():  # a run folder is data: it shows nothing from elsewhere
-                    shutil.copyfile(file, unoccupied(target / file.name))
+    before = earlier.drawings(run, folder)
+    if not before and run.folder != folder:
+        before = earlier.copy_drawings(run, folder)
     drawn: dict[str, dict[str, Any]] = {}
     for layer in run:
-        drawn[layer] = before.get("layers", {}).get(layer, {})
+        drawn[layer] = before.get(layer, {})
         new_crop = crop_of(run, layer, crop)
         if drawn[layer].get("crop") != new_crop:
             drawn[layer].pop("projections", None)  # a projection is cut to the same box as its patch
@@ -141,21 +137,11 @@ def _earlier_drawings(run: RunData, folder: Path, crop: str | None) -> dict[str,
     return drawn
 
 
-def _run_digest(run: RunData) -> str:
-    """A hexadecimal hash that identifies the run: of its model's weights and all winners."""
-    digest = hashlib.blake2b(run.manifest["model"]["weights"].encode(), digest_size=16)
-    for layer, top in run.tops.items():
-        digest.update(layer.encode())
-        for array in (top.values, top.images, top.positions):
-            digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]]) -> Path:
     """Write the page, its script and style, and the run's data; returns the path of index.html."""
     within = folder / "gallery"
     texts = {
-        within / "drawn.json": json.dumps({"run": _run_digest(run), "layers": drawn}),
+        within / "drawn.json": json.dumps({"run": earlier.run_digest(run), "layers": drawn}),
         within / "index.js": facts.script("unitvis.index", facts.index(run)),
         **{
             pictures.layer_folder(folder, layer) / "layer.js": facts.script(

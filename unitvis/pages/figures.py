@@ -13,7 +13,7 @@ from unitvis.drawing import sheets
 from unitvis.drawing.patches import crop_of, patches_by_winner
 from unitvis.drawing.sheets import FAINT, INK, PAPER, PATCH_SIZE, unit_name
 from unitvis.errors import UnitvisError
-from unitvis.pages.pictures import filter_of, projections_of
+from unitvis.pages.earlier import filter_of, projections_of
 from unitvis.results.arrays import LayerArrays, extent_text
 from unitvis.results.data import RunData
 
@@ -81,7 +81,8 @@ def _block(run: RunData, layer: str, style: str, units: Sequence[int], crop: str
     half = columns * step[0] - TILE_GAP
     block = Image.new("RGB", (len(halves) * (half + MARGIN) - MARGIN, _HEADING_HEIGHT + rows * step[1]), PAPER)
     draw = ImageDraw.Draw(block)
-    draw.text((0, 0), layer, INK, ImageFont.load_default(64))
+    heading = ImageFont.load_default(64)
+    draw.text((0, 0), sheets.fitting_name(layer, heading, block.width), INK, heading)
     draw.text((0, 84), _field_text(run, top, kind), FAINT, ImageFont.load_default(38))
     for number, tiles in enumerate(halves):
         for index, (unit, tile) in enumerate(zip(units, tiles, strict=True)):
@@ -97,7 +98,7 @@ def _left_tile(run: RunData, top: LayerArrays, unit: int, crop: str) -> Image.Im
     empty = sheets.compose(top, unit, {}, PATCH_SIZE)
     if (weights := filter_of(run, top.name, unit)) is not None:
         scale = min(empty.width / weights.width, empty.height / weights.height)
-        size = round(weights.width * scale), round(weights.height * scale)
+        size = max(1, round(weights.width * scale)), max(1, round(weights.height * scale))
         page = Image.new("RGB", empty.size, PAPER)
         page.paste(weights.resize(size, Image.Resampling.NEAREST))
         return page

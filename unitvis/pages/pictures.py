@@ -6,7 +6,6 @@ drawn once.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -27,13 +26,11 @@ from unitvis.drawing.colours import heat, heat_levels, signed
 from unitvis.drawing.hands import Hands
 from unitvis.drawing.patches import crop_of, cut_layers, drawn_box, fired_winners
 from unitvis.drawing.sheets import PATCH_SIZE, tile_columns
-from unitvis.files import file_name, make_folder, read_text, unoccupied
+from unitvis.files import file_name, make_folder, unoccupied
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
-from unitvis.results.schemas import DRAWN
-from unitvis.schema import problem
 
 Device = torch.device | str | None
 MAX_MAP_SIDE = 56  # cells of the longer side of a response map; larger maps are reduced to the maxima of square blocks
@@ -41,10 +38,21 @@ MAX_MAP_SIDE = 56  # cells of the longer side of a response map; larger maps are
 
 def layer_folder(folder: Path, layer: str) -> Path:
     """The folder of a layer's pictures, which is created."""
-    path = folder / "gallery" / "layers" / file_name(layer)
-    for above in (folder / "gallery" / "layers", path):
+    path = folder / layer_path(layer)
+    for above in (path.parent, path):
         make_folder(above)
     return path
+
+
+def layer_path(layer: str) -> Path:
+    """The folder of a layer's pictures, relative to the gallery's folder."""
+    return Path("gallery", "layers", file_name(layer))
+
+
+def sprite_shape(k: int) -> tuple[int, int]:
+    """Width and height in pixels of a sprite of k cells."""
+    columns = tile_columns(k)
+    return columns * PATCH_SIZE, math.ceil(k / columns) * PATCH_SIZE
 
 
 def draw_patches(run: RunData, folder: Path, crop: str | None, *, with_sheets: bool = False) -> list[Path]:
@@ -94,7 +102,7 @@ class _Sprites:
     def _save(self, unit: int, cells: dict[int, Image.Image]) -> None:
         k = self._top.values.shape[1]
         columns = tile_columns(k)
-        sprite = Image.new("RGB", (columns * PATCH_SIZE, math.ceil(k / columns) * PATCH_SIZE), sheets.EMPTY)
+        sprite = Image.new("RGB", sprite_shape(k), sheets.EMPTY)
         for rank in range(k):
             cell = cells.get(rank) or sheets.placeholder(self._top, unit, rank, PATCH_SIZE)
             sprite.paste(cell, (rank % columns * PATCH_SIZE, rank // columns * PATCH_SIZE))
@@ -177,42 +185,3 @@ def draw_filters(model: nn.Module, run: RunData, folder: Path) -> list[str]:
         for unit, weight in enumerate(weights):
             signed(weight).save(unoccupied(target / f"{unit}-filter.png"))
     return list(found)
-
-
-def projections_of(run: RunData, layer: str, unit: int, crop: str) -> list[Image.Image] | None:
-    """Read a unit's projections from the run's own folder, `PATCH_SIZE` pixels wide; None without any for this crop."""
-    drawn = _drawn(run, layer)
-    if run.folder is None or not drawn.get("projections") or drawn["crop"] != crop:
-        return None
-    path = layer_folder(run.folder, layer) / f"{unit}-projections.jpg"
-    if path.is_symlink():  # a run folder is data: it shows nothing from elsewhere
-        return None
-    with Image.open(path) as sprite:
-        columns = tile_columns(k := run.manifest["k"])
-        corners = [(rank % columns * PATCH_SIZE, rank // columns * PATCH_SIZE) for rank in range(k)]
-        return [sprite.crop((x, y, x + PATCH_SIZE, y + PATCH_SIZE)) for x, y in corners]
-
-
-def filter_of(run: RunData, layer: str, unit: int) -> Image.Image | None:
-    """Read a unit's filter from the run's own folder, one pixel for each weight; None without one."""
-    if run.folder is None or not _drawn(run, layer).get("filters"):
-        return None
-    path = layer_folder(run.folder, layer) / f"{unit}-filter.png"
-    if path.is_symlink():
-        return None
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def _drawn(run: RunData, layer: str) -> dict[str, Any]:
-    """The layer's entry in the drawn.json of the run's own folder."""
-    return read_drawn(run.folder).get("layers", {}).get(layer, {}) if run.folder else {}
-
-
-def read_drawn(folder: Path) -> dict[str, Any]:
-    """Read a gallery's drawn.json: {"run": digest, "layers": {layer: {"crop", "filters", ...}}}; empty without one."""
-    try:
-        drawn = json.loads(read_text(folder / "gallery" / "drawn.json"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return {} if problem(drawn, DRAWN) else drawn

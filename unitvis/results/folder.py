@@ -38,6 +38,8 @@ from unitvis.state.partial import differences, identity, read_partial
 FORMAT = 1  # version of the folder's format, in the manifest
 _HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
 _MAX_LINE = 2**20  # bytes of a line of images.jsonl, where a path takes most
+_FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", "index.html")  # that a run may replace or remove
+_FOLDERS = ("sheets", "gallery")  # of pictures of a run, which are removed with it
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
 _Data = TypeVar("_Data", bound=RunData)
 
@@ -57,6 +59,7 @@ def write_run(run: RunData, folder: Path) -> Path:
 
 def _write(run: RunData, folder: Path) -> None:
     """Write all files beside those of a run that is there, then put them in its place; the manifest comes last."""
+    _refuse_obstacles(folder)  # before the first file is removed
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
     with ExitStack() as stack:
         manifest = stack.enter_context(replacing(folder / "manifest.json"))  # entered first, so put in place last
@@ -74,8 +77,24 @@ def _write(run: RunData, folder: Path) -> None:
         # All is written, so no disk that fills up can cost the run that was there.
         for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
             (folder / name).unlink(missing_ok=True)
-        for drawn in ("sheets", "gallery"):
+        for drawn in _FOLDERS:
             shutil.rmtree(folder / drawn, ignore_errors=True)
+
+
+def _refuse_obstacles(folder: Path) -> None:
+    """Raise UnitvisError where a folder stands in the place of a file of a run, or a file or link in that of a folder.
+
+    It would be found after the scan, when files of the run that was there are removed already.
+    """
+    for name in (*_FILES, *sorted(Checkpoints(folder / SCAN_CHECKPOINT).names)):
+        for path in (folder / name, folder / f"{name}.part"):
+            if path.is_dir() and not path.is_symlink():
+                raise UnitvisError(
+                    f"{path} is a folder, where a file of the run belongs; remove it, or give another path"
+                )
+    for path in (folder / name for name in _FOLDERS):
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise UnitvisError(f"{path} is a file or a link, where a folder belongs; remove it, or give another path")
 
 
 def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Data:
@@ -208,6 +227,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = Fa
                     f"{folder} holds a scan that is not finished; resume it (--resume) or start again (--overwrite)"
                 )
             raise UnitvisError(f"{folder} holds a run already; give another path, or overwrite it (--overwrite)")
+    _refuse_obstacles(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -121,9 +121,13 @@ def arrays_problem(top: LayerArrays, manifest: Mapping[str, Any]) -> str | None:
             return f"{name} is {array.dtype} {list(array.shape)}, not {wanted} {list(shape)}"
     if top.status.dtype.kind != "U" or not np.isin(top.status, (SEPARATED, TIED, UNSEPARATED)).all():
         return "a status is none of separated, tied, unseparated"
+    if (found := int((top.status == UNSEPARATED).sum())) != info["unseparated"]:
+        return f"{found} units are unseparated, and the manifest counts {info['unseparated']}"
     blank = top.images < 0
     if (blank[:, :-1] & ~blank[:, 1:]).any():
         return "a winner follows a blank place"
+    if (blank[:, -1] & (top.status == TIED)).any():
+        return "a unit without k winners is called tied"
     ordered = np.sort(top.images, axis=1)
     if ((np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] >= 0)).any():
         return "a unit has an image twice among its winners"

@@ -59,7 +59,8 @@ def merge(
     Args:
         runs: runs, or their folders.
         model: the model that was scanned, or its spec; None: loaded as the manifest says, where that names a model of
-            torchvision or timm. Code that a manifest names (file.py:function) is not executed.
+            torchvision or timm with its own or random weights. Code that a manifest names (file.py:function) is not
+            executed, and weights (a checkpoint's path) are not read.
         out: folder to write the merged run into.
         images: the images that were scanned, as for `scan`; None: opened as the manifest says.
         device: device of the second pass; None: the model's own.
@@ -293,13 +294,19 @@ def _checked_model(
         spec = recorded.get("spec")
         if spec is None:
             raise UnitvisError("the runs do not say where their model is; give model= (--model) for the second pass")
-        if not str(spec).startswith(models.LIBRARIES):  # a run folder is data: nothing that it names is imported
-            weights = f" --weights {recorded['file']}" if recorded.get("file") else ""
+        # A run folder is data: no code and no file that it names is opened.
+        weights = f" --weights {recorded['file']}" if recorded.get("file") else ""
+        if not models.names_library_model(spec):
             raise UnitvisError(
                 f"the runs name {spec!r} as their model, and code that a run names is not executed; name it yourself, "
                 f"with --model {spec}{weights}, or model="
             )
-        model = models.load(spec, recorded["file"], pretrained=recorded["pretrained"])
+        if weights:
+            raise UnitvisError(
+                f"the runs name {recorded['file']!r} as the weights of {spec}, and files that a run names are not "
+                f"read; name them yourself, with --model {spec}{weights}, or model="
+            )
+        model = models.load(spec, pretrained=recorded.get("pretrained", True))
     module, _, origin = models.resolved(model)
     refuse_another_model(ANOTHER_MODEL, recorded, outline(module))
     return module, origin

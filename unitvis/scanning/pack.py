@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from unitvis.bars import bar, no_bars
 from unitvis.choices import CHECKPOINT_SECONDS
 from unitvis.errors import Interrupted, UnitvisError
-from unitvis.files import flush_to_disk, lock, replacing, write_arrays
+from unitvis.files import flush_to_disk, lock, replacing, unoccupied, write_arrays
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.scanning.signals import Signals
 from unitvis.sources import Batch, PackSource, Source, open_source
@@ -136,7 +137,7 @@ class _Packing:
             return True
         if not self._checkpoints.exist:
             return False
-        file = self._open_locked()
+        file = self._open_locked(new=False)
         found = self._checkpoints.read(self._parse_checkpoint)
         assert found is not None  # noqa: S101  it exists
         about, seen = found
@@ -212,17 +213,28 @@ class _Packing:
         if self._checkpoints.due:
             self.checkpoint()
 
-    def _open_locked(self) -> io.FileIO:
-        """Open the array's file, or create it empty, and lock it; UnitvisError if another process packs into it."""
+    def _open_locked(self, *, new: bool) -> io.FileIO:
+        """Open the array's file, or a new one, and lock it; UnitvisError if another process packs into it.
+
+        A link that stands there would lead to another file: it is replaced by a new one, or refused unless `new`.
+        """
+        if not _is_lone_file(self._part):
+            if not new:
+                raise UnitvisError(
+                    f"{self._part} is a link or a file of several names, so nothing is written into it; start again "
+                    "(--overwrite)"
+                )
+            unoccupied(self._part)
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | (os.O_CREAT if new else 0)
         # unbuffered, so that a full disk raises at the write that fails
-        self._open_file = io.FileIO(os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        self._open_file = io.FileIO(os.open(self._part, flags, 0o666), "r+")
         if not lock(self._open_file):
             raise UnitvisError(f"another process is packing into {self._target}; wait for its end")
         return self._open_file
 
     def _create_array(self, row: tuple[int, ...]) -> io.FileIO:
         """Start the array's file with its header; UnitvisError if the disk has no room for the whole array."""
-        file = self._open_locked()
+        file = self._open_locked(new=True)
         self._checkpoints.remove()
         file.truncate(0)
         header = self._set_row_shape(row)
@@ -303,6 +315,15 @@ def _checked_target(path: Path, overwrite: bool, resume: bool) -> Path:
     if path.exists() and not overwrite and not resume:
         raise UnitvisError(f"{path} holds a pack already; give another path, or overwrite it (--overwrite)")
     return path
+
+
+def _is_lone_file(path: Path) -> bool:
+    """Whether a path is a regular file without other names (hard links), and no link to a file elsewhere."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
 
 
 def _part_path(target: Path) -> Path:

@@ -26,11 +26,12 @@ class _WinnerRows:
     """Winners of a run as arrays [winners], sorted by image: the column of the unit, the value and the position.
 
     columns: units of all of the network's layers in one count, in its order, which may be another than the run's;
-    positions: in the flattened map, 0 for a neuron; layer: its number in the run.
+    positions: in the flattened map, 0 for a neuron; layer: its number in the run. neurons: [winners, 3], channel, row
+    and column; boxes: [winners, 4].
     """
 
     def __init__(self, network: Network, run: RunData) -> None:
-        columns, images, values, flat, layers = [], [], [], [], []
+        columns, images, values, flat, layers, neurons, boxes = [], [], [], [], [], [], []
         starts = dict(zip(network.layer_names, (own.start for own in network.columns), strict=True))
         for number, (name, top) in enumerate(run.tops.items()):
             unit, rank = np.nonzero(top.images >= 0)
@@ -39,21 +40,34 @@ class _WinnerRows:
             images.append(top.images[unit, rank])
             values.append(top.values[unit, rank])
             rows, cols = top.positions[unit, rank].astype(np.int64).T
-            flat.append(np.zeros_like(rows) if top.info["unit"] == "neuron" else rows * width + cols)
+            is_neuron = top.info["unit"] == "neuron"
+            flat.append(np.zeros_like(rows) if is_neuron else rows * width + cols)
+            channel = unit // (top.info["height"] * width) if is_neuron else unit
+            neurons.append(np.stack([channel, rows, cols], axis=-1))
+            boxes.append(top.boxes[unit, rank])
             layers.append(np.full(len(unit), number))
         order = np.argsort(np.concatenate(images), kind="stable")
-        self.columns, self.images, self.values, self.positions, self.layer = (
-            np.concatenate(part)[order] for part in (columns, images, values, flat, layers)
+        self.columns, self.images, self.values, self.positions, self.layer, self.neurons, self.boxes = (
+            np.concatenate(part)[order] for part in (columns, images, values, flat, layers, neurons, boxes)
         )
 
 
 class Comparison:
-    """A run's winners beside their responses as they are now, `recomputed`."""
+    """A run's winners beside their responses as they are now, `recomputed`, and their boxes now.
+
+    boxes: int32 [winners, 4], those of the run where a layer's receptive field was unknown then or is unknown now.
+    """
 
     def __init__(self, network: Network, run: RunData) -> None:
         self._network, self._tops = network, list(run.tops.values())
         self.winners = _WinnerRows(network, run)
         self.recomputed = ResponsePairs(self.winners.images, self.winners.columns)
+        self.boxes = self.winners.boxes.copy()
+        self._unread: dict[int, str] = {}  # by image: its name, and why it could not be read
+        for number, (layer, top) in enumerate(run.tops.items()):
+            own, field = self.winners.layer == number, network.fields[layer]
+            if field.method == top.info["receptive_field"]["method"]:
+                self.boxes[own] = field.boxes(*self.winners.neurons[own].T)
 
     def read(self, source: Source, ids: Iterable[int]) -> None:
         """Compute the responses of the images again, without a threshold: a winner may have any value now."""
@@ -63,6 +77,13 @@ class Comparison:
                 if not network.bits.layers:
                     canonical.check(batch.pixels)
                 self.recomputed.take(canonical.keys(batch.pixels), batch.ids)
+        for id in np.unique(self.winners.images[~self.recomputed.known]).tolist():
+            self._unread[id] = f"{source.name(id)!r} cannot be read now: {source.failure_reasons.get(id, 'no reason')}"
+
+    @property
+    def same_boxes(self) -> NDArray[np.bool_]:
+        """Bool [winners]: the box is the run's."""
+        return (self.boxes == self.winners.boxes).all(axis=1)
 
     @property
     def equal(self) -> NDArray[np.bool_]:
@@ -71,24 +92,31 @@ class Comparison:
         return same & (self.recomputed.positions == self.winners.positions)
 
     def describe(self, row: int) -> str:
-        """Describe one winner in words: its value in the run and now, and its positions where they differ."""
+        """Describe one winner in words: its value in the run and now, with what else differs, or why it has none."""
         winners, top = self.winners, self._tops[self.winners.layer[row]]
+        if unread := self._unread.get(int(winners.images[row])):
+            return f"image {winners.images[row]} in layer {top.name!r}: {unread}"
         told = [f"{values[row]:.9g}" for values in (winners.values, self.recomputed.values)]
         positions = [int(found[row]) for found in (winners.positions, self.recomputed.positions)]
         if positions[0] != positions[1]:
             places = (divmod(position, top.info["width"]) for position in positions)
             told = [f"{value} at row {r}, column {c}" for value, (r, c) in zip(told, places, strict=True)]
+        elif not self.same_boxes[row]:
+            boxes = (found[row].tolist() for found in (winners.boxes, self.boxes))
+            told = [f"{value} in box {box}" for value, box in zip(told, boxes, strict=True)]
         return f"image {winners.images[row]} in layer {top.name!r}: {told[0]} in the run, {told[1]} now"
 
 
 def verify(
     run: RunData, model: nn.Module | str | models.Loaded, device: torch.device | str | None = None
 ) -> dict[str, Any]:
-    """Compute every winner of a run again. model: the one that was scanned, or its spec.
+    """Compute every winner of a run again, with its box. model: the one that was scanned, or its spec.
 
     Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal. Under another
     one, and in layers whose bits depend on an image's place in its compute batch, the value must lie within 1e-5 of the
-    layer's largest. Raises UnitvisError for a run ranked in half precision.
+    layer's largest. The box must be equal, except where the layer's receptive field is unknown. Not compared are what
+    only a scan can tell: whether another image responds more strongly, and the units' statuses. Raises UnitvisError for
+    a run ranked in half precision.
 
     Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
     the layer's largest value; "same_fingerprint": bool; "by_slot": the layers whose bits depend on an image's place;
@@ -105,11 +133,15 @@ def verify(
     network = Network(models.resolved(model)[0], device=device, transform=run.source.transform)
     channels, height, width = run.manifest["input"]
     network.examine((channels, height, width), run.layers, run.manifest["unit"])
+    network.find_receptive_fields()
     return compare_winners(run, network)
 
 
 def compare_winners(run: RunData, network: Network) -> dict[str, Any]:
-    """Compare a run's winners with their responses now; returns what `verify` does. network: with the run's layers."""
+    """Compare a run's winners with their responses now; returns what `verify` does.
+
+    network: with the run's layers and their receptive fields.
+    """
     for record in run.records.values() if run.source.separate_originals else ():
         run.source.check(record)
     comparison = Comparison(network, run)
@@ -122,7 +154,7 @@ def compare_winners(run: RunData, network: Network) -> dict[str, Any]:
         distance = np.where(comparison.equal, 0, np.abs(now - winners.values) / largest[winners.layer])
     by_slot = layers_by_slot(run, network)
     to_rounding = np.isin(winners.layer, [run.layers.index(name) for name in by_slot]) | (not same)
-    wrong = np.where(to_rounding, ~(distance <= ROUNDING), ~comparison.equal)
+    wrong = np.where(to_rounding, ~(distance <= ROUNDING), ~comparison.equal) | ~comparison.same_boxes
     return {
         "winners": len(wrong),
         "equal": int(comparison.equal.sum()),

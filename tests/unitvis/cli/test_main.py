@@ -72,7 +72,10 @@ def test_scan_render_sheet_and_verify(
         assert f"{target}: {page.width} x {page.height} pixels" in printed
 
     code, printed, _ = call(capsys, "verify", out, model)
-    assert (code, printed) == (cli.DONE, "50 of 50 winners were reproduced bit for bit\n")
+    assert code == cli.DONE
+    assert printed.startswith(
+        "50 of 50 winners were reproduced bit for bit\ncompared: values, positions, boxes; only a"
+    )
 
 
 @pytest.mark.parametrize("reason", ["No space left on device", "Read-only file system"])

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 import unitvis
 from support.commands import TWO_CONVOLUTIONS, call, model_file
+from unitvis import UnitvisError, cli
 from unitvis.cli.output import unfailing_output
+from unitvis.errors import ImageError
 from unitvis.files import file_name
 
 SIZE = ["--resize", "16"]
@@ -103,3 +111,48 @@ def test_paths_that_are_no_utf8(tmp_path: Path, photos: Path, capsys: pytest.Cap
     assert call(capsys, "scan", model, photos, *SIZE, "-o", odd / "run")[0] == 0
     assert call(capsys, "verify", odd / "run", model)[0] == 0
     assert (odd / "run" / "index.html").exists()
+
+
+EVIL = "a\x1b[2J\r\n\u202eb\x9b31m\u2028"  # clears the screen, returns to the line's start, turns the direction
+SHOWN = r"a\x1b[2J\r\n\u202eb\x9b31m\u2028"
+
+
+def evil_run(folder: Path, change: str) -> Path:
+    """A run in whose files one name steers a terminal."""
+    torch.manual_seed(0)
+    names = OrderedDict({EVIL if change == "layer" else "conv": nn.Conv2d(3, 2, 3)})
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 9, 3), np.uint8)
+    np.save(folder / "images.npy", pixels)
+    options = {"transform": unitvis.Transform(), "out": folder / "run", "progress": False}
+    unitvis.scan(nn.Sequential(names).eval(), folder / "images.npy", **options)
+    manifest = json.loads((folder / "run" / "manifest.json").read_text())
+    if change == "format":
+        manifest["format"] = EVIL
+    elif change == "kind":
+        manifest["source"] = {"kind": EVIL}
+    elif change == "class":
+        manifest["model"]["class"] = EVIL
+    (folder / "run" / "manifest.json").write_text(json.dumps(manifest))
+    return folder / "run"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", ["format", "kind", "class", "layer"])
+def test_names_from_files_steer_no_terminal(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = str(evil_run(tmp_path, change)), model_file(tmp_path, TWO_CONVOLUTIONS)
+    said = ""
+    for command in (["render", run], ["render", run, "--model", model], ["verify", run, model], ["sheet", run, "x"]):
+        cli.main([*command, *(["-o", str(tmp_path / "x.png")] if command[0] == "sheet" else [])])
+        out, err = capsys.readouterr()
+        assert len(err.splitlines()) <= 1
+        assert not set(out + err) & (set(EVIL) - set("a[2Jb31m\n"))
+        said += out + err
+    assert SHOWN in said
+
+
+def test_errors_are_one_line_of_printable_characters() -> None:
+    assert str(UnitvisError(f"layer {EVIL}, é 語\u3000👩")) == f"layer {SHOWN}, é 語\u3000👩"
+    error = pickle.loads(pickle.dumps(ImageError(EVIL)))  # noqa: S301
+    assert (type(error), str(error)) == (ImageError, SHOWN)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torch import nn
 
 import unitvis
@@ -86,3 +88,38 @@ def test_a_page_that_would_be_too_large_is_refused_before_it_is_drawn() -> None:
     with pytest.raises(UnitvisError, match="do not fit on one page"):
         figure(run, ["0"], "lecture", range(3000))
     assert run.sheet("0", range(5), size=200).height > 600
+
+
+def named(name: str) -> unitvis.Run:
+    """A run of one layer with this name."""
+    torch.manual_seed(0)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 9, 9, 3), np.uint8)
+    model = nn.Sequential(OrderedDict({name: nn.Conv2d(3, 4, 3)})).eval()
+    return unitvis.scan(model, pixels, k=2, transform=unitvis.Transform(), progress=False)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\nb", "stage" * 40], ids=["long", "of two lines", "quite long"])
+def test_no_name_makes_a_page_larger(name: str) -> None:
+    short, run = named("conv"), named(name)
+    assert run.sheet(name).size == short.sheet("conv").size
+    assert run.sheet(name, [0], size=20).size == short.sheet("conv", [0], size=20).size
+    assert figure(run, [name], "lecture").size == figure(short, ["conv"], "lecture").size
+
+
+def test_a_name_keeps_its_ends_where_it_does_not_fit() -> None:
+    font = ImageFont.load_default(20)
+    name = "".join(f"{number}." for number in range(5000))
+    for width in (60, 300, 1000):
+        shown = sheets.fitting_name(name, font, width)
+        first, last = shown.split("\u2026")
+        assert name.startswith(first)
+        assert name.endswith(last)
+        assert 0 <= len(first) - len(last) <= 1
+        longer = f"{name[: len(first) + 1]}\u2026{name[len(name) - len(last) - 1 :]}"
+        assert font.getlength(shown) <= width < font.getlength(longer)
+    whole = math.ceil(font.getlength("features.10"))
+    assert sheets.fitting_name("features.10", font, whole) == "features.10"
+    assert sheets.fitting_name("features.10", font, whole - 1) != "features.10"
+    assert sheets.fitting_name("a\nb", font, 100) == r"a\nb"
+    assert sheets.fitting_name(name, font, 1) == "\u2026"
+    assert len(sheets.fitting_name(name, font, 10**6)) <= 401

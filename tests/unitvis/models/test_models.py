@@ -97,9 +97,17 @@ def test_a_checkpoint_with_another_head_is_loaded(tmp_path: Path) -> None:
         ("torchvision:alexnett", "torchvision has no model 'alexnett'; the closest are alexnet"),
         ("timm:resnett18", "timm has no model 'resnett18'; the closest are resnet18"),
         ("torchvision:raft_small", "only image classification models are scanned"),
+        ("torchvision:evil:net", "torchvision has no model 'evil:net'"),
+        ("timm:evil:net", "timm has no model 'evil:net'"),
+        ("timm:./evil.py:net", "timm has no model './evil.py:net'"),
     ],
 )
-def test_names_that_are_not_there(spec: str, message: str) -> None:
+def test_names_that_are_not_there(spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "timm:").mkdir()
+    for path in ("torchvision:evil.py", "timm:evil.py", "timm:/evil.py"):  # names of a library, and never of a file
+        (tmp_path / path).write_text("from torch import nn\nnet = nn.Conv2d(3, 3, 3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UnitvisError, match=message):
         models.load(spec, pretrained=False)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
@@ -84,3 +90,79 @@ def test_the_command_draws_figures_in_print_resolution(
     ):
         assert cli.main(["sheet", run, *arguments, "-o", str(target)]) == cli.USAGE
         assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def copy(shown: tuple[nn.Module, Path], tmp_path: Path) -> Path:
+    """A copy of the run that a test may change."""
+    return Path(shutil.copytree(shown[1], tmp_path / "run"))
+
+
+def encoded(width: int, height: int, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, kind)
+    return file.getvalue()
+
+
+def with_text(text: bytes) -> bytes:
+    """A PNG of one pixel with a compressed text that is a million times as long."""
+    png = encoded(1, 1, "PNG")
+    chunk = b"zTXt" + b"Comment\0\0" + zlib.compress(text)
+    return png[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+FOREIGN = {
+    "a program": (POSTSCRIPT, r"not an image"),
+    "too many pixels": (encoded(1, 1, "PPM").replace(b"1 1", b"60000 60000"), "60000 x 60000 pixels; more than"),
+    "a bomb of text": (with_text(bytes(2**26)), "broken PNG"),
+    "long and thin": (encoded(1, 5000, "PNG"), r"1 x 5000 pixels, (not 336 x 336|more than 5 x 5)"),
+    "too small": (encoded(335, 336, "PNG"), r"335 x 336 pixels, (not 336 x 336|more than 5 x 5)"),
+    "damaged": (encoded(5, 5, "PNG")[:45], "broken PNG"),
+    "none": (None, "No such file or directory"),
+}
+
+
+@pytest.mark.parametrize(("layer", "name"), [("0", "3-filter.png"), ("2", "3-projections.jpg")])
+@pytest.mark.parametrize("what", [*FOREIGN, "a pipe", "a folder", "a link"])
+def test_pictures_that_the_gallery_never_drew_are_refused(
+    what: str, layer: str, name: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'executed'}\n")  # what opens EPS starts Ghostscript
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    picture = copy / "gallery" / "layers" / layer / name
+    content = picture.read_bytes()
+    picture.unlink()
+    data, reason = FOREIGN.get(what, (None, ""))
+    if data is not None:
+        picture.write_bytes(data)
+    elif what == "a pipe":
+        os.mkfifo(picture)
+        reason = "not a regular file"
+    elif what == "a folder":
+        picture.mkdir()
+        reason = "Is a directory"
+    elif what == "a link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        picture.symlink_to(tmp_path / "elsewhere")
+        reason = "it is reached through a link"
+    with pytest.raises(
+        UnitvisError, match=rf"{name} cannot be used: {reason}.*; draw it again: unitvis render"
+    ) as told:
+        figures.figure(unitvis.load(copy), [layer], "paper", [3])
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pictures_of_another_run_are_not_shown(copy: Path, tmp_path: Path) -> None:
+    """Where somebody put the files of a run beside the gallery of another one."""
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.Conv2d(3, 12, 5), nn.ReLU(), nn.Conv2d(12, 10, 3)).eval()
+    source = unitvis.load(copy).manifest["source"]["path"]
+    unitvis.scan(other, source, transform=unitvis.Transform(), out=tmp_path / "other", progress=False)
+    for name in ("manifest.json", "top.npz", "images.jsonl"):
+        shutil.copy(tmp_path / "other" / name, copy / name)
+    for layer in ("0", "2"):
+        with pytest.raises(UnitvisError, match=f"no projections of layer '{layer}'"):
+            figures.figure(unitvis.load(copy), [layer], "paper")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ import unitvis
 from unitvis import UnitvisError
 
 
+@functools.cache
 def scanned(seed: int) -> unitvis.Run:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
@@ -47,6 +49,45 @@ def test_a_full_disk_does_not_cost_the_run_that_was_there(
     other.save(folder, overwrite=True)
     assert set(contents(folder)) == {"manifest.json", "top.npz", "images.jsonl"}  # pictures of the old run are gone
     assert unitvis.load(folder)["0"].values.tobytes() == other["0"].values.tobytes()
+
+
+OBSTACLES = ["top.npz", "state.npz", "images.jsonl", "index.html", "top.npz.part", "manifest.json.part", "progress.npz"]
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+@pytest.mark.parametrize("late", [False, True], ids=["before the scan", "during the scan"])
+def test_a_folder_in_the_place_of_a_file_does_not_cost_the_run_that_was_there(
+    name: str, late: bool, tmp_path: Path
+) -> None:
+    old, new = scanned(0), scanned(1)
+    folder = old.save(tmp_path / "run")
+    if (folder / name).exists():
+        (folder / name).rename(tmp_path / "kept")
+    (folder / name).mkdir()
+    before = contents(folder)
+    with pytest.raises(UnitvisError, match=rf"{name} is a folder, where a file of the run belongs; remove it"):
+        new.write(folder) if late else new.save(folder, overwrite=True)
+    assert contents(folder) == before
+    (folder / name).rmdir()
+    if (tmp_path / "kept").exists():
+        (tmp_path / "kept").rename(folder / name)
+    assert unitvis.load(folder)["0"].values.tobytes() == old["0"].values.tobytes()
+
+
+@pytest.mark.parametrize("name", ["sheets", "gallery"])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_or_link_in_the_place_of_pictures_is_found_before_the_scan(
+    name: str, link: bool, tmp_path: Path
+) -> None:
+    folder = scanned(0).save(tmp_path / "run")
+    if link:
+        (folder / name).symlink_to(tmp_path)
+    else:
+        (folder / name).write_text("")
+    before = contents(folder)
+    with pytest.raises(UnitvisError, match=rf"{name} is a file or a link, where a folder belongs; remove it"):
+        scanned(1).save(folder, overwrite=True)
+    assert contents(folder) == before
 
 
 def without_hashes(folder: Path) -> None:

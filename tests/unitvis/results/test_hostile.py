@@ -164,6 +164,7 @@ ARRAYS: list[tuple[str, Any, str]] = [
     ("0/values", lambda a: np.array(["x"]), "values is <U1"),
     ("0/values", lambda a: np.broadcast_to(np.float32(0), (2**24, 2)).copy(), "bytes in"),
     ("0/status", lambda a: np.full_like(a, "exact"), "a status is none of"),
+    ("0/status", lambda a: np.full_like(a, "unseparated"), "3 units are unseparated, and the manifest counts 0"),
     ("0/status", lambda a: None, "0/status"),
 ]
 
@@ -212,6 +213,17 @@ def merge(shards: list[Path], model: nn.Module, arrays: dict[str, np.ndarray], w
         assert "\n" not in str(error)  # noqa: PT017
     except Exception as error:
         raise AssertionError(f"{what}: {error!r}") from error
+
+
+def test_a_unit_with_a_blank_place_is_not_tied(folder: Path) -> None:
+    arrays = dict(np.load(folder / "top.npz"))
+    arrays["0/images"][1, 1], arrays["0/values"][1, 1], arrays["0/positions"][1, 1] = -1, np.nan, -1
+    np.savez_compressed(folder / "top.npz", **arrays)
+    assert unitvis.load(folder).layers == ["0", "2"]
+    arrays["0/status"][1] = "tied"
+    np.savez_compressed(folder / "top.npz", **arrays)
+    with pytest.raises(UnitvisError, match=r"not a whole run .* layer '0': a unit without k winners is called tied"):
+        unitvis.load(folder)
 
 
 def test_nothing_is_allocated_for_a_length_that_is_only_claimed(folder: Path) -> None:

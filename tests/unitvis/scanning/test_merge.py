@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import unitvis
 from support.commands import TWO_CONVOLUTIONS, model_file
-from unitvis import UnitvisError, cli
+from unitvis import UnitvisError, cli, models
 from unitvis.sources import FileSource
 
 COUNT = 53
@@ -417,17 +418,71 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert "the run of a shard" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("spec", ["{folder}/evil.py:net", "evil:net", "evil.net:torchvision:", "", 7])
-def test_code_that_a_run_names_is_not_executed(spec: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def named_in_runs(folder: Path, **origin: object) -> list[Path]:
+    """Write shards whose manifests name this model."""
+    folders = []
     for number, run in enumerate(shards(2)):
-        run.manifest["model"] |= {"spec": str(spec).format(folder=tmp_path) if isinstance(spec, str) else spec}
-        run.manifest["model"] |= {"file": None, "pretrained": False}
-        run.save(tmp_path / str(number))
+        manifest = run.manifest | {"model": run.manifest["model"] | {"file": None, "pretrained": False} | origin}
+        changed = unitvis.Run(run.tops, manifest, run.records, partial=run.partial)
+        folders.append(changed.save(folder / f"shard-{number}"))
+    return folders
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "{folder}/evil.py:net",
+        "evil:net",
+        "evil.net:torchvision:",
+        "torchvision:evil:net",
+        "timm:evil:net",
+        "timm:/evil.py:net",
+        "torchvision:../evil.py",
+        "timm:hf-hub:evil/net",
+        "timm:local-dir:{folder}",
+        "",
+        7,
+    ],
+)
+def test_code_that_a_run_names_is_not_executed(spec: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = f"open({str(tmp_path / 'executed')!r}, 'w')\n"
+    for path in ("evil.py", "torchvision:evil.py", "timm:evil.py", "timm:/evil.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    runs = named_in_runs(tmp_path, spec=spec.format(folder=tmp_path) if isinstance(spec, str) else spec)
     with pytest.raises(UnitvisError, match=r"code that a run names is not executed|model.spec is 7, not text"):
-        unitvis.merge([tmp_path / "0", tmp_path / "1"], images=images())
+        unitvis.merge(runs, images=images())
     assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_a_run_names_are_not_read(tmp_path: Path) -> None:
+    weights = tmp_path / "w.pt"
+    os.mkfifo(weights)  # whoever opened it would wait
+    with pytest.raises(UnitvisError, match=rf"not read; name them .* --model torchvision:alexnet --weights {weights}"):
+        unitvis.merge(named_in_runs(tmp_path, spec="torchvision:alexnet", file=str(weights)), images=images())
+
+
+@pytest.mark.parametrize("origin", [{"pretrained": False}, {}], ids=["random", "of an old version"])
+def test_a_model_of_a_library_is_found_by_the_name_in_the_runs(
+    origin: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load(spec: str, weights: object = None, *, pretrained: bool = True) -> models.Loaded:
+        asked.append((spec, weights, pretrained))
+        return models.Loaded(spec, net(), None)
+
+    monkeypatch.setattr(models, "load", load)
+    runs = named_in_runs(tmp_path, spec="timm:resnet18.a1_in1k")
+    for folder in runs:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for key in {"file", "pretrained"} - origin.keys():
+            del manifest["model"][key]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    same(unitvis.merge(runs, images=images()), whole())
+    assert asked == [("timm:resnet18.a1_in1k", None, origin.get("pretrained", True))]
 
 
 @pytest.mark.parametrize("options", [["--weights", "w.pt"], ["--no-pretrained"]])

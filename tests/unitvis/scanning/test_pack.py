@@ -253,6 +253,46 @@ def test_a_full_disk(folder: Path, packed: Path, tmp_path: Path, monkeypatch: py
     assert files(out) == files(packed) | {"left": b"['whole.json', 'whole.npy', 'whole.npz']"}
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["link", "hard link"])
+@pytest.mark.parametrize("ending", [".npy.part", ".npy", ".npz", ".json", ".npy.progress", ".npy.progress.part"])
+def test_a_pack_is_never_written_through_a_link(
+    link: Callable[[Path, Path], None], ending: str, folder: Path, packed: Path, tmp_path: Path
+) -> None:
+    victim, out = tmp_path / "victim", tmp_path / "out" / "x.npy"
+    out.parent.mkdir()
+    for file in packed.parent.glob("whole.*"):
+        shutil.copy(file, out.with_suffix(file.suffix))
+    victim.write_bytes(out.with_suffix(ending).read_bytes() if ending.count(".") == 1 else b"untouched")
+    before = victim.read_bytes()
+    out.with_suffix(ending).unlink(missing_ok=True)
+    link(victim, out.with_suffix(ending))
+    pack(folder, out, overwrite=True, every=1e-9)
+    assert victim.read_bytes() == before
+    assert not os.path.samefile(victim, out)
+    assert files(out) == files(packed) | {"left": b"['x.json', 'x.npy', 'x.npz']"}
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["link", "hard link"])
+def test_a_pack_is_not_resumed_through_a_link(
+    link: Callable[[Path, Path], None], folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, victim = tmp_path / "x.npy", tmp_path / "victim"
+    with monkeypatch.context() as patch:
+        stop(3, crash, patch)
+        with pytest.raises(StoppedError):
+            pack(folder, out, every=1e-9)
+    part = tmp_path / "x.npy.part"
+    shutil.move(part, victim)
+    before = victim.read_bytes()
+    link(victim, part)
+    with pytest.raises(UnitvisError, match=r"x.npy.part is a link .*, so nothing is written into it; start again"):
+        pack(folder, out, resume=True)
+    assert victim.read_bytes() == before
+    pack(folder, out, overwrite=True)
+    assert victim.read_bytes() == before
+    assert out.read_bytes() == packed.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import unitvis
+from support.commands import call
 from support.scans import images, scan, two_convolutions
+from unitvis import cli
 from unitvis.scanning.verify import verify
 
 
@@ -20,3 +31,64 @@ def test_positions_are_told_where_they_differ() -> None:
     run["2"].positions[3, 1, 0] = row
     run["2"].values[3, 1] += 1
     assert verify(run, model)["first_wrong"].endswith(f" in the run, {value} now")
+
+
+@pytest.mark.parametrize("unit", ["channel", "neuron"])
+def test_another_box_is_told(unit: str) -> None:
+    model = two_convolutions()
+    run = scan(model, images(5, 12), ["0", "2"], 2, unit=unit)
+    found = verify(run, model)
+    assert (found["wrong"], found["equal"]) == (0, found["winners"])
+    image, box = run["2"].images[3, 1], run["2"].boxes[3, 1].tolist()
+    row, column = run["2"].positions[3, 1].tolist()
+    assert box == [column, row, column + 5, row + 5]  # two convolutions of 3 x 3
+    for top in run.tops.values():
+        top.boxes[...] += [1, 0, 1, 0]
+    found = verify(run, model)
+    assert found["wrong"] == found["winners"] == found["equal"]
+    run = scan(model, images(5, 12), ["0", "2"], 2, unit=unit)
+    run["2"].boxes[3, 1, 3] += 1
+    found, value = verify(run, model), f"{run['2'].values[3, 1]:.9g}"
+    assert found["wrong"] == 1
+    said = f"{value} in box {[*box[:3], box[3] + 1]} in the run, {value} in box {box} now"
+    assert found["first_wrong"] == f"image {image} in layer '2': {said}"
+
+
+class Torn(nn.Module):
+    """A convolution whose receptive field is unknown, since values choose what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if x.abs().max() < 1e9 else -x)
+
+
+@pytest.mark.filterwarnings("ignore:the receptive fields", "ignore:the model's code could not be followed")
+def test_boxes_that_are_unknown_are_those_of_the_image() -> None:
+    run = scan(Torn(), images(5, 12), ["conv"], 2)
+    assert run["conv"].info["receptive_field"]["method"] == "unknown"
+    assert verify(run, Torn())["wrong"] == 0
+    run["conv"].boxes[0, 0, 0] = 1
+    assert verify(run, Torn())["first_wrong"].endswith(
+        f"in box [1, 0, 12, 12] in the run, {run['conv'].values[0, 0]:.9g} in box [0, 0, 12, 12] now"
+    )
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "net.py").write_text("from support.scans import two_convolutions as net\n")
+    options = {"transform": unitvis.Transform(crop=12), "out": tmp_path / "run"}
+    scan(two_convolutions(), tmp_path / "photos", ["0"], 3, **options)
+    code, out, _ = call(capsys, "verify", tmp_path / "run", f"{tmp_path / 'net.py'}:net")
+    assert code == cli.DONE
+    assert "compared: values, positions, boxes; only a scan tells whether other images win, and each" in out
+    (tmp_path / "photos" / "1.png").write_bytes(b"")
+    code, out, _ = call(capsys, "verify", tmp_path / "run", f"{tmp_path / 'net.py'}:net")
+    assert "first that was not: image 1 in layer '0': '1.png' cannot be read now: empty file" in out
+    assert code == cli.WRONG

@@ -1,0 +1,123 @@
+"""Pictures of an earlier gallery: which of them belong to a run, reading them back, and copying them.
+
+A run folder is data: its pictures are decoded as an image of a data set is, and none is read through a link.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unitvis.decoding.contents import FileContents
+from unitvis.decoding.decode import decode
+from unitvis.drawing.sheets import PATCH_SIZE, tile_columns
+from unitvis.errors import ImageError, UnitvisError
+from unitvis.files import is_linked, read_text, unoccupied
+from unitvis.pages.pictures import layer_folder, layer_path, sprite_shape
+from unitvis.results.data import RunData
+from unitvis.results.schemas import DRAWN
+from unitvis.schema import problem
+
+_OPTIONAL = ("projections.jpg", "responses.png", "filter.png")  # what follows UNIT- in the names of pictures by a model
+
+
+def run_digest(run: RunData) -> str:
+    """A hexadecimal hash that identifies the run: of its model's weights and all winners."""
+    digest = hashlib.blake2b(run.manifest["model"]["weights"].encode(), digest_size=16)
+    for layer, top in run.tops.items():
+        digest.update(layer.encode())
+        for array in (top.values, top.images, top.positions):
+            digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
+    """Entries of a gallery's drawn.json, {layer: {"crop", "filters", ...}}; empty unless it was drawn from this run."""
+    path = Path("gallery", "drawn.json")
+    if is_linked(folder, path):
+        return {}
+    try:
+        drawn = json.loads(read_text(folder / path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {} if problem(drawn, DRAWN) or drawn["run"] != run_digest(run) else drawn["layers"]
+
+
+def projections_of(run: RunData, layer: str, unit: int, crop: str) -> list[Image.Image] | None:
+    """Read a unit's projections from the run's own folder, `PATCH_SIZE` pixels wide; None without any for this crop."""
+    drawn = _own_drawings(run, layer)
+    if run.folder is None or not drawn.get("projections") or drawn.get("crop") != crop:
+        return None
+    path = layer_path(layer) / f"{unit}-projections.jpg"
+    sprite = _read_picture(run.folder, path)
+    columns = tile_columns(k := run.manifest["k"])
+    if sprite.size != (wanted := sprite_shape(k)):
+        raise _unusable(run.folder / path, f"{_extent(sprite.size)} pixels, not {_extent(wanted)}")
+    corners = [(rank % columns * PATCH_SIZE, rank // columns * PATCH_SIZE) for rank in range(k)]
+    return [sprite.crop((x, y, x + PATCH_SIZE, y + PATCH_SIZE)) for x, y in corners]
+
+
+def filter_of(run: RunData, layer: str, unit: int) -> Image.Image | None:
+    """Read a unit's filter from the run's own folder, one pixel for each weight; None without one."""
+    if run.folder is None or not _own_drawings(run, layer).get("filters"):
+        return None
+    path = layer_path(layer) / f"{unit}-filter.png"
+    image = _read_picture(run.folder, path)
+    field = run[layer].info["receptive_field"]
+    height, width = field["size"]  # a filter's weights lie in it, next to each other or dilated
+    if field["whole_image"] or field["method"] == "unknown":
+        height, width = max(height, run.input_size[0]), max(width, run.input_size[1])
+    if image.width > width or image.height > height:
+        raise _unusable(run.folder / path, f"{_extent(image.size)} pixels, more than {_extent((width, height))}")
+    return image
+
+
+def copy_drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
+    """Copy the pictures that a model drew from the run's own folder into another; returns their `drawings`.
+
+    Raises UnitvisError where a link, or anything but a file, stands in the place of one.
+    """
+    if run.folder is None:
+        return {}
+    found = drawings(run, run.folder)
+    for layer in [layer for layer in run if layer in found]:
+        target = layer_folder(folder, layer)
+        for name in (f"{unit}-{kind}" for unit in range(len(run[layer])) for kind in _OPTIONAL):
+            path = run.folder / layer_path(layer) / name
+            if not os.path.lexists(path):
+                continue
+            if is_linked(run.folder, layer_path(layer) / name) or not path.is_file():
+                raise _unusable(path, "it is no regular file in the folder of the run")
+            shutil.copyfile(path, unoccupied(target / name))
+    return found
+
+
+def _own_drawings(run: RunData, layer: str) -> dict[str, Any]:
+    """The layer's entry in `drawings` of the run's own folder."""
+    return drawings(run, run.folder).get(layer, {}) if run.folder else {}
+
+
+def _read_picture(folder: Path, path: Path) -> Image.Image:
+    """Decode a picture, given relative to the run's folder; UnitvisError where that is not possible."""
+    if is_linked(folder, path):
+        raise _unusable(folder / path, "it is reached through a link")
+    try:
+        return decode(FileContents(os.fsencode(folder)).read(os.fsencode(path)))
+    except ImageError as error:
+        raise _unusable(folder / path, str(error)) from error
+
+
+def _unusable(path: Path, reason: str) -> UnitvisError:
+    return UnitvisError(
+        f"the picture {path} cannot be used: {reason}; draw it again: unitvis render RUN --model MODEL --project"
+    )
+
+
+def _extent(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
