@@ -27,9 +27,11 @@ import unitvis
 from support.commands import TWO_CONVOLUTIONS, model_file
 from support.scans import two_convolutions
 from unitvis import Interrupted, UnitvisError, cli
+from unitvis.decoding.processes import may_start
 from unitvis.ranking.recorder import Recorder
 from unitvis.scanning.progress import Progress
 from unitvis.sources import FileSource
+from unitvis.sources.base import usable_cores
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import Partial
 from unitvis.state.sampling import smallest_hashes
@@ -518,6 +520,8 @@ PROGRAM = """
 import sys
 from unitvis import cli
 from unitvis.scanning.progress import Progress
+from unitvis.sources import encoded
+encoded.MIN_IMAGES = 1  # worker processes read even few images
 real = Progress.after_batch
 def after_batch(self):
     real(self)
@@ -528,12 +532,27 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+def children(process: int) -> list[int]:
+    """Numbers of the processes that a process has started, where the system tells them."""
+    path = Path(f"/proc/{process}/task")
+    return [int(one) for task in path.glob("*/children") for one in task.read_text().split()]
+
+
+def lives(process: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for has no environment any more."""
+    try:
+        return bool(Path(f"/proc/{process}/environ").read_bytes())
+    except OSError:
+        return False
+
+
 def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numbers = ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2", "--batch-size", "4", "--checkpoint-every", "1e-9"]
     command = ["scan", model_file(tmp_path, TWO_CONVOLUTIONS), str(folder), *numbers, "-o"]
     assert cli.main([*command, str(tmp_path / "whole")]) == cli.SKIPPED
     arguments = [sys.executable, "-c", PROGRAM, *command, str(tmp_path / "run"), "--resume"]
     seen: dict[int, list[int]] = {signal.SIGKILL: [], signal.SIGTERM: []}
+    workers: list[int] = []
     for number, counts in seen.items():
         with subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
@@ -546,6 +565,7 @@ def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, caps
                     continue
                 counts.append(int(line))
                 if counts[-1] % 20 > 8:
+                    workers += children(process.pid)
                     process.send_signal(number)  # while the process waits, so that it cannot be over before
                     if number == signal.SIGKILL:
                         break
@@ -555,6 +575,11 @@ def test_processes_that_are_killed_or_stopped(folder: Path, tmp_path: Path, caps
         assert "Traceback" not in rest
     assert seen == {signal.SIGKILL: [4, 8, 12], signal.SIGTERM: [16]}
     assert "resume with the same command and --resume" in rest
+    assert len(workers) == (2 * usable_cores() if may_start() else 0)
+    deadline = time.monotonic() + 300
+    while any(map(lives, workers)):  # they end by themselves
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert cli.main([*command, str(tmp_path / "run"), "--resume"]) == cli.SKIPPED
     assert result(tmp_path / "run") == result(tmp_path / "whole")
     assert "67 images" in capsys.readouterr().out
