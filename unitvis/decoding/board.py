@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from unitvis.decoding.decode import BUDGET
+from unitvis.decoding.processes import above_standard
 
 try:
     import fcntl
@@ -84,7 +85,9 @@ class Board:
     def create(cls, slots: int, size: tuple[int, int], about: object) -> Board:
         """Make a board in new memory, OSError where there is not enough; about: what `about` gives to the workers."""
         pickled = pickle.dumps(about)
-        file = os.memfd_create("unitvis")
+        low = os.memfd_create("unitvis")
+        file = above_standard(low)
+        os.close(low)
         try:
             board = cls(file, slots, size, len(pickled))
         except BaseException:

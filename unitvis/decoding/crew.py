@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, Self, TypeVar
 
-from unitvis.decoding.processes import PARENT_SECONDS, start
+from unitvis.decoding.processes import PARENT_SECONDS, above_standard, start
 
 Result = TypeVar("Result")
 
@@ -59,8 +59,12 @@ class Crew:
         """Start the process of this thread, and return what speaks to it."""
         here, there = socket.socketpair()
         with here, there:
-            arguments = (there.fileno(), os.getpid())
-            self._processes.append(start(__name__, arguments, pass_fds=arguments[:1], stdin=subprocess.DEVNULL))
+            passed = above_standard(there.fileno())
+            try:
+                process = start(__name__, (passed, os.getpid()), pass_fds=(passed,), stdin=subprocess.DEVNULL)
+            finally:
+                os.close(passed)
+            self._processes.append(process)
             connection = self._own.connection = Connection(os.dup(here.fileno()))
         self._connections.append(connection)
         return connection

@@ -78,9 +78,9 @@ class Pool:
         try:
             for number in range(workers):
                 self._workers.append(self._start(number / workers))
-        except OSError as error:
+        except PoolError:
             self.close()
-            raise PoolError(f"{sys.executable!r} cannot be started: {error.strerror}") from error
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -92,11 +92,6 @@ class Pool:
     def full(self) -> bool:
         """True while a job must be received before another one can be issued."""
         return self._issued - self._received == self.jobs
-
-    @property
-    def waiting(self) -> int:
-        """Number of jobs that were issued and not received."""
-        return self._issued - self._received
 
     def issue(self, places: list[Any]) -> None:
         """Hand out a job: where its images are, see `Contents.read`."""
@@ -137,7 +132,10 @@ class Pool:
         """Start a worker; share: see `Board.hold`."""
         arguments = (share, os.getpid(), self._board.arguments)
         files = {"stdin": self._jobs_out, "stdout": self._results_in, "pass_fds": (self._board.arguments[0],)}
-        return start("unitvis.decoding.worker", arguments, **files)
+        try:
+            return start("unitvis.decoding.worker", arguments, **files)
+        except OSError as error:
+            raise PoolError(f"{sys.executable!r} cannot be started: {error.strerror}") from error
 
     def _wait(self) -> bool:
         """Wait until some job is done; False after a while without one."""

@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows, which has no memfd_create either
+    fcntl = None  # type: ignore[assignment]
+
 PARENT_SECONDS = 2.0  # between two looks of a process that waits for work whether its parent lives
 _COMMAND = """import importlib, json, sys
 path, module, arguments = json.loads(sys.argv[1])
@@ -19,6 +24,15 @@ importlib.import_module(module).main(*arguments)"""
 def may_start() -> bool:
     """Whether this system has what the processes need, and whether `sys.executable` is a Python that can be one."""
     return hasattr(os, "memfd_create") and bool(sys.executable) and not hasattr(sys, "frozen")
+
+
+def above_standard(file: int) -> int:
+    """A copy of a file's number that is none of standard input, output and error, which a process gets anew.
+
+    A process whose own are closed gives their numbers to the next files that it opens.
+    """
+    assert fcntl is not None  # noqa: S101  see `may_start`
+    return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 def start(module: str, arguments: tuple[Any, ...], **options: Any) -> subprocess.Popen[bytes]:

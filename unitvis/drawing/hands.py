@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from unitvis.decoding.cutting import Cuts, Pieces, as_seen, pieces, save
 from unitvis.decoding.processes import may_start
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.results.data import RunData
+from unitvis.sources.base import usable_cores
 
 MIN_FILES = 64  # fewer are cut before processes have started
 MAX_OPEN_PICTURES = 16  # at once, however many cores there are: a large photograph takes 100 MB
@@ -31,7 +31,7 @@ class Hands:
         self._value_range = _value_range(run) if images else (0.0, 1.0)
         grey = run.manifest["input"][0] == 1
         self._cutter = run.source.cutter(run.input_size, grey=grey) if images else None
-        workers = min(os.cpu_count() or 1, MAX_OPEN_PICTURES)
+        workers = min(usable_cores(), MAX_OPEN_PICTURES)
         self._ahead = 0 if self._cutter is None else 2 * workers
         self._saving: deque[Future[None]] = deque()
         self._executor: Crew | ThreadPoolExecutor | None = None

@@ -257,3 +257,23 @@ def test_batches_that_a_caller_keeps_stay_as_they_were(folder):
         write(folder / f"more{i:03}.png", 100 + i)
     wanted = everything_about(open_source(folder, PLAIN), 8, workers=0)
     assert everything_about(open_source(folder, PLAIN), 8, workers=1) == wanted
+
+
+def test_closed_standard_files_do_not_matter(folder):
+    code = """
+import os, sys
+out = os.dup(1)
+for number in (0, 1, 2):
+    os.close(number)
+from unitvis.decoding.crew import Crew
+from unitvis.sources import encoded, open_source
+from unitvis.sources.transform import Transform
+encoded.MIN_IMAGES = 1
+read = sum(len(batch.ids) for batch in open_source(sys.argv[1], Transform()).batches(4, workers=2))
+with Crew(1) as crew:
+    os.write(out, f"{read} {crew.submit(abs, -3).result()}".encode())
+"""
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    found = subprocess.run([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, env=environment, check=False)
+    assert found.stdout == b"23 3"
