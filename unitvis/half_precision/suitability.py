@@ -38,6 +38,7 @@ TOLERANCE = 8  # resolutions of the half precision, of a layer's largest value: 
 # Times the error of the median image that half precision may make of an image that is nearly of one colour: trained
 # networks with batch normalisation make ten, normalisations of such an image make hundreds.
 FLAT_TOLERANCE = 32
+LEAST_EXPONENT = 0.2  # of a power: smaller ones raise the smallest numbers of half precision to more than a thirtieth
 # ATen operations, without the underscore of in-place ones, from floats to floats that are continuous where their
 # results are finite. Any other makes a step, hides NaN, hands numbers to the model's Python code, or may do so.
 _CONTINUOUS = CONVOLUTIONS_AND_NORMS | names(
@@ -434,7 +435,22 @@ def _makes_step(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
     narrowed = any(one.is_floating_point() and one.element_size() == 1 for one in _tensors(result))
     return (
         narrowed
+        or _counts(name, args)
         or (name.startswith("threshold") and args[1] != args[2])
         or kwargs.get("rounding_mode") is not None
         or (name in ("grid_sampler_2d", "grid_sampler_3d") and args[2] == 1)  # the nearest value
     )
+
+
+def _counts(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a power or a norm tells zeros from what is not, or nearly so: its order or exponent is near 0."""
+    if name == "pow":
+        base, exponent = args[:2]
+        if not isinstance(base, Tensor):
+            return bool(base == 0)
+        least = float(exponent.detach().abs().amin()) if isinstance(exponent, Tensor) and exponent.numel() else exponent
+        return isinstance(least, int | float) and 0 < abs(least) < LEAST_EXPONENT
+    if name in ("norm", "linalg_vector_norm", "_cdist_forward"):
+        order = args[2 if name == "_cdist_forward" else 1] if len(args) > 1 else 2
+        return isinstance(order, int | float) and -math.inf < order < 1
+    return False
