@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
-from unitvis.errors import ImageError
+from unitvis.errors import ImageError, UnitvisError
 from unitvis.files import open_regular
 
 MAX_BYTES = 1 << 29  # of one file, which is read whole; no image within the limit of pixels needs more
@@ -27,6 +28,8 @@ class Contents:
         try:
             return self._read(place)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # nothing is wrong with the file
+                raise UnitvisError(f"files cannot be read: {error.strerror}; raise the limit (ulimit -n)") from error
             raise ImageError(error.strerror or type(error).__name__) from error
 
     def _read(self, place: Any) -> bytes:

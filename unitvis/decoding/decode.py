@@ -32,7 +32,12 @@ try:
 except ImportError:  # Pillow before 11.3
     AvifImageFile = None  # type: ignore[assignment, misc]
 
-_GLOBALS = ((Image, "MAX_IMAGE_PIXELS"), (ImageFile, "LOAD_TRUNCATED_IMAGES"))
+_GLOBALS = (
+    (Image, "MAX_IMAGE_PIXELS"),
+    (ImageFile, "LOAD_TRUNCATED_IMAGES"),
+    (PngImagePlugin, "MAX_TEXT_CHUNK"),
+    (PngImagePlugin, "MAX_TEXT_MEMORY"),
+)
 Size = tuple[int, int]  # width, height
 _Result = TypeVar("_Result")
 
@@ -118,6 +123,14 @@ def decode_sized(
 def pillow_globals() -> dict[str, Any]:
     """Settings of Pillow that a user may have changed, and that decide what is decoded."""
     return {name: getattr(module, name) for module, name in _GLOBALS}
+
+
+_DEFAULTS = {name: getattr(module, name) for module, name in _GLOBALS}  # as this module is imported
+
+
+def changed_globals() -> dict[str, Any]:
+    """Those of Pillow's settings that are not as they were when this module was imported."""
+    return {name: value for name, value in pillow_globals().items() if value != _DEFAULTS[name]}
 
 
 def restore_globals(values: Mapping[str, Any]) -> None:

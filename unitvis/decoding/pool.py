@@ -71,7 +71,11 @@ class Pool:
             self._board = Board.create(self.jobs, size, about)
         except OSError as error:
             raise PoolError(f"shared memory cannot be had: {error.strerror}") from error
-        self._ends = *os.pipe(), *os.pipe()
+        try:
+            self._ends = *os.pipe(), *os.pipe()
+        except OSError as error:
+            self._board.close()
+            raise PoolError(f"pipes cannot be had: {error.strerror}") from error
         self._jobs_out, self._jobs_in = self._ends[:2]  # a byte for each job that is issued; its end ends the workers
         self._results_out, self._results_in = self._ends[2:]  # a byte for each job that is done
         os.set_blocking(self._results_out, False)

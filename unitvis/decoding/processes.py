@@ -43,5 +43,6 @@ def start(module: str, arguments: tuple[Any, ...], **options: Any) -> subprocess
     """
     root = str(Path(__file__).parents[2])
     path = [root, *(os.path.abspath(one) for one in sys.path if isinstance(one, str))]
-    command = [sys.executable, "-c", _COMMAND, json.dumps((path, module, arguments))]
+    # -P: no module of the working directory, which may be a foreign run's, takes the place of Python's own.
+    command = [sys.executable, "-P", "-c", _COMMAND, json.dumps((path, module, arguments))]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL, process_group=0, **options)  # noqa: S603  this Python

@@ -19,6 +19,7 @@ from unitvis.files import make_folder, replacing
 from unitvis.network.network import Network
 from unitvis.pages import earlier, facts, pictures
 from unitvis.results.data import RunData
+from unitvis.results.folder import holds_run
 from unitvis.state.partial import refuse_another_model
 
 MAX_UNITS = 200_000  # in all layers: each has its own files and its own tile on a page
@@ -105,7 +106,7 @@ def _prepare_folder(run: RunData, folder: Path) -> Path:
     """Create the folder and return it; removes a gallery of another run, and refuses a folder with anything else."""
     if folder.exists() and not folder.is_dir():
         raise UnitvisError(f"{folder} is a file; a gallery is a folder: give another path")
-    is_known = (folder / "manifest.json").exists() or (folder / "gallery" / "drawn.json").exists()
+    is_known = holds_run(folder) or (folder / "gallery" / "drawn.json").exists()
     if folder.is_dir() and any(folder.iterdir()) and not is_known:
         raise UnitvisError(
             f"{folder} is not empty and holds no gallery, so nothing is written there; give another path"

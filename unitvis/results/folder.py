@@ -204,6 +204,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run, damaged or not, and not the `manifest.json` of some other program."""
+    try:
+        manifest = json.loads(read_text(folder / "manifest.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError, RecursionError, UnitvisError):
+        return (folder / "images.jsonl").exists()
+    return isinstance(manifest, dict) and {"format", "model"} <= set(manifest)
+
+
 def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
     """Make sure, before a scan, that a run can be written into a folder; creates and returns it.
 
@@ -219,7 +230,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = Fa
         unfinished = Checkpoints(folder / SCAN_CHECKPOINT).names & names or all(
             name.endswith(".part") for name in names
         )
-        if not unfinished and "manifest.json" not in names:
+        if not unfinished and not holds_run(folder):
             raise UnitvisError(f"{folder} is not empty and holds no run, so it is not overwritten; give another path")
         if not overwrite and not resume:
             if unfinished:

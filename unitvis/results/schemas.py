@@ -43,7 +43,7 @@ _RANKED_LAYER = _LAYER | {
         "size": (whole(0, 10**9), whole(0, 10**9)),
         "stride": Optional((_STRIDE, _STRIDE)),
         "whole_image": FLAG,
-        "method": TEXT,
+        "method": choice("traced", "unknown"),
         "note": TEXT,
     },
     "effective_box": Optional(_SIDE),
@@ -58,6 +58,7 @@ _SOURCE = {
     "others?": COUNT,
     "other_endings?": ByName(COUNT),
     "images_ending?": [TEXT],
+    "pillow?": ByName(Optional(either(COUNT, FLAG))),
     "entry?": either(TEXT, COUNT),
     "decoding?": DECODING,
 }

@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -142,7 +142,7 @@ def scan(
                 chosen_plan = _settled(recorder, source, first[0].pixels, chosen_plan, asked=precision)
             total = source.length if tracker.ids is None else len(tracker.ids)
             counted = bar(total, "scan", initial=recorder.images, delay=0)
-            with counted, CoreSharing(recorder, source) as core_sharing:
+            with closing(batches), counted, CoreSharing(recorder, source) as core_sharing:
                 for batch in chain(first, batches):
                     with core_sharing.computing():
                         recorder(batch.pixels, batch.ids)

@@ -143,9 +143,15 @@ def reopen_source(description: Mapping[str, Any], transform: Mapping[str, Any] |
     except UnitvisError as error:
         raise UnitvisError(f"the images of the run were read in a way that is unknown here: {error}") from error
     try:
-        return open_as_described(description["path"], description, transform)
+        source = open_as_described(description["path"], description, transform)
     except UnitvisError as error:
         raise UnitvisError(f"the images of the run are not where they were: {error}; give them as images=") from error
+    if source.kind != description["kind"]:  # by which it is known whether the run must have a record of each image
+        raise UnitvisError(
+            f"the run says that its images came from a {description['kind']}, and {description['path']!r} is a "
+            f"{source.kind}; give them as images="
+        )
+    return source
 
 
 def open_as_described(

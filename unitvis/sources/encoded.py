@@ -21,6 +21,7 @@ from torch import Tensor
 from unitvis.decoding.board import BROKEN, ERROR, JOB_IMAGES, OTHER_SIZE, READ, UNUSABLE
 from unitvis.decoding.contents import Contents, digest
 from unitvis.decoding.cutting import Cutter
+from unitvis.decoding.decode import changed_globals
 from unitvis.decoding.options import Decoding
 from unitvis.decoding.pool import Done, Pool, PoolError
 from unitvis.decoding.processes import may_start
@@ -117,6 +118,8 @@ class EncodedSource(ItemSource):
         """Describe the files: kind, path, number of images and of others, hash of the names, options for reading."""
         described: dict[str, Any] = {"kind": self.kind, "path": self._origin(), "images": self.length}
         described |= {"names": self._names.hash(), "others": self.other_files, "decoding": self._decoding.to_json()}
+        if changed := changed_globals():
+            described["pillow"] = changed
         if self._endings is not None:
             described["images_ending"] = list(self._endings)
         return described

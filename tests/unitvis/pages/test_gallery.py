@@ -266,6 +266,15 @@ def test_a_gallery_is_refused_where_it_would_be_wrong(tmp_path: Path) -> None:
         with pytest.raises(UnitvisError, match=message):
             unitvis.gallery(run, path, model, project=project)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "mine" / "manifest.json").write_text('{"name": "My web app"}')  # of another program
+    (tmp_path / "mine" / "gallery").mkdir()
+    for write in (
+        lambda: unitvis.gallery(run, tmp_path / "mine"),
+        lambda: run.save(tmp_path / "mine", overwrite=True),
+    ):
+        with pytest.raises(UnitvisError, match="is not empty and holds no"):
+            write()
+    assert len(list((tmp_path / "mine").iterdir())) == 3
 
 
 def test_neurons_infinite_values_and_blanks(tmp_path: Path) -> None:

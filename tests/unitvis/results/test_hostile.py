@@ -270,6 +270,8 @@ SINGLE = [
     ("manifest.json", ("model", "weights"), "\ud800", "not text without lone surrogates"),
     ("manifest.json", ("source", "images_ending"), [".\ud800"], "an ending is all that follows"),
     ("manifest.json", ("source", "images_ending"), 5, "not a list"),
+    ("manifest.json", ("source", "kind"), "recorder", "the run says that its images came from a recorder, and"),
+    ("manifest.json", ("layers", "0", "receptive_field", "method"), "Traced", "not one of traced, unknown"),
     ("manifest.json", ("source", "path"), f"x{{0..{'9' * 5000}}}.tar", "more than 1,000,000 archives"),
     ("manifest.json", ("source", "decoding"), {"bogus": 1}, "decoding has no 'bogus'; a newer unitvis wrote it"),
     ("manifest.json", ("source", "decoding"), {"images": "/etc"}, "decoding has no 'images'"),

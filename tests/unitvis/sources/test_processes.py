@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from support.sources import PLAIN, everything, write
 from unitvis.decoding import pool
+from unitvis.decoding.contents import FileContents
+from unitvis.decoding.crew import Crew
 from unitvis.decoding.processes import may_start
 from unitvis.errors import UnitvisError
 from unitvis.sources import encoded, open_source
@@ -27,7 +30,7 @@ ODD = (7, 13)  # height and width of an image that the decoder of `bad_decoder` 
 
 BAD_DECODER = """
 import os, signal
-from PIL import ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 load = ImageFile.ImageFile.load
 def bad_load(self):
     if self.size == (13, 7):
@@ -98,11 +101,23 @@ def test_errors_are_those_of_one_process(folder):
 
 
 def test_a_users_settings_of_pillow_are_those_of_the_workers(folder, monkeypatch):
+    source = open_source(folder, PLAIN)
+    assert "pillow" not in source.describe()
     wanted = everything_about(open_source(folder, PLAIN), workers=0)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     taken = everything_about(open_source(folder, PLAIN), workers=0)
     assert len(taken[0]) == len(wanted[0]) + 1  # 11b.png ends early
     assert everything_about(open_source(folder, PLAIN), workers=2) == taken
+    assert source.describe()["pillow"] == {"LOAD_TRUNCATED_IMAGES": True}  # by which runs are told apart
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("key", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (8, 8)).save(folder / "text.png", pnginfo=text)
+    for limit, unreadable in ((PngImagePlugin.MAX_TEXT_CHUNK, 5), (4_000_000, 4)):
+        monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", limit)
+        wanted = everything_about(open_source(folder, PLAIN), workers=0)
+        assert len(wanted[2]) == unreadable
+        assert everything_about(open_source(folder, PLAIN), workers=2) == wanted
 
 
 @pytest.fixture
@@ -277,3 +292,35 @@ with Crew(1) as crew:
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
     found = subprocess.run([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, env=environment, check=False)
     assert found.stdout == b"23 3"
+
+
+def test_nothing_of_the_working_directory_is_imported(folder, tmp_path, monkeypatch):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("json", "importlib", "signal", "numpy", "PIL", "unitvis", "sitecustomize"):
+        (foreign / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.chdir(foreign)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(foreign))])
+    assert len(everything_about(open_source(folder, PLAIN), workers=2)[0]) == 23
+    with Crew(1) as crew:
+        assert crew.submit(abs, -3).result() == 3
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_open_files_are_no_fault_of_the_images(folder, tmp_path, monkeypatch, workers):
+    def opened(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    source = open_source(folder, PLAIN)
+    if workers:
+        (tmp_path / "sitecustomize.py").write_text(
+            "import errno, os\nfrom unitvis.decoding.contents import FileContents\n"
+            "def opened(*_):\n    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))\nFileContents._read = opened"
+        )
+        root = Path(__file__).parents[3]
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}:{root / 'kernels'}")
+    else:
+        monkeypatch.setattr(FileContents, "_read", opened)
+    with pytest.raises(UnitvisError, match=r"files cannot be read: Too many open files; raise the limit \(ulimit -n\)"):
+        list(source.batches(4, workers=workers))
