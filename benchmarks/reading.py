@@ -104,7 +104,7 @@ def rates(photographs: Path, scratch: Path) -> dict[str, Any]:
     """Images a second of scans of photographs and of the plain loop, in turns."""
     paths = sorted(photographs.iterdir())
     archive = scratch / "photographs.tar"
-    with tarfile.open(archive, "w") as tar:
+    with tarfile.open(archive, "w", dereference=True) as tar:
         tar.add(photographs, "")
     check(paths, plain(paths, scratch)["pixels"])
     turns = []
