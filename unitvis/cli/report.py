@@ -48,14 +48,14 @@ def _print_failures(failures: Sequence[Mapping[str, Any]], where: str) -> None:
 def _print_result(run: Run) -> None:
     """Print a finished run: images, units, seconds, number of units of each status, precision."""
     counts = run.count()
-    seconds = run.manifest["seconds"]
+    seconds = _seconds(run)
     images = run.manifest["images"]
     statuses = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
     rate = images / max(seconds["scan"], 1e-9)  # merged runs of Recorders have no scan time
     _say(
         f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
         f"({rate:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
-        f"{seconds['second_pass']:.1f} s: {statuses}"
+        f"{seconds['second pass']:.1f} s: {statuses}"
     )
     _say(_input_sentence(run.manifest))
     if run.manifest["precision"] == "exact":
@@ -111,9 +111,15 @@ def print_drawn(sheets: Sequence[Path], page: Path | None, units: int) -> None:
 
 def print_times(run: Run, drawing: float) -> None:
     """Print where the time went: of the run's scan, as its manifest has it, and of drawing, in seconds."""
-    seconds = run.manifest["seconds"]
-    parts = {name.replace("_", " "): value for name, value in seconds.items() if value >= 0.05} | {"drawing": drawing}
+    parts = {name: value for name, value in _seconds(run).items() if value >= 0.05} | {"drawing": drawing}
     _say("time: " + ", ".join(f"{name} {value:.1f} s" for name, value in parts.items()))
+
+
+def _seconds(run: Run) -> dict[str, float]:
+    """Seconds of a scan's parts, from its manifest; what is computed again in float32 is of the second pass."""
+    seconds = {name.replace("_", " "): value for name, value in run.manifest["seconds"].items()}
+    seconds["second pass"] += seconds.pop("rescoring", 0.0)
+    return seconds
 
 
 def print_verified(found: Mapping[str, Any]) -> None:
