@@ -11,7 +11,7 @@ below the largest and above the smallest of the half precision, and no operation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,12 +102,13 @@ def suitable_precision(network: Network, images: Tensor, precision: str) -> tupl
         )
     with network.reading() as canonical:  # functions that keep tensors make them here, not in inference mode
         canonical.maps(images[:COMPUTE_BATCH], lambda index, maps: None)
-    first_reason = None
+    first, first_reason = images[:COMPUTE_BATCH], None
+    batches = first, nearly_flat(first)
     for wider in fallbacks(precision)[:-1]:
         parts = (unsuitable_layers(network, part, wider) for part in images.split(COMPUTE_BATCH))
         reasons = (reason for part in parts for reason in part.values())
-        reason = _failure(network, images[:COMPUTE_BATCH], wider) or next(reasons, None)
-        reason = reason or _flat_images(network, images[:COMPUTE_BATCH], wider)
+        half, reason = _in_half(network, batches, wider)
+        reason = reason or next(reasons, None) or _flat_images(network, batches, half, wider)
         if reason is None:
             return wider, first_reason
         first_reason = first_reason or reason
@@ -147,26 +148,25 @@ def unsuitable_layers(network: Network, images: Tensor, precision: str) -> dict[
     return {name: found[name] for name in names if name in found}
 
 
-def _failure(network: Network, images: Tensor, precision: str) -> str | None:
-    """Why the model cannot be computed in half precision at all; None where it can."""
+def _in_half(network: Network, batches: Sequence[Tensor], precision: str) -> tuple[list[Tensor], str | None]:
+    """Responses of batches in half precision, see `_half_values`, or why the model cannot be computed in it at all."""
     dtype, finfo = HALF[precision], torch.finfo(HALF[precision])
     tensors = [*network.model.named_parameters(), *network.model.named_buffers()]
     for name, tensor in tensors:
         if tensor.is_complex():
-            return f"{name!r} holds complex numbers, and {NAMES[precision]} has only real ones"
+            return [], f"{name!r} holds complex numbers, and {NAMES[precision]} has only real ones"
         if tensor.is_floating_point() and tensor.numel() and (largest := _largest(tensor)) > finfo.max:
-            return f"{name!r} holds {largest:.3g}, and {NAMES[precision]} ends at {finfo.max:.3g}"
+            return [], f"{name!r} holds {largest:.3g}, and {NAMES[precision]} ends at {finfo.max:.3g}"
     try:
-        _half_values(network, images, dtype=dtype)
+        return _half_values(network, batches, dtype), None
     except UnitvisError as error:
-        return f"it does not compute in {NAMES[precision]} ({error})"
-    return None
+        return [], f"it does not compute in {NAMES[precision]} ({error})"
 
 
-def _half_values(network: Network, *batches: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _half_values(network: Network, batches: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Responses of batches in half precision, float32 [N, units] each, by a copy of the model."""
     model = copied(network.model).to(memory_format=torch.channels_last).to(dtype)  # type: ignore[call-overload]
-    axes = network.channel_axes([layer.name for layer in network.layers], network.input_shape)
+    axes = network.channel_axes(network.layer_names, network.input_shape)
     with torch.no_grad(), torch.autocast(network.device.type, enabled=False), Hooks(model, axes) as hooks:
         pixels = (network.normalise(batch).to(dtype, memory_format=torch.channels_last) for batch in batches)
         found = []
@@ -176,16 +176,17 @@ def _half_values(network: Network, *batches: Tensor, dtype: torch.dtype) -> list
     return [uk.unpack(keys)[0].float() for keys in found]
 
 
-def _flat_images(network: Network, images: Tensor, precision: str) -> str | None:
+def _flat_images(network: Network, batches: Sequence[Tensor], half: list[Tensor], precision: str) -> str | None:
     """Why half precision gets images wrong that are nearly of one colour; None where it errs as in others.
+
+    batches: images of the data set, and flat ones; half: their responses in half precision.
 
     Data sets hold such images, if few: blank pages, skies, masks. A normalisation of the image gives them the contrast
     of any other, and with it what rounding did to them.
     """
-    dtype, flat = HALF[precision], nearly_flat(images)
-    half = _half_values(network, images, flat, dtype=dtype)
+    dtype = HALF[precision]
     with network.reading() as canonical:
-        wanted = [uk.unpack(canonical.keys(batch))[0].float() for batch in (images, flat)]
+        wanted = [uk.unpack(canonical.keys(batch))[0].float() for batch in batches]
     usual, unusual = ((found - right).abs().nan_to_num(0, 0, 0) for found, right in zip(half, wanted, strict=True))
     for layer, own in zip(network.layers, network.columns, strict=True):
         # The median image: some of these may be flat themselves.
