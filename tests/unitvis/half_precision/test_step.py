@@ -178,7 +178,8 @@ class TestOnAGpu:
             def forward(self, x: Tensor) -> Tensor:
                 return self.conv(x) if float(x.sum()) > -1e9 else self.conv(-x)
 
-        one = on_gpu(Choosy().cuda(), pictures(128))
+        with pytest.warns(UserWarning, match="could not be followed"):
+            one = on_gpu(Choosy().cuda(), pictures(128))
         assert "cannot be traced" in one.how["rewritten"]
         assert re.search(
             r"aten\.(item|_local_scalar_dense)\.default makes the host wait for the device", one.how["captured"]
