@@ -19,7 +19,18 @@ from unitvis_kernels.layout import memory_format
 MAX_SEARCHED_SHARE = 1 / 4
 
 
-def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
+def spatial_argmax(x: Tensor, floor: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
+    layout, row = memory_format(x), x.shape[3]
+    top, _, left, right = inside or (0, x.shape[2], 0, row)
+    if inside:
+        x = x[:, :, top : inside[1], left:right]
+
+    def keys_of(values: Tensor, positions: Tensor) -> Tensor:
+        """Keys of values with their positions in the part that is read."""
+        if inside:
+            positions = (positions // (right - left) + top) * row + positions % (right - left) + left
+        return pack(values, positions)
+
     # `max` returns the first of equal values and lets NaN through, which is the order of the keys.
     if floor is not None:
         # The values alone take a sixth of the time; positions are looked for only where the value reaches the floor.
@@ -29,13 +40,11 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
         if not len(images):
             return keys
         if len(images) < MAX_SEARCHED_SHARE * keys.numel():
-            keys[images, channels] = pack(*x[images, channels].flatten(1).max(dim=1))
+            keys[images, channels] = keys_of(*x[images, channels].flatten(1).max(dim=1))
             return keys
-    if memory_format(x) == torch.channels_last:
-        values, positions = x.permute(0, 2, 3, 1).flatten(1, 2).max(dim=1)  # reads [N, H*W, C] without a copy
-    else:
-        values, positions = x.flatten(2).max(dim=2)
-    return pack(values, positions)  # [N, C]
+    if layout == torch.channels_last:  # reads [N, H*W, C] without a copy, unless it is a part of the map
+        return keys_of(*x.permute(0, 2, 3, 1).flatten(1, 2).max(dim=1))  # [N, C]
+    return keys_of(*x.flatten(2).max(dim=2))
 
 
 def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:

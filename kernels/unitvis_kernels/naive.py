@@ -23,11 +23,14 @@ def pack(values: Tensor, positions: Tensor) -> Tensor:
     return torch.where(values.isnan(), NAN_KEY, ordered * 2**32 + (2**31 - 1 - positions))
 
 
-def spatial_argmax(x: Tensor) -> Tensor:
-    """Keys, int64 [N, C], of maps [N, C, H, W]."""
-    values = x.flatten(2)  # [N, C, H * W]
+def spatial_argmax(x: Tensor, inside: Sequence[int] | None = None) -> Tensor:
+    """Keys, int64 [N, C], of maps [N, C, H, W]; inside: (top, bottom, left, right) of the rectangle that is read."""
+    height, width = x.shape[2:]
+    top, bottom, left, right = inside or (0, height, 0, width)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    read = ((rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)).flatten().nonzero()[:, 0]
+    values, positions = x.flatten(2)[:, :, read.to(x.device)], read.to(x.device)  # [N, C, positions that are read]
     largest = values.amax(2)  # NaN where the map holds one
-    positions = torch.arange(values.shape[2], device=x.device)
     first = torch.where(values == largest[:, :, None], positions, 2**31 - 1).amin(2)
     return pack(largest, first)
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 from typing import Any
 
@@ -83,12 +84,25 @@ def _rows_kernel(
 
 
 @jit
+def _place(o, first, width, row, INSIDE: tl.constexpr):
+    """Position in the map of the pixel that is number `o` of those that are read."""
+    if INSIDE:
+        o = first + o // width * row + o % width
+    return o
+
+
+@jit
 def _pixels_kernel(
     x,  # [N, P, C], float32 | float16 | bfloat16, contiguous
     keys,  # [N, C], int64; holds BLANK where SPLITS > 1
     P,
     vectors,  # C // ALIGN, so that the compiler knows that ALIGN divides C
+    read,  # positions that are read: with INSIDE those of a rectangle, else P
+    first,  # with INSIDE the position of the rectangle's first pixel
+    width,  # with INSIDE the rectangle's
+    row,  # with INSIDE the map's width
     ALIGN: tl.constexpr,
+    INSIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
@@ -101,19 +115,26 @@ def _pixels_kernel(
     m_c = o_c < C
     o_p = tl.arange(0, BP)[:, None]  # [BP, 1]
 
-    steps = tl.cdiv(P, BP)
+    steps = tl.cdiv(read, BP)
     share = tl.cdiv(steps, SPLITS)
-    first, last = i_s * share, tl.minimum(i_s * share + share, steps)
-    p_x = x + (i_n * P + first.to(tl.int64) * BP) * C + (o_p.to(tl.int64) * C + o_c[None, :])  # [BP, BC]
+    start, stop = i_s * share, tl.minimum(i_s * share + share, steps)
+    p_x = x + i_n * P * C + o_c[None, :]  # [1, BC]
+    if not INSIDE:
+        p_x += (start.to(tl.int64) * BP + o_p) * C  # [BP, BC]
 
     best = tl.full([BP, BC], -float("inf"), tl.float32)
     step = tl.full([BP, BC], -1, tl.int32)
-    for i in range(first, last):
-        v = tl.load(p_x, mask=m_c[None, :] & (o_p + i * BP < P), other=-float("inf")).to(tl.float32)
+    for i in range(start, stop):
+        m = m_c[None, :] & (o_p + i * BP < read)
+        if INSIDE:
+            p_v = p_x + _place(i * BP + o_p, first, width, row, INSIDE).to(tl.int64) * C
+            v = tl.load(p_v, mask=m, other=-float("inf")).to(tl.float32)
+        else:
+            v = tl.load(p_x, mask=m, other=-float("inf")).to(tl.float32)
+            p_x += BP * C.to(tl.int64)
         best, step = _take_larger(best, step, v, i)
-        p_x += BP * C.to(tl.int64)
 
-    position = tl.where(step < 0, 0, step * BP + o_p)
+    position = _place(tl.where(step < 0, 0, step * BP + o_p), first, width, row, INSIDE)
     _store_keys(keys + i_n * C + o_c, tl.max(pack_block(best, position), axis=0), m_c, SPLITS)
 
 
@@ -122,7 +143,7 @@ def splits_for(programs: int, steps: int) -> int:
     return max(1, min(-(-TARGET_PROGRAMS // programs), steps // 8))
 
 
-def plan(x: Tensor, keys: Tensor) -> Launch | None:
+def plan(x: Tensor, keys: Tensor, inside: Sequence[int] | None = None) -> Launch | None:
     """The launch that fills `keys`; None where there is no kernel for x."""
     N, C, H, W = x.shape
     P = H * W
@@ -130,13 +151,17 @@ def plan(x: Tensor, keys: Tensor) -> Launch | None:
     options: dict[str, Any] = {"num_warps": 4, "num_stages": 2}
     if not x.numel() or P > 2**30:  # in-row offsets are int32
         return None
-    if memory_format(x) == torch.channels_last:
+    if memory_format(x) == torch.channels_last or (inside and x.is_contiguous(memory_format=torch.channels_last)):
+        top, bottom, left, right = inside or (0, H, 0, W)
+        read = (bottom - top) * (right - left)
         align, BC = gcd(C, vector), min(64, next_power_of_2(C))
         BP = 2048 // BC
         programs = N * -(-C // BC)
-        options |= {"ALIGN": align, "SPLITS": splits_for(programs, -(-P // BP)), "BP": BP, "BC": BC}
-        return Launch(_pixels_kernel, (programs * options["SPLITS"],), (x, keys, P, C // align), options)
-    if x.is_contiguous():
+        options |= {"ALIGN": align, "INSIDE": bool(inside), "SPLITS": splits_for(programs, -(-read // BP))}
+        options |= {"BP": BP, "BC": BC}
+        args = (x, keys, P, C // align, read, top * W + left, right - left, W)
+        return Launch(_pixels_kernel, (programs * options["SPLITS"],), args, options)
+    if x.is_contiguous() and not inside:
         BL = 256 if P > 1024 else min(64, next_power_of_2(P + vector - 1))
         BR = 2048 // BL
         programs = -(-N * C // BR)
@@ -146,21 +171,21 @@ def plan(x: Tensor, keys: Tensor) -> Launch | None:
 
 
 @torch.library.custom_op("unitvis::spatial_argmax", mutates_args=())
-def _spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
-    return cpu.spatial_argmax(x, floor)
+def _spatial_argmax(x: Tensor, floor: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
+    return cpu.spatial_argmax(x, floor, inside)
 
 
 @_spatial_argmax.register_fake
-def _(x: Tensor, floor: Tensor | None = None) -> Tensor:
+def _(x: Tensor, floor: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
-def launch(x: Tensor, keys: Tensor | None = None) -> Tensor:
+def launch(x: Tensor, keys: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
     """Keys by the kernel, into `keys` if given; by `cpu.spatial_argmax` where there is no kernel."""
     keys = x.new_empty(x.shape[:2], dtype=torch.int64) if keys is None else keys
-    planned = plan(x, keys)
+    planned = plan(x, keys, inside)
     if planned is None:
-        return cpu.spatial_argmax(x)
+        return cpu.spatial_argmax(x, None, inside)
     if planned.options["SPLITS"] > 1:
         keys.fill_(BLANK)
     planned.run()
@@ -168,25 +193,34 @@ def launch(x: Tensor, keys: Tensor | None = None) -> Tensor:
 
 
 if HAS_TRITON:
-    _spatial_argmax.register_kernel("cuda")(lambda x, floor=None: launch(x))  # positions cost nothing in the kernel
+    # Positions cost nothing in the kernel.
+    _spatial_argmax.register_kernel("cuda")(lambda x, floor=None, inside=None: launch(x, inside=inside))
 
 
-def spatial_argmax(x: Tensor, floor: Tensor | None = None) -> Tensor:
+def spatial_argmax(x: Tensor, floor: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
     """Keys, int64 [N, C], of maps [N, C, H, W] in float32, float16 or bfloat16, any strides; see `unpack`.
 
     Of equal values the lowest flattened position (row * W + column) wins; -0.0 equals +0.0. A map with a NaN gets the
     key `NAN_KEY`. Reads the map once; on a GPU the Triton kernels take contiguous and channels_last maps, other
     strides run in PyTorch. `floor`, float32 [C], saves time on a CPU: where a map's largest value lies below its
-    channel's floor, the position may be given as 2^31 - 1 instead of being looked for; a floor of NaN is none. Raises
-    ValueError for another dtype, rank or an empty map.
+    channel's floor, the position may be given as 2^31 - 1 instead of being looked for; a floor of NaN is none.
+    `inside`, (top, bottom, left, right): only rows top <= row < bottom and columns left <= column < right are read;
+    positions are those in the whole map. Raises ValueError for another dtype, rank or an empty map or rectangle.
     """
     require_tensors("spatial_argmax", x=x, floor=floor)
     if x.ndim != 4:
         raise ValueError(f"spatial_argmax takes maps [N, C, H, W], not a tensor of shape {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"spatial_argmax takes float32, float16 or bfloat16, not {x.dtype}")
-    if not 0 < x.shape[2] * x.shape[3] <= POSITION_MASK:
-        raise ValueError(f"spatial_argmax needs 1 to 2^31 - 1 positions, not {x.shape[2]} x {x.shape[3]}")
+    height, width = x.shape[2:]
+    if not 0 < height * width <= POSITION_MASK:
+        raise ValueError(f"spatial_argmax needs 1 to 2^31 - 1 positions, not {height} x {width}")
     if floor is not None and (floor.shape != x.shape[1:2] or floor.dtype != torch.float32):
         raise ValueError(f"floor must be float32 [{x.shape[1]}], not {floor.dtype} {list(floor.shape)}")
-    return _spatial_argmax(x, floor)
+    top, bottom, left, right = whole = (0, height, 0, width)
+    if inside is not None:
+        top, bottom, left, right = inside
+        if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+            raise ValueError(f"inside {tuple(inside)} is no rectangle of a map of {height} x {width}")
+    rectangle = (top, bottom, left, right)
+    return _spatial_argmax(x, floor, None if rectangle == whole else rectangle)

@@ -96,6 +96,24 @@ def test_argmax_split(layout: torch.memory_format) -> None:
     assert torch.equal(argmax.launch(x, keys), naive.spatial_argmax(x))
 
 
+@pytest.mark.parametrize("inside", [(0, 1, 0, 1), (2, 5, 3, 4), (1, 37, 2, 28), (36, 37, 0, 29)], ids=str)
+def test_argmax_inside_a_rectangle(inside: tuple[int, int, int, int]) -> None:
+    x = special(2, 9, 37, 29).half().contiguous(memory_format=CHANNELS_LAST)
+    top, bottom, left, right = inside
+    x[0, 3, top:bottom, left:right] = -float("inf")
+    keys = torch.full((2, 9), POISON)
+    assert argmax.plan(x, keys, inside) is not None
+    assert torch.equal(argmax.launch(x, keys, inside), naive.spatial_argmax(x, inside))
+
+
+def test_argmax_inside_a_rectangle_split() -> None:
+    x = special(1, 9, 81, 90).half().contiguous(memory_format=CHANNELS_LAST)
+    x[0, 6, 50:, 50:] = 9.0  # ties in the last split
+    keys, inside = torch.full((1, 9), POISON), (3, 80, 1, 88)
+    assert argmax.plan(x, keys, inside).options["SPLITS"] > 1
+    assert torch.equal(argmax.launch(x, keys, inside), naive.spatial_argmax(x, inside))
+
+
 def test_argmax_of_a_map_that_starts_between_vectors() -> None:
     x = special(2, 5, 4, 7).half().flatten()
     x = torch.cat([x[:3], x])[3:].view(2, 5, 4, 7)

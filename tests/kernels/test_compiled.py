@@ -49,9 +49,9 @@ def argmax_nchw(dtype: torch.dtype, *shape: int) -> Launch:
     return argmax.plan(x, x.new_empty(shape[:2], dtype=torch.int64))
 
 
-def argmax_nhwc(dtype: torch.dtype, *shape: int) -> Launch:
+def argmax_nhwc(dtype: torch.dtype, *shape: int, inside: tuple[int, ...] | None = None) -> Launch:
     x = empty_maps(shape, dtype, torch.channels_last)
-    return argmax.plan(x, x.new_empty(shape[:2], dtype=torch.int64))
+    return argmax.plan(x, x.new_empty(shape[:2], dtype=torch.int64), inside)
 
 
 def topk_launch(k: int, images: int, kind: str = "") -> Launch:
@@ -78,6 +78,7 @@ KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
     "argmax nchw fp16 55x55": (lambda: argmax_nchw(HALF, 256, 64, 55, 55), True),
     "argmax channels_last fp16": (lambda: argmax_nhwc(HALF, 256, 64, 55, 55), True),
     "argmax channels_last bf16 7x7": (lambda: argmax_nhwc(BF16, 256, 512, 7, 7), True),
+    "argmax channels_last fp16, inside": (lambda: argmax_nhwc(HALF, 256, 64, 55, 55, inside=(3, 52, 3, 52)), True),
     "argmax channels_last fp32, 24 channels, split": (lambda: argmax_nhwc(FLOAT, 8, 24, 112, 112), True),
     "topk k=9": (lambda: topk_launch(9, 256), True),
     "topk k=32": (lambda: topk_launch(32, 256), True),

@@ -44,6 +44,8 @@ def test_spatial_argmax(layout: torch.memory_format, dtype: torch.dtype) -> None
             x = maps(*shape, ties=ties).to(dtype).contiguous(memory_format=layout)
             torch.full(shape[:2], 0x55).cuda()  # freed at once, so that the keys are allocated over it
             assert torch.equal(uk.spatial_argmax(x.cuda()).cpu(), naive.spatial_argmax(x))
+            inside = (shape[2] // 3, shape[2], 0, -(-shape[3] // 2))
+            assert torch.equal(uk.spatial_argmax(x.cuda(), inside=inside).cpu(), naive.spatial_argmax(x, inside))
     x = maps(4, 9, 14, 14).to(dtype)
     for view in (x[1:, 1:], x[..., 1:], x.transpose(2, 3), x[:1].expand(3, -1, -1, -1)):
         assert torch.equal(uk.spatial_argmax(view.cuda()).cpu(), naive.spatial_argmax(view))

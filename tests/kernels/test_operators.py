@@ -80,6 +80,26 @@ def test_below_a_floor_only_the_position_may_be_missing(case: str, layout: str) 
     assert (uk.unpack(uk.spatial_argmax(few, highest))[1] != missing).sum() == 6
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", maps())
+def test_spatial_argmax_inside_a_rectangle(case: str, layout: str) -> None:
+    x = LAYOUTS[layout](maps()[case])
+    height, width = x.shape[2:]
+    for inside in ((0, 1, 0, 1), (0, height, width // 2, width), (height // 2, height, width - 1, width)):
+        keys = uk.spatial_argmax(x, inside=inside)
+        assert torch.equal(keys, naive.spatial_argmax(x, inside))
+        floor = uk.unpack(keys)[0].nan_to_num(nan=INF).amax(0)
+        got = uk.spatial_argmax(x, floor, inside)
+        assert torch.equal(got >> 32, keys >> 32)
+        assert ((got == keys) | (uk.unpack(keys)[0] < floor)).all()
+
+
+@pytest.mark.parametrize("inside", [(0, 0, 0, 4), (0, 5, 0, 4), (-1, 2, 0, 4), (0, 4, 3, 2)], ids=str)
+def test_spatial_argmax_refuses_what_is_no_rectangle(inside: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="no rectangle of a map of 4 x 4"):
+        uk.spatial_argmax(torch.zeros(2, 3, 4, 4), inside=inside)
+
+
 def test_keys_order_as_values_then_lower_positions() -> None:
     values = torch.tensor([-INF, -3e38, -1.0, -1e-40, -0.0, 0.0, 1e-45, 1.0, INF])
     keys = uk.pack(values, torch.zeros(9, dtype=torch.int64))
@@ -211,6 +231,7 @@ def test_operators_are_registered_right() -> None:
     keys = uk.spatial_argmax(x)
     torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, (x,))
     torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, (x.contiguous(memory_format=torch.channels_last),))
+    torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, (x, None, (1, 3, 0, 2)))
     torch.library.opcheck(torch.ops.unitvis.topk_merge_.default, (uk.topk_state(3, 2), keys, torch.arange(2)))
 
 

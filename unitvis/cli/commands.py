@@ -65,6 +65,7 @@ def _scan(arguments: argparse.Namespace) -> int:
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         precision=arguments.precision,
         unit=arguments.unit,
+        inside=arguments.inside,
         **given_reading(arguments),
         **shard,
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unitvis.drawing.patches import units_at_the_border
 from unitvis.errors import abridged, printable
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS
@@ -65,6 +66,8 @@ def _print_result(run: Run) -> None:
         _say(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
     for sentence in odd_responses(run):
         _say(sentence)
+    if border := sum(units_at_the_border(run, layer) for layer in run):
+        _say(f"in {border:,} units most patches lie at the border and show more padding than picture (scan --inside)")
 
 
 def _input_sentence(manifest: Mapping[str, Any]) -> str:

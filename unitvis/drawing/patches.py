@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from unitvis.choices import CROPS
 from unitvis.decoding.cutting import Box, Cuts
 from unitvis.drawing.hands import Hands
 from unitvis.errors import UnitvisError
+from unitvis.network.receptive_fields.receptive_field import seen_in_part
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 
@@ -29,8 +31,7 @@ def default_crop(info: Mapping[str, Any], input_size: tuple[int, int]) -> str:
     The receptive field while it is at most half as wide and high as the image, else the effective box; the image where
     the layer has none.
     """
-    height, width = info["receptive_field"]["size"]
-    if 2 * height <= input_size[0] and 2 * width <= input_size[1]:
+    if seen_in_part(info["receptive_field"]["size"], input_size):
         return "rf"
     return "effective" if info["effective_box"] else "image"
 
@@ -49,14 +50,32 @@ def crop_of(run: RunData, layer: str, crop: str | None) -> str:
 
 def drawn_box(top: LayerArrays, unit: int, rank: int, crop: str, size: tuple[int, int]) -> Box:
     """The box that is drawn of a winner; it may leave the image. size: (height, width) of the model's input."""
-    left, upper, right, lower = top.boxes[unit, rank].tolist()
+    left, upper, right, lower = drawn_boxes(top, crop, size, (unit, rank)).tolist()
+    return left, upper, right, lower
+
+
+def drawn_boxes(
+    top: LayerArrays, crop: str, size: tuple[int, int], which: tuple[Any, Any] = (slice(None), slice(None))
+) -> NDArray[np.int32]:
+    """The boxes, int32 [..., 4], that are drawn of winners, see `drawn_box`. which: indices of units and ranks."""
+    boxes = top.boxes[which]
     if crop == "image":
-        return 0, 0, size[1], size[0]
+        return np.broadcast_to(np.array([0, 0, size[1], size[0]], np.int32), boxes.shape)
     if crop == "effective":
         side = top.info["effective_box"]
-        left, upper = (left + right - side) // 2, (upper + lower - side) // 2
-        return left, upper, left + side, upper + side
-    return left, upper, right, lower
+        first = (boxes[..., :2] + boxes[..., 2:] - side) // 2
+        return np.concatenate([first, first + side], axis=-1)
+    return boxes
+
+
+def units_at_the_border(run: RunData, layer: str) -> int:
+    """The number of units most of whose patches show less picture than padding, in the layer's default crop."""
+    top, size = run[layer], run.input_size
+    boxes = drawn_boxes(top, crop_of(run, layer, None), size).astype(np.int64)
+    inside = np.clip(boxes, 0, [size[1], size[0], size[1], size[0]])
+    areas = [np.prod(each[..., 2:] - each[..., :2], axis=-1) for each in (inside, boxes)]  # [units, k]
+    padding = top.fired & (2 * areas[0] < areas[1])
+    return int((2 * padding.sum(axis=1) > top.fired.sum(axis=1)).sum())
 
 
 def fired_winners(run: RunData, layer: str, units: Iterable[int]) -> dict[int, list[tuple[int, int]]]:

@@ -16,7 +16,7 @@ from unitvis.drawing.hands import Hands
 from unitvis.drawing.patches import Cells, crop_of, cut_layers, patches_by_winner
 from unitvis.errors import UnitvisError, check_unit, printable
 from unitvis.files import file_name, make_folder
-from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text
+from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
 from unitvis.results.data import RunData
 
 Drawn = TypeVar("Drawn", bound=RunData)
@@ -229,7 +229,7 @@ def _caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) ->
     drawn = "" if len(units) == len(top) else f"{len(units):,} of "
     kept = f" (the run keeps {run.manifest['kept']:,})" if "kept" in run.manifest else ""
     lines = [
-        f"{drawn}{len(top):,} {info['unit']}s, map {info['height']} x {info['width']}; the {run.manifest['k']} "
+        f"{drawn}{len(top):,} {info['unit']}s, {map_text(info)}; the {run.manifest['k']} "
         f"strongest{kept} of {run.manifest['images']:,} images, at most one patch an image, strongest first",
         f"{shown}; the input is {width} x {height} pixels, plain grey is outside it",
     ]

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import unitvis_kernels as uk
 from unitvis.errors import first_line
 from unitvis.network import copies
-from unitvis.network.forward import as_map
+from unitvis.network.forward import Rectangle, as_map
 from unitvis.network.tracing import TRACING
 from unitvis_kernels.choice import prefer
 
@@ -132,15 +132,20 @@ class Chain(nn.Module):
 
 
 class MapKeys(nn.Module):
-    """The keys of a layer's output that no chain computes. axis: that of its channels, see `as_map`."""
+    """The keys of a layer's output that no chain computes. axis: that of its channels, see `as_map`.
 
-    def __init__(self, name: str, axis: int | None, threshold: Callable[[], Tensor | None]) -> None:
+    inside: the positions that are read; None: all.
+    """
+
+    def __init__(
+        self, name: str, axis: int | None, threshold: Callable[[], Tensor | None], inside: Rectangle | None
+    ) -> None:
         super().__init__()
-        self.name, self.axis, self.threshold = name, axis, threshold
+        self.name, self.axis, self.threshold, self.inside = name, axis, threshold, inside
 
     def forward(self, output: object) -> Tensor:
         """Return keys, int64 [N, C]."""
-        return uk.spatial_argmax(as_map(self.name, self.axis, output), self.threshold())
+        return uk.spatial_argmax(as_map(self.name, self.axis, output), self.threshold(), self.inside)
 
 
 class _Tracer(fx.Tracer):
@@ -167,11 +172,13 @@ def rewritten(
     *,
     one_pass: bool,
     axes: Mapping[str, int | None] | None = None,
+    inside: Mapping[str, Rectangle | None] | None = None,
 ) -> fx.GraphModule:
     """Copy a model in eval mode into one that returns the layers' keys, a tuple of int64 [N, C].
 
     layers: names, in the order of the forward pass, and the units of each. one_pass: see `Chain`. axes: of each layer's
-    channels; None: 1, as all convolutions have it. Raises NotRewrittenError for a model that `torch.fx` cannot trace.
+    channels; None: 1, as all convolutions have it. inside: the positions of each that are read; None: all. Raises
+    NotRewrittenError for a model that `torch.fx` cannot trace.
     """
     tracer = _Tracer()
     try:
@@ -186,9 +193,11 @@ def rewritten(
 
     thresholds = {name: _layer_threshold(threshold, units) for name, units in layers.items()}
     keys: dict[str, fx.Node] = {}
-    modules = dict(model.named_modules())
+    modules, inside = dict(model.named_modules()), inside or {}
+    # A chain reads the whole map, so one ends before a layer of which a part is read.
+    in_part = {tapped[name] for name in layers if inside.get(name) is not None}
     for number, node in enumerate(list(graph.nodes)):
-        if (found := _find_chain(node, modules, set(tapped.values()))) is not None:
+        if (found := _find_chain(node, modules, set(tapped.values()), in_part)) is not None:
             names = [name for name, output in tapped.items() if output is found.key]
             chain = Chain(
                 found.folded(modules),
@@ -210,7 +219,8 @@ def rewritten(
                 graph.erase_node(replaced)
     for index, (name, node) in enumerate(tapped.items()):
         if name not in keys:
-            model.add_module(f"key{index}", MapKeys(name, 1 if axes is None else axes[name], thresholds[name]))
+            axis = 1 if axes is None else axes[name]
+            model.add_module(f"key{index}", MapKeys(name, axis, thresholds[name], inside.get(name)))
             with graph.inserting_after(node):  # directly after it: a later operator may overwrite it in place
                 keys[name] = graph.call_module(f"key{index}", (node,))
     _return_keys(graph, [keys[name] for name in layers])
@@ -241,10 +251,12 @@ class _ChainNodes(NamedTuple):
         return fuse_conv_bn_eval(conv, norm)
 
 
-def _find_chain(node: fx.Node, modules: Mapping[str, nn.Module], tapped: set[fx.Node]) -> _ChainNodes | None:
+def _find_chain(
+    node: fx.Node, modules: Mapping[str, nn.Module], tapped: set[fx.Node], in_part: set[fx.Node]
+) -> _ChainNodes | None:
     """Find the chain that begins with this node; None where it is no zero-padded convolution, or a chain gains nothing.
 
-    tapped: the nodes whose outputs are layers.
+    tapped: the nodes whose outputs are layers. in_part: those of them at which a chain ends, and has no keys.
     """
     conv = _unhooked(node, modules, nn.Conv2d)
     if conv is None or conv.padding_mode != "zeros" or len(node.args) != 1 or node.kwargs:
@@ -253,7 +265,7 @@ def _find_chain(node: fx.Node, modules: Mapping[str, nn.Module], tapped: set[fx.
 
     def following() -> fx.Node | None:
         """The node that alone uses the last node's output, and no other input."""
-        users = list(nodes[-1].users)
+        users = [] if nodes[-1] in in_part else list(nodes[-1].users)
         return users[0] if len(users) == 1 and users[0].all_input_nodes == [nodes[-1]] else None
 
     after = following()
@@ -262,11 +274,11 @@ def _find_chain(node: fx.Node, modules: Mapping[str, nn.Module], tapped: set[fx.
         nodes.append(after)
         norm = str(after.target)
         after = following()
-    key = nodes[-1] if nodes[-1] in tapped else None
+    key = nodes[-1] if nodes[-1] in tapped - in_part else None
     if after is not None and not (key is not None and after in tapped) and (kind := _relu(after, modules)):
         nodes.append(after)
         activation, after = kind, following()
-    key_after = key is None and nodes[-1] in tapped
+    key_after = key is None and nodes[-1] in tapped - in_part
     key = nodes[-1] if key_after else key
     if after is not None and (found_pool := _max_pool(after, modules)):
         nodes.append(after)

@@ -16,7 +16,7 @@ from unitvis.half_precision.rewrite import Chain, NotRewrittenError, Threshold, 
 from unitvis.network.attributes import kept_attributes
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.copies import copied
-from unitvis.network.forward import COMPUTE_BATCH, Hooks, compute_batch
+from unitvis.network.forward import COMPUTE_BATCH, Hooks, Rectangle, compute_batch
 from unitvis.network.network import Network
 from unitvis.sources.transform import Transform
 from unitvis.state.topk import TopK
@@ -31,9 +31,9 @@ class Step:
     """Merges batches of at most `size` images into a top-k, computed by a rewritten copy of the model.
 
     model: in eval mode; the step changes and keeps it. layers: names, in the order of the forward pass, and the units
-    of each in `topk`. shapes, to_end: see `Hooks`. channels: of the model's input. sample: model inputs, float32
-    [N, C, H, W], with their canonical `responses`, float32 [N, units]: a rewritten copy that gives others in float32 is
-    not used.
+    of each in `topk`. shapes, inside, to_end: see `Hooks`. channels: of the model's input. sample: model inputs,
+    float32 [N, C, H, W], with their canonical `responses`, float32 [N, units]: a rewritten copy that gives others in
+    float32 is not used.
     how: manifest entries that say whether the model was rewritten and captured.
     """
 
@@ -45,6 +45,7 @@ class Step:
         *,
         axes: Mapping[str, int | None],
         shapes: Sequence[tuple[int, int, int]] = (),
+        inside: Sequence[Rectangle | None] = (),
         dtype: torch.dtype,
         size: int,
         transform: Transform | None,
@@ -57,6 +58,7 @@ class Step:
         self.topk, self.size = topk, size
         self.how: dict[str, Any] = {}
         self._layers, self._axes, self._shapes, self._neurons, self._to_end = layers, axes, shapes, neurons, to_end
+        self._inside = inside or [None] * len(layers)
         self._dtype, self._transform, self._channels, self._device = dtype, transform, channels, sample.device
         self._threshold = Threshold()
         self.model = model  # replaced by the copy that computes the keys
@@ -76,6 +78,7 @@ class Step:
             topk,
             axes=network.channel_axes(network.layer_names, network.input_shape),
             shapes=network.map_shapes,
+            inside=network.inside,
             dtype=HALF[precision],
             size=size,
             transform=network.transform,
@@ -141,7 +144,12 @@ class Step:
             if self._to_end:
                 raise NotRewrittenError("the model's code asks for values, or cannot be traced")
             fast = rewritten(
-                model, self._layers, self._threshold, one_pass=self._device.type == "cuda", axes=self._axes
+                model,
+                self._layers,
+                self._threshold,
+                one_pass=self._device.type == "cuda",
+                axes=self._axes,
+                inside=dict(zip(self._layers, self._inside, strict=True)),
             )
             if layer := self._differing_layer(fast, sample, responses):
                 raise NotRewrittenError(f"rewritten, layer {layer!r} gives other responses")
@@ -171,7 +179,7 @@ class Step:
     def _hooked(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The model as given, in the scan's precision, as a function from its input to keys that hooks compute."""
         self.model = _channels_last(model).to(self._dtype)
-        hooks = Hooks(self.model, self._axes, self._shapes, to_end=self._to_end)
+        hooks = Hooks(self.model, self._axes, self._shapes, inside=self._inside, to_end=self._to_end)
         hooks.__enter__()  # never removed: only the step uses this model
         units = list(self._layers.values())
 

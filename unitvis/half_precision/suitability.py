@@ -166,8 +166,8 @@ def _in_half(network: Network, batches: Sequence[Tensor], precision: str) -> tup
 def _half_values(network: Network, batches: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Responses of batches in half precision, float32 [N, units] each, by a copy of the model."""
     model = copied(network.model).to(memory_format=torch.channels_last).to(dtype)  # type: ignore[call-overload]
-    axes = network.channel_axes(network.layer_names, network.input_shape)
-    with torch.no_grad(), torch.autocast(network.device.type, enabled=False), Hooks(model, axes) as hooks:
+    hooks = Hooks(model, network.channel_axes(network.layer_names, network.input_shape), inside=network.inside)
+    with torch.no_grad(), torch.autocast(network.device.type, enabled=False), hooks:
         pixels = (network.normalise(batch).to(dtype, memory_format=torch.channels_last) for batch in batches)
         found = []
         for one in pixels:

@@ -22,6 +22,8 @@ COMPUTE_BATCH = 16  # images of a canonical forward pass
 _WANTS_GRADIENTS = ("does not require grad", "inference tensor", "inference mode")  # in what PyTorch says of autograd
 _RANKED_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # which the operators take
 
+Rectangle = tuple[int, int, int, int]  # of positions in a map: top, bottom, left, right; half-open
+
 
 def as_map(name: str, axis: int | None, output: object) -> Tensor:
     """View a layer's output as a map [N, C, H, W]; axis: which of its axes holds the channels, None if unknown.
@@ -77,7 +79,8 @@ class _LastLayerRead(BaseException):
 class Hooks:
     """Forward hooks on layers for the length of a `with` block. layers: their names, with the axis of their channels.
 
-    shapes: [C, H, W] of each layer's map, where another one is to be refused. to_end: see `run`.
+    shapes: [C, H, W] of each layer's map, where another one is to be refused. inside: the positions of each that `keys`
+    reads alone; None: all. to_end: see `run`.
     `run` reads each layer's map as the layer returns it, before an in-place activation can overwrite it, and stops the
     forward pass after the last of the layers; or, for a model that may run a layer again for some images, lets it run
     to its end, to refuse a layer that does.
@@ -89,9 +92,11 @@ class Hooks:
         layers: Mapping[str, int | None],
         shapes: Sequence[tuple[int, int, int]] = (),
         *,
+        inside: Sequence[Rectangle | None] = (),
         to_end: bool = False,
     ) -> None:
         self._model, self._layers, self._shapes, self._to_end = model, dict(layers), shapes, to_end
+        self._inside = inside or [None] * len(self._layers)
         self._handles: list[RemovableHandle] = []
         self._read: ReadMap | None = None
         self._thread = 0  # the one that reads
@@ -175,7 +180,8 @@ class Hooks:
             if neurons:
                 maps = maps.flatten(1)[:, :, None, None]
             own = columns[index]
-            keys[:, own] = uk.spatial_argmax(maps, None if threshold is None else threshold[own])
+            floor = None if threshold is None else threshold[own]
+            keys[:, own] = uk.spatial_argmax(maps, floor, self._inside[index])
 
         self.run(batch, read)
         return keys
@@ -185,8 +191,8 @@ class CanonicalPass:
     """Canonical forward passes that read some layers of a model in eval mode, for the length of a `with` block.
 
     layers: names with the axis of their channels, in the order of the forward pass. columns: the units of each, counted
-    from 0; needed by `keys` alone. shapes, to_end: see `Hooks`. channels: of the model's input. The model runs as
-    given, eager, in IEEE float32, on channels-last input, in compute batches of exactly `COMPUTE_BATCH` images:
+    from 0; needed by `keys` alone. shapes, inside, to_end: see `Hooks`. channels: of the model's input. The model runs
+    as given, eager, in IEEE float32, on channels-last input, in compute batches of exactly `COMPUTE_BATCH` images:
     convolution and matrix libraries choose another algorithm for another shape, and with it other last bits. On a CPU
     the bits are those of one thread; more compute where `check` found that they give the same. tensors, bits: what is
     known of the model, shared by its passes.
@@ -201,6 +207,7 @@ class CanonicalPass:
         columns: Sequence[slice] = (),
         *,
         shapes: Sequence[tuple[int, int, int]] = (),
+        inside: Sequence[Rectangle | None] = (),
         channels: int = 3,
         neurons: bool = False,
         to_end: bool = False,
@@ -210,7 +217,8 @@ class CanonicalPass:
         self._device, self._transform, self._channels = device, transform, channels
         self._columns, self._neurons = columns, neurons
         self._names = list(layers)
-        self._hooks, self._tensors, self.bits = Hooks(model, layers, shapes, to_end=to_end), tensors, bits
+        self._hooks = Hooks(model, layers, shapes, inside=inside, to_end=to_end)
+        self._tensors, self.bits = tensors, bits
         self._passes = 0
 
     def __enter__(self) -> Self:

@@ -41,10 +41,10 @@ def outline(model: nn.Module) -> Description:
     return {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def noise(shape: tuple[int, int, int]) -> Tensor:
-    """The same images for every version of every library: float32 [`NOISE_IMAGES`, C, H, W], uniform in -2..2."""
-    number = torch.arange(NOISE_IMAGES * math.prod(shape), dtype=torch.float64, device="cpu")
-    return (number.square().mul(_GOLDEN_RATIO).frac() * 4 - 2).float().view(NOISE_IMAGES, *shape)
+def noise(shape: tuple[int, int, int], images: int = NOISE_IMAGES) -> Tensor:
+    """The same images for every version of every library: float32 [images, C, H, W], uniform in -2..2."""
+    number = torch.arange(images * math.prod(shape), dtype=torch.float64, device="cpu")
+    return (number.square().mul(_GOLDEN_RATIO).frac() * 4 - 2).float().view(images, *shape)
 
 
 def numbers_of(maps: Tensor) -> list[float] | None:

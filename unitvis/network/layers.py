@@ -8,7 +8,7 @@ import fnmatch
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from unitvis.errors import UnitvisError, abridged, closest_names
 from unitvis.network.channels import ChannelAxes
-from unitvis.network.forward import as_map, call
+from unitvis.network.forward import Rectangle, as_map, call
 from unitvis.network.operators import activation_after, last_layer
 
 
@@ -33,6 +33,14 @@ class Layer:
     width: int
     feeds_relu: bool  # only ReLUs use its output, so a response at or below 0 does not fire
     fed_by: str | None  # for an activation: the convolution, Linear or BatchNorm whose output it takes
+    # The only positions that are ranked: rows top <= row < bottom, columns left <= column < right; None: all.
+    inside: Rectangle | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The layer's entry in a manifest; `inside` is there only if it is not None."""
+        entry = asdict(self)
+        inside = entry.pop("inside")
+        return entry if inside is None else entry | {"inside": list(inside)}
 
 
 class _OutputUses(TorchFunctionMode):

@@ -21,7 +21,7 @@ from unitvis.network.borrowing import Tensors, evaluating, turn
 from unitvis.network.canonical import canonical_settings, refuse_other_arithmetic
 from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
-from unitvis.network.forward import CanonicalPass, Hooks, model_input
+from unitvis.network.forward import CanonicalPass, Hooks, Rectangle, model_input
 from unitvis.network.identity import channel_numbers, describe_model, noise, numbers_of, outline
 from unitvis.network.inputs import input_channels, refuse_channels_last
 from unitvis.network.layers import Examination, Layer, maps_of_two
@@ -52,6 +52,7 @@ class Network:
         self.layers: list[Layer] = []  # in the order of the forward pass
         self.columns: list[slice] = []  # each layer's units among those of all
         self.fields: dict[str, ReceptiveField] = {}
+        self.drawn_sides: dict[str, int] = {}  # of the drawn boxes of layers that are ranked inside of them
         self.followed = True  # whether its trace is that of any image, to the end of the forward pass; see `fields`
         self._channel_axes: dict[str, int | None] = {}  # of the modules whose outputs were looked at so far
         self._description: dict[str, Any] | None = None  # once it was asked for after `examine`
@@ -94,7 +95,7 @@ class Network:
         counts = [layer.channels * (layer.height * layer.width if unit == "neuron" else 1) for layer in self.layers]
         ends = np.cumsum(counts).tolist()
         self.columns = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        self.input_shape, self.unit, self.fields, self._description = shape, unit, {}, None
+        self.input_shape, self.unit, self.fields, self.drawn_sides, self._description = shape, unit, {}, {}, None
         self.preparation = time.perf_counter() - start
 
     def _blank_image(self, shape: Shape) -> Tensor:
@@ -135,6 +136,12 @@ class Network:
         """[C, H, W] of each layer's map."""
         return [(layer.channels, layer.height, layer.width) for layer in self.layers]
 
+    @property
+    def inside(self) -> list[Rectangle | None]:
+        """The positions of each layer that alone are ranked; None: all of the map."""
+        whole = [(0, layer.height, 0, layer.width) for layer in self.layers]
+        return [None if layer.inside == own else layer.inside for layer, own in zip(self.layers, whole, strict=True)]
+
     def evaluating(self) -> AbstractContextManager[None]:
         """The model in eval mode, and eager where it was compiled, for the length of a `with` block."""
         return evaluating(self.model)
@@ -172,8 +179,8 @@ class Network:
         own, start = self.columns[first:last], self.columns[first].start
         columns = [slice(one.start - start, one.stop - start) for one in own]
         axes = self._layer_axes(first, last)
-        shapes, neurons = self.map_shapes[first:last], self.unit == "neuron"
-        return self._passes(axes, columns, shapes=shapes, channels=self.input_shape[0], neurons=neurons)
+        of_layers: dict[str, Any] = {"shapes": self.map_shapes[first:last], "inside": self.inside[first:last]}
+        return self._passes(axes, columns, channels=self.input_shape[0], neurons=self.unit == "neuron", **of_layers)
 
     def _layer_axes(self, first: int = 0, last: int | None = None) -> dict[str, int | None]:
         return {layer.name: self._channel_axes[layer.name] for layer in self.layers[first:last]}

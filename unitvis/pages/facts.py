@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from unitvis.attribution.responses import map_area
+from unitvis.drawing.patches import units_at_the_border
 from unitvis.drawing.sheets import tile_columns, unit_name
 from unitvis.files import file_name
-from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text
+from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
 from unitvis.results.data import RunData
 
 UNITS_IN_STRIP = 16  # units of each layer on the first page, at most
@@ -29,7 +30,7 @@ def index(run: RunData) -> dict[str, Any]:
         "run": f"The {strongest(manifest)} of {manifest['images']:,} images{_data_set_text(manifest)}, for each "
         f"unit of {len(run)} layers; the model's input is {width} x {height} pixels.",
         "across": tile_columns(manifest["k"]),
-        "layers": [_layer_entry(run[layer]) for layer in run],
+        "layers": [_layer_entry(run, run[layer]) for layer in run],
         "notes": NOTES,
     }
 
@@ -46,15 +47,19 @@ def title(run: RunData) -> str:
     return os.path.basename(spec) if spec else run.manifest["model"]["class"]
 
 
-def _layer_entry(top: LayerArrays) -> dict[str, Any]:
+def _layer_entry(run: RunData, top: LayerArrays) -> dict[str, Any]:
     """Describe one layer for the first page; the units in its strip are evenly spaced among those that fire."""
     firing = np.flatnonzero(top.fired[:, 0])
     count = min(UNITS_IN_STRIP, len(firing))
     strip = firing[np.linspace(0, len(firing) - 1, count).round().astype(int)] if count else firing
-    counts = {"dead": int(top.dead.sum()), "not separated": int((top.status != SEPARATED).sum())}
+    counts = {
+        "dead": int(top.dead.sum()),
+        "not separated": int((top.status != SEPARATED).sum()),
+        "at the border, where padding excites them (scan --inside)": units_at_the_border(run, top.name),
+    }
     facts = [
         f"{len(top):,} {top.info['unit']}s",
-        f"map {top.info['height']} x {top.info['width']}",
+        map_text(top.info),
         f"receptive field {_field_text(top)}",
         *(f"{number:,} {name}" for name, number in counts.items() if number),
     ]

@@ -18,6 +18,7 @@ from unitvis.half_precision.step import HALF, Step
 from unitvis.half_precision.suitability import NAMES, suitable_precision
 from unitvis.network.device import refuse_state, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
+from unitvis.network.inside import rank_inside
 from unitvis.network.network import Network, Shape
 from unitvis.ranking.batches import check_coverage, checked_ids, checked_images, some_values
 from unitvis.ranking.watch import WeightsWatch
@@ -43,6 +44,7 @@ class Recording:
         *,
         exclude: Sequence[str] | str = (),
         unit: str = "channel",
+        inside: bool = False,
         device: torch.device | str | None = None,
         transform: Transform | None = None,
         precision: str = "fp32",
@@ -53,6 +55,8 @@ class Recording:
             raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
         if unit not in ("channel", "neuron"):
             raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
+        if inside and unit == "neuron":
+            raise UnitvisError("inside=True (--inside) ranks some positions, and every neuron has one: rank channels")
         if weights not in ("fixed", "moving"):
             raise UnitvisError(f"weights must be 'fixed' or 'moving', not {weights!r}")
         model, own_transform, self._origin = models.resolved(model)
@@ -67,6 +71,7 @@ class Recording:
         self.coverage = IntervalSet()  # the ids in the top-k, where they came on the CPU
         self.topk: TopK  # made with the first batch
         self._layers, self._exclude, self._unit, self._weights = layers, exclude, unit, weights
+        self._inside = inside
         self._like: Tensor | None = None  # no images, of the shape and type of those that were taken
         self._next_id = 0
         self._waiting: tuple[Tensor, Tensor] | None = None  # images and ids, fewer than are computed at once
@@ -148,6 +153,8 @@ class Recording:
             ) from error
         refuse_state(self.network.units, self.k + 1, COMPUTE_BATCH, self.network.device)
         self.network.find_receptive_fields()
+        if self._inside:
+            rank_inside(self.network)
 
     @torch.inference_mode(False)  # a loop may be in it; the top-k outlives the loop
     def __call__(self, batch: Tensor, ids: Tensor | Sequence[int] | None = None) -> None:

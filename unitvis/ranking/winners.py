@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -59,15 +58,22 @@ def winners(network: Network, ranked: Ranked, k: int, decided: NDArray[np.bool_]
         own = ranked.of(units)
         tied = (own.images[:, k] >= 0) & (own.values[:, k] == own.values[:, k - 1])
         status = np.where(decided[units], np.where(tied, TIED, SEPARATED), UNSEPARATED)
-        found[layer.name] = _layer(layer, network.fields[layer.name], network.unit, k, own, status)
+        field, side = network.fields[layer.name], network.drawn_sides.get(layer.name)
+        found[layer.name] = _layer(layer, field, side, network.unit, k, own, status)
     return found
 
 
 def _layer(
-    layer: Layer, field: ReceptiveField, unit: str, k: int, own: Ranked, status: NDArray[np.str_]
+    layer: Layer,
+    field: ReceptiveField,
+    drawn_side: int | None,
+    unit: str,
+    k: int,
+    own: Ranked,
+    status: NDArray[np.str_],
 ) -> LayerArrays:
-    info = asdict(layer) | {"unit": unit, "units": len(status)}
-    info |= {"receptive_field": _field_info(field), "effective_box": None}
+    info = layer.to_json() | {"unit": unit, "units": len(status)}
+    info |= {"receptive_field": _field_info(field), "effective_box": drawn_side}
     info |= {"nan": nan_info(own.nan), "infinite": infinite_info(own.values, own.images)}
     status = status.astype(f"<U{len(UNSEPARATED)}")  # of one width whatever a layer's units are
     info["unseparated"] = int((status == UNSEPARATED).sum())

@@ -24,6 +24,13 @@ def extent_text(field: Mapping[str, Any], size: str) -> str:
     return "the whole image" if field["whole_image"] else size
 
 
+def map_text(info: Mapping[str, Any]) -> str:
+    """The size of a layer's map and, if that is less, of the part of it that was ranked. info: see `LayerArrays`."""
+    top, bottom, left, right = info.get("inside", (0, info["height"], 0, info["width"]))
+    whole, part = f"{info['height']} x {info['width']}", f"{bottom - top} x {right - left}"
+    return f"map {whole}" if part == whole else f"map {whole}, ranked the {part} positions inside the image"
+
+
 @dataclass(frozen=True)
 class LayerArrays:
     """The top-k of one layer's units."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from unitvis.errors import abridged
@@ -19,7 +18,7 @@ def scan_manifest(network: Network, k: int, precision: str, scan: Mapping[str, A
         "format": FORMAT,
         "model": dict(network.description),
         "input": list(network.input_shape),
-        "layers": {layer.name: asdict(layer) for layer in network.layers},
+        "layers": {layer.name: layer.to_json() for layer in network.layers},
         "k": k,
         "unit": network.unit,
         "precision": precision,

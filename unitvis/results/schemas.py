@@ -35,6 +35,7 @@ _LAYER: dict[str, Schema] = {
     "width": _SIDE,
     "feeds_relu": FLAG,
     "fed_by": Optional(TEXT),
+    "inside?": (COUNT, COUNT, COUNT, COUNT),
 }
 _RANKED_LAYER = _LAYER | {
     "unit": choice("channel", "neuron"),
@@ -136,9 +137,13 @@ def arrays_problem(top: LayerArrays, manifest: Mapping[str, Any]) -> str | None:
         return "a winner has no value"
     if not ((top.values[:, :-1] >= top.values[:, 1:]) | blank[:, 1:]).all():
         return "values of winners do not descend"
-    inside = (top.positions >= 0) & (top.positions < [info["height"], info["width"]])
+    whole = [0, info["height"], 0, info["width"]]
+    upper, lower, left, right = info.get("inside", whole)
+    if not (upper < lower <= info["height"] and left < right <= info["width"]):
+        return f"inside is {info['inside']}, of {info['height']} x {info['width']} positions"
+    inside = (top.positions >= [upper, left]) & (top.positions < [lower, right])
     if (top.images < -1).any() or not (inside.all(axis=2) | blank).all():
-        return "a winner lies outside of the feature map"
+        return "a winner lies outside of the feature map, or of the part of it that was ranked"
     own = np.arange(len(top))[:, None] % neurons  # of a neuron, whose place is its number
     if info["unit"] == "neuron" and ((top.positions @ [info["width"], 1] != own) & ~blank).any():
         return "a neuron has a winner at another neuron's place"

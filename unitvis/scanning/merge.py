@@ -29,9 +29,11 @@ from unitvis.state.interval_set import IntervalSet
 from unitvis.state.noise_numbers import ROUNDING
 from unitvis.state.overlap import contradiction
 from unitvis.state.partial import (
+    OTHER_POSITIONS,
     Identity,
     Partial,
     joined_seen,
+    ranked_inside,
     refuse_another_model,
     refuse_differences,
     same_images,
@@ -206,13 +208,13 @@ def _finished_run(
             "or merge what there is with partial=True (--partial)"
         )
     module, origin = _checked_model(manifest, model)
-    names = list(manifest["layers"])
-    with Recorder(
-        module, names, manifest["k"], unit=manifest["unit"], device=device, transform=source.transform
-    ) as recorder:
+    names, inside = list(manifest["layers"]), ranked_inside(manifest)
+    chosen = {"unit": manifest["unit"], "inside": bool(inside)}
+    with Recorder(module, names, manifest["k"], **chosen, device=device, transform=source.transform) as recorder:
         channels, height, width = manifest["input"]
         recorder.prepare((channels, height, width))
         refuse_another_model(ANOTHER_MODEL, manifest["model"], recorder.network.description)
+        refuse_differences(OTHER_POSITIONS, inside, ranked_inside(recorder.about()))
         recorder.set_precision(manifest["scan"]["precision"], manifest["scan"]["batch_size"])
         part = part.ordered(recorder.network.layer_names)
         recorder.restore(part)

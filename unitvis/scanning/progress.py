@@ -91,7 +91,8 @@ class Progress:
     def _prepare_same_scan(self, what: str, found: Identity) -> None:
         """Prepare the recorder for the scan that was found; UnitvisError, starting with `what`, if it is another."""
         outline = self._recorder.network.description  # before any pass, class and number of parameters
-        unprepared = {key: found[key] for key in ("input", "layers", "unit")}  # known once it is prepared
+        known_later = ("input", "layers", "unit", "inside")
+        unprepared = {key: found[key] for key in known_later if key in found}  # known once it is prepared
         unprepared["model"] = {**found["model"], **outline}
         refuse_differences(what, found, self._identity_now() | unprepared)
         channels, height, width = found["input"]

@@ -52,6 +52,7 @@ def scan(
     device: torch.device | str | None = None,
     precision: str = "exact",
     unit: str = "channel",
+    inside: bool = False,
     shard: tuple[int, int] | str | None = None,
     on_error: str = "skip",
     max_failures: int | None = None,
@@ -82,6 +83,8 @@ def scan(
         precision: "exact" may find candidates in half precision and decides by canonical float32 responses, "fp32"
             computes only those, "fp16" and "bf16" rank responses in half precision.
         unit: "channel" ranks the largest response over positions, "neuron" every element of the map.
+        inside: rank only positions whose drawn boxes lie in the image, so that no padding helps to win; see
+            `rank_inside`. For channels.
         shard: (i, n) or "i/n", counted from 1: scan that part of the images; `merge` makes a run of all shards.
         on_error: "skip" lists unreadable images in the manifest and counts NaN and infinite responses there, "raise"
             raises UnitvisError.
@@ -120,7 +123,9 @@ def scan(
         entry=entry,
     )
 
-    recorder = Recorder(model, layers, k, exclude=exclude, unit=unit, device=device, transform=source.transform)
+    recorder = Recorder(
+        model, layers, k, exclude=exclude, unit=unit, inside=inside, device=device, transform=source.transform
+    )
     bars = nullcontext() if progress else no_bars()
     with bars, only_writer(folder), Progress(folder, recorder, source, own_shard, every) as tracker:
         if folder is not None:  # another command may have written there while the model was loaded

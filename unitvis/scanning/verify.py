@@ -15,11 +15,13 @@ from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
 from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.inside import rank_inside
 from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
 from unitvis.sources import Source
 from unitvis.state.noise_numbers import ROUNDING
+from unitvis.state.partial import OTHER_POSITIONS, ranked_inside, refuse_differences
 
 
 class _WinnerRows:
@@ -134,6 +136,9 @@ def verify(
     channels, height, width = run.manifest["input"]
     network.examine((channels, height, width), run.layers, run.manifest["unit"])
     network.find_receptive_fields()
+    if inside := ranked_inside(run.manifest):
+        rank_inside(network)
+        refuse_differences(OTHER_POSITIONS, inside, {layer.name: layer.to_json()["inside"] for layer in network.layers})
     return compare_winners(run, network)
 
 

@@ -53,11 +53,13 @@ SHARED: dict[str, Schema] = {
 _IDENTITY = SHARED | {
     "precision": choice("fp32", "fp16", "bf16"),
     "layers": ByName((whole(1, 10**6), whole(1, 10**6), whole(1, 10**6))),
+    "inside?": ByName((COUNT, COUNT, COUNT, COUNT)),
     "source": {"kind": TEXT, "images?": Optional(COUNT)},
     "shard?": Optional(TEXT),
 }
 _ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": SECONDS}
 FORMAT = 2  # version of the arrays
+OTHER_POSITIONS = "the positions whose boxes lie in the image are not those that were ranked (then and now)"
 _NOISE = ("responses", "channels")  # entries of a model that are equal up to rounding, see `noise_numbers`
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -201,8 +203,15 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     keys = ("class", "parameters", "weights", "modules", "responses", "channels")
     model = {key: described[key] for key in keys if key in described}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
+    if inside := ranked_inside(manifest):
+        shared["inside"] = inside
     source = same_images(manifest["source"])
     return json.loads(json.dumps({"model": model, "layers": layers, **shared, "source": source}))  # tuples are lists
+
+
+def ranked_inside(manifest: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The rectangles of positions that alone were ranked, by layer, see `Layer`; empty where all were."""
+    return {name: info["inside"] for name, info in manifest["layers"].items() if "inside" in info}
 
 
 def same_images(source: Mapping[str, Any]) -> dict[str, Any]:

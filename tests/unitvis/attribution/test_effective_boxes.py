@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from support.scans import images, scan, tiny_net
 from unitvis.attribution import effective_boxes
+from unitvis.network import gradients
 from unitvis.network.network import Network
 
 
@@ -32,7 +33,7 @@ def test_a_layer_without_gradients_is_scanned_and_has_no_effective_box() -> None
 def test_a_pass_over_several_layers_gives_each_layer_the_gradients_of_its_own_winners(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(effective_boxes, "MAX_GRADIENTS", 4)
+    monkeypatch.setattr(gradients, "MAX_GRADIENTS", 4)
     passes = []
     reading_maps = Network.reading_maps
     monkeypatch.setattr(

@@ -88,6 +88,21 @@ class ReceptiveField:
         (left, right), (top, bottom) = sides
         return np.stack([left, top, right, bottom], axis=-1).astype(np.int32, copy=False).reshape(-1, 4)
 
+    def positions_inside(self, side: int | None = None) -> NDArray[np.bool_]:
+        """Bool [H, W]: the boxes of all channels lie in the image. side: of squares with the boxes' centres, in place
+        of the boxes.
+        """
+        inside = np.ones((1, 1, 1), bool)
+        for (first, last), extent in zip((self._rows, self._columns), self.input_size, strict=True):
+            low, high = (first, last) if side is None else ((start := (first + last - side) // 2), start + side)
+            inside = inside & (low >= 0) & (high <= extent) & (first < last)
+        return np.broadcast_to(inside.all(axis=0), self.map_size)
+
+
+def seen_in_part(size: Sequence[int], input_size: Sequence[int]) -> bool:
+    """Whether a receptive field of this size is at most half as wide and high as the image; (height, width) each."""
+    return 2 * size[0] <= input_size[0] and 2 * size[1] <= input_size[1]
+
 
 def _whole(input_size: tuple[int, int]) -> list[NDArray[np.int32]]:
     """The sides of boxes that are the whole image: (top, bottom) and (left, right), each int32 [2, 1, 1, 1]."""

@@ -1,0 +1,116 @@
+"""Effective boxes: the part of their receptive field that neurons depend on most, by their gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unitvis.errors import first_line
+from unitvis.network.canonical import canonical_settings
+from unitvis.network.network import Network
+
+MAX_TOGETHER = 8  # neurons whose gradients are found in one pass; all their activations are in memory at once
+MAX_GRADIENTS = 1024  # neurons of all layers together, of which each layer has one at least
+GRADIENT_SHARE = 0.9  # share of the squared gradient inside the effective box
+
+Neuron = tuple[
+    int, tuple[int, int, int], tuple[float, float]
+]  # image, (channel, row, column), centre (x, y) of its box
+
+
+def neurons_of_a_layer(layers: int) -> int:
+    """How many neurons of each of so many layers tell its effective box."""
+    count = MAX_TOGETHER
+    while count > 1 and count * layers > MAX_GRADIENTS:
+        count //= 2
+    return count
+
+
+def effective_sides(
+    network: Network, chosen: Mapping[str, Sequence[Neuron]], images: Mapping[int, Tensor]
+) -> dict[str, int | None]:
+    """The side of each layer's effective box, in model-input pixels (effective receptive field, Luo et al. 2016).
+
+    It is the smallest square centred on the neuron that holds 90% of the squared input gradient, averaged over the
+    chosen neurons of the layer. images: by number, as they were read. None for a layer without gradients.
+    """
+    together = max(1, MAX_TOGETHER // max(map(len, chosen.values()), default=1))  # layers that one pass serves
+    names, sides = list(chosen), dict[str, int | None]()
+    with network.evaluating():
+        for start in range(0, len(names), together):
+            sides |= _sides(network, {name: chosen[name] for name in names[start : start + together]}, images)
+    return sides
+
+
+def _sides(
+    network: Network, chosen: Mapping[str, Sequence[Neuron]], images: Mapping[int, Tensor]
+) -> dict[str, int | None]:
+    """The sides of the effective boxes of layers, by one pass over the chosen neurons of all of them."""
+    neurons_of_all = [neuron for own in chosen.values() for neuron in own]
+    pixels = network.normalise(torch.stack([images[image] for image, _, _ in neurons_of_all]))
+    neurons = {name: [neuron for _, neuron, _ in own] for name, own in chosen.items()}
+    try:
+        squares = iter(_squared_gradients(network, neurons, pixels))
+    except Exception as error:  # a model may raise anything; only drawings use the box, so the scan goes on
+        if len(chosen) > 1:  # the others may have gradients
+            alone = [_sides(network, {name: own}, images) for name, own in chosen.items()]
+            return {name: side for one in alone for name, side in one.items()}
+        (name,) = chosen
+        warnings.warn(f"layer {name!r} has no effective box, for want of gradients ({first_line(error)})")
+        return {name: None}
+    return {
+        name: _effective_side(np.stack([next(squares) for _ in own]), np.array([centre for *_, centre in own]))
+        for name, own in chosen.items()
+    }
+
+
+def _squared_gradients(
+    network: Network, neurons: Mapping[str, list[tuple[int, int, int]]], images: Tensor
+) -> NDArray[np.float64]:
+    """Squared gradients of one neuron's response to each image [n, C, H, W], summed over the colours: [n, H, W].
+
+    neurons: by layer, those of its images; the images of the first layer come first.
+    """
+    pixels = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    responses: list[Tensor] = []
+    ends = np.cumsum([len(own) for own in neurons.values()]).tolist()
+
+    def read(index: int, maps: Tensor) -> None:
+        own = list(neurons.values())[index]
+        channel, row, column = torch.tensor(own, device=maps.device).T
+        responses.append(
+            maps[torch.arange(ends[index] - len(own), ends[index], device=maps.device), channel, row, column]
+        )
+
+    with network.reading_maps(list(neurons), network.input_shape_of(images)) as canonical:
+        canonical.differentiable_maps(pixels, read)
+    differentiable = [response.sum() for response in responses if response.requires_grad]
+    if not differentiable:
+        return np.zeros((len(images), *images.shape[2:]))
+    with torch.enable_grad(), canonical_settings(network.device):
+        (gradient,) = torch.autograd.grad(differentiable, pixels)
+    return gradient.double().square().sum(dim=1).cpu().numpy()
+
+
+def _effective_side(squares: NDArray[np.float64], centres: NDArray[np.float64]) -> int | None:
+    """The side of the square that holds `GRADIENT_SHARE` of squared gradients [n, H, W] on average; None without any.
+
+    centres: (x, y) of each square, [n, 2].
+    """
+    total = squares.sum(axis=(1, 2))
+    usable = (total > 0) & np.isfinite(total)
+    if not usable.any():
+        return None
+    height, width = squares.shape[1:]
+    sides = []  # [n, H, W]: the side of the smallest centred square that contains each pixel
+    for x, y in centres[usable]:
+        dx, dy = abs(np.arange(width) + 0.5 - x), abs(np.arange(height) + 0.5 - y)
+        sides.append(np.rint(2 * np.maximum(dx[None, :], dy[:, None]) + 1).astype(int))
+    shares = (squares / np.where(usable, total, 1)[:, None, None])[usable] / usable.sum()
+    share_inside = np.bincount(np.ravel(sides), weights=shares.ravel()).cumsum()  # by the side of the square
+    return int(np.searchsorted(share_inside, GRADIENT_SHARE))
