@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from importlib import metadata
 from pathlib import Path
 
 
@@ -18,6 +17,8 @@ def _version() -> str:
             return project["version"]
     except (OSError, LookupError, ValueError):  # installed: whatever lies beside the package is not its own
         pass
+    from importlib import metadata  # which imports much that a worker process does not need
+
     return metadata.version("unitvis")
 
 

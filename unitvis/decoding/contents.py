@@ -44,8 +44,9 @@ class FileContents(Contents):
 
     def _read(self, place: bytes) -> bytes:
         with open_regular(os.path.join(self.root, place)) as file:
-            _check_size(os.fstat(file.fileno()).st_size)
-            return file.read(MAX_BYTES)
+            size = os.fstat(file.fileno()).st_size
+            _check_size(size)
+            return file.read(size or MAX_BYTES)  # memory for so many is taken at once; 0: a file system may not know
 
 
 class TarContents(Contents):

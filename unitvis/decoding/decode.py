@@ -107,7 +107,7 @@ def decode_sized(
             height, width = wanted_size(*_swapped(whole, turn in _SWAPS_SIDES))
             wanted = _swapped((width, height), turn in _SWAPS_SIDES)  # as stored, before the turn
         fast = image.format == "JPEG" and simplejpeg and image.mode in ("L", "RGB")
-        if image.format == "JPEG" and not fast:
+        if image.format == "JPEG" and not fast and wanted != whole:
             image.draft(None, wanted)
         with memory_budget.take(_decoding_bytes(image)):
             if fast:
@@ -115,7 +115,8 @@ def decode_sized(
             else:
                 _load_pixels(image, allow_truncated)
                 picture = to_rgb(image)
-                turn = _TURN_UPRIGHT.get(_orientation(image))  # in a PNG it may come after the pixels
+                if image.format != "JPEG":  # in a PNG it may come after the pixels
+                    turn = _TURN_UPRIGHT.get(_orientation(image))
             picture = picture if turn is None else picture.transpose(turn)
             return use(picture, _swapped(whole, turn in _SWAPS_SIDES))
 
@@ -229,12 +230,11 @@ def _open_image(data: bytes, allow_truncated: bool = False) -> Iterator[ImageFil
     """Open an image and read its header; whatever Pillow raises while the block runs becomes ImageError."""
     if not data:
         raise ImageError("empty file")
-    kinds = [(name, plugin) for name, magic, plugin in _FORMATS if magic.match(data)]
-    if not kinds:
+    name, plugin = next(((name, plugin) for name, magic, plugin in _FORMATS if magic.match(data)), ("", None))
+    if not name:
         if other := next((name for name, magic in _UNREADABLE if magic.match(data)), None):
             raise ImageError(f"{other}, which is not decoded; convert it to JPEG or PNG")
         raise ImageError("not an image (JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF or PPM)")
-    name, plugin = kinds[0]
     if plugin is None or (name in _OPTIONAL and not features.check(_OPTIONAL[name])):
         wanted = "pillow>=11.3" if plugin is None else f"one that was built with {name}"
         raise ImageError(f"{name}, which this Pillow ({PILLOW}) cannot decode; install {wanted}")
