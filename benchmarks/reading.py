@@ -7,8 +7,9 @@ FOLDER: photographs; without it 1,000 JPEG files of 500 x 400 pixels are drawn. 
   alone is subtracted; one process a core, and 0;
 - scans of 8,000 JPEG files of 32 x 32 pixels.
 
-Then the processor time that the scanning process itself needs for an image, with 16 workers that wait for 2 ms in place
-of decoding; and, with --memory, how much the memory of all processes together (PSS) grows from image 10,000 to 100,000.
+Then what a worker does for an image, stage by stage, with Pillow, and with simplejpeg where it is installed; the
+processor time that the scanning process itself needs for an image, with 16 workers that wait for 2 ms in place of
+decoding; and, with --memory, how much the memory of all processes together (PSS) grows from image 10,000 to 100,000.
 Images/s of several processes are compared with cores times the plain loop. All pixels are first checked to be those of
 the plain loop. Writes benchmarks/results/long/reading.json.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import statistics
@@ -37,6 +39,7 @@ from torch import nn
 from benchmarks.long import jpegs
 from benchmarks.machine import ROOT
 from benchmarks.results import record
+from unitvis.choices import DECODERS
 from unitvis.decoding.contents import FileContents, digest
 from unitvis.decoding.options import Decoding
 from unitvis.ranking.recorder import Recorder
@@ -126,29 +129,40 @@ def rates(photographs: Path, scratch: Path) -> dict[str, Any]:
         },
         "folder_x_cores_x_plain": round(statistics.median(t["folder"] / t["plain"] / cores for t in turns), 3),
         "tar_x_cores_x_plain": round(statistics.median(t["tar"] / t["plain"] / cores for t in turns), 3),
-        "microseconds_of_a_worker": stages(paths),
+        **decoders(paths),
         "microseconds_of_the_plain_loop": {name: round(median[name], 1) for name in loop["microseconds"]},
     }
 
 
-def stages(paths: list[Path]) -> dict[str, float]:
-    """Microseconds an image of what a worker does, stage by stage, in this process."""
-    contents, decoding, geometry = FileContents(b"/"), Decoding(), TRANSFORM.geometry
+def decoders(paths: list[Path]) -> dict[str, Any]:
+    """Microseconds an image of what a worker does, stage by stage, in this process, by each decoder in turns."""
+    contents, geometry = FileContents(b"/"), TRANSFORM.geometry
     pixels = np.empty((224, 224, 3), np.uint8)
-    seconds = dict.fromkeys(("read", "hash", "decode", "resize and crop"), 0.0)
+    stages = "read", "hash", "decode", "resize and crop"
+    names = [name for name in DECODERS if name == "pillow" or importlib.util.find_spec(name)]
+    seconds = {name: dict.fromkeys(stages, 0.0) for name in names}
+    equal = dict.fromkeys(names, 0)
     for path in paths:
-        times = [time.process_time()]
-        data = contents.read(os.fsencode(path))
-        times.append(time.process_time())
-        digest(data)
-        times.append(time.process_time())
-        picture = decoding.picture(data)
-        times.append(time.process_time())
-        pixels[:] = geometry(picture)
-        times.append(time.process_time())
-        for stage, start, stop in zip(seconds, times, times[1:], strict=False):
-            seconds[stage] += stop - start
-    return {stage: round(value / len(paths) * 1e6, 1) for stage, value in seconds.items()}
+        pictures = {}
+        for name in names:
+            decoding = Decoding(name)
+            times = [time.process_time()]
+            data = contents.read(os.fsencode(path))
+            times.append(time.process_time())
+            digest(data)
+            times.append(time.process_time())
+            pictures[name] = picture = decoding.picture(data)
+            times.append(time.process_time())
+            pixels[:] = geometry(picture)
+            times.append(time.process_time())
+            for stage, start, stop in zip(stages, times, times[1:], strict=False):
+                seconds[name][stage] += stop - start
+            equal[name] += pictures["pillow"].tobytes() == picture.tobytes()
+    micros = {
+        name: {stage: round(value / len(paths) * 1e6, 1) for stage, value in found.items()}
+        for name, found in seconds.items()
+    }
+    return {"microseconds_of_a_worker": micros, "images_decoded_as_by_pillow": equal}
 
 
 def small_files(scratch: Path) -> dict[str, Any]:

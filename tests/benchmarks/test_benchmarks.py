@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -222,5 +223,8 @@ def test_reading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     found = written["reading"]
     assert found["own_microseconds"] > 0
     assert found["small_images_s"] > 0
-    assert set(found["microseconds_of_a_worker"]) == set(found["microseconds_of_the_plain_loop"])
+    for stages in found["microseconds_of_a_worker"].values():
+        assert set(stages) == set(found["microseconds_of_the_plain_loop"])
+    assert found["images_decoded_as_by_pillow"]["pillow"] == 4
+    assert ("simplejpeg" in found["microseconds_of_a_worker"]) == bool(importlib.util.find_spec("simplejpeg"))
     assert "memory_growth_megabytes" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="for an unreadable image")
         sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
         sub.add_argument("--allow-truncated", action="store_true", help="decode files that end early as far as they go")
-        sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEG files (pillow); changes pixels")
+        sub.add_argument("--decoder", choices=DECODERS, default="pillow", help="of JPEGs (pillow); may change pixels")
         sub.add_argument("--scaled", action="store_true", help="decode large JPEG files at 1/2 to 1/8; changes pixels")
         sub.add_argument(
             "--images-ending",
