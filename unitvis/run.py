@@ -12,6 +12,7 @@ from PIL import Image
 
 from unitvis.drawing import sheets
 from unitvis.drawing.notebook import PATCH_SIZE, layer_html, png, run_html
+from unitvis.drawing.overview import overview
 from unitvis.errors import UnitvisError, check_unit
 from unitvis.files import only_writer
 from unitvis.results.arrays import LayerArrays
@@ -116,6 +117,10 @@ class Run(RunData):
     ) -> Image.Image:
         """Draw a page of tiles with unit numbers and largest values. units: None: all. crop, size: see `patch`."""
         return sheets.sheet(self, layer, units, crop=crop, size=size)
+
+    def overview(self, layers: Sequence[str] | None = None) -> Image.Image:
+        """Draw nine units of each layer side by side, chosen by rule. layers: None: five of the run's."""
+        return overview(self, layers)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the run into a folder: a new or empty one, or with `overwrite` one that holds a run; returns it."""

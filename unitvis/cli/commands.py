@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from unitvis import models
@@ -162,14 +163,31 @@ def _render_into(
     return time.perf_counter() - start
 
 
-def _sheet(arguments: argparse.Namespace) -> int:
-    target: Path = arguments.output
+def _check_picture(target: Path) -> None:
+    """Raise UnitvisError, before anything is drawn, where no picture can be written to a path."""
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UnitvisError(f"{target} must end in .png, .jpg or .webp")
     if not target.parent.is_dir():
         raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
     if target.is_dir():
         raise UnitvisError(f"{target} is a folder; name a file")
+
+
+def _save_picture(page: Image.Image, target: Path) -> None:
+    """Write a picture to a path that `_check_picture` has passed, and print its size."""
+    kind = {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG")
+    try:
+        with replacing(target) as part:
+            page.save(part, kind, dpi=(DPI, DPI))
+    except OSError as error:
+        raise UnitvisError(
+            f"{target} could not be written: {error.strerror or error}; make room there, or give another path"
+        ) from error
+    print(f"{target}: {page.width} x {page.height} pixels")
+
+
+def _sheet(arguments: argparse.Namespace) -> int:
+    _check_picture(arguments.output)
     if arguments.size is not None and not 0 < arguments.size <= MAX_PATCH_SIDE:
         raise UnitvisError(f"--size is 1 to {MAX_PATCH_SIDE} pixels a patch, not {arguments.size}")
     run = load(arguments.run, arguments.images)
@@ -182,15 +200,15 @@ def _sheet(arguments: argparse.Namespace) -> int:
         raise UnitvisError("several layers go on one page as a figure: --figure lecture or --figure paper")
     else:
         page = run.sheet(arguments.layer[0], units, crop=arguments.crop, size=arguments.size)
-    kind = {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG")
-    try:
-        with replacing(target) as part:
-            page.save(part, kind, dpi=(DPI, DPI))
-    except OSError as error:
-        raise UnitvisError(
-            f"{target} could not be written: {error.strerror or error}; make room there, or give another path"
-        ) from error
-    print(f"{target}: {page.width} x {page.height} pixels")
+    _save_picture(page, arguments.output)
+    return DONE
+
+
+def _overview(arguments: argparse.Namespace) -> int:
+    target = arguments.output or arguments.run / "overview.png"
+    run = load(arguments.run, arguments.images)
+    _check_picture(target)
+    _save_picture(run.overview(arguments.layer), target)
     return DONE
 
 
@@ -248,6 +266,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "pack": _pack,
     "render": _render,
     "sheet": _sheet,
+    "overview": _overview,
     "verify": _verify,
     "bench": _bench,
 }

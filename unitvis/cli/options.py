@@ -150,6 +150,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
     images_option(sub)
 
+    sub = command("overview", "Draw nine units of some layers side by side, chosen by rule: the slide for a lecture.")
+    run_argument(sub)
+    sub.add_argument("layer", metavar="LAYER", nargs="*", help="which; default: five of the run's, evenly spaced")
+    sub.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="(RUN/overview.png)")
+    images_option(sub)
+
     sub = command("verify", "Recompute every winner of a run; exit code 1 if one is not reproduced.")
     run_argument(sub)
     model_argument(sub)
