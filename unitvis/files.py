@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import math
 import os
 import stat
 import urllib.parse
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +27,14 @@ except ImportError:  # on Windows, where no lock is taken
     fcntl = None  # type: ignore[assignment]
 
 _UNPACKED_BYTES = 64 * 2**20  # of arrays that may be unpacked from any file
+_MEMBER_BYTES = 2**10  # of an npz file for each array, beside its name twice and its contents
 _MAX_RATIO = 100  # how many times as many bytes larger arrays may take unpacked; those of runs stay far below
-_MAX_TEXT = 2**28  # bytes of a JSON file, which is read whole: a manifest that lists two million failures
+_MAX_JSON = 2**28  # bytes of a JSON file, which is read whole: a manifest that lists two million failures
+# Bytes of the Python objects that JSON becomes: those two million failures, or ten million images of which a loop
+# recorded every other one, so that each has a range of its own.
+_MAX_OBJECTS = 5 * 2**29
+# Bytes of the objects, at most, that begin with each of these bytes of JSON.
+_BYTES_OF_OBJECTS = {b"[": 160, b"{": 160, b",": 64, b":": 128}
 _MAX_NAME = 180  # characters of a layer's file name: file systems take 255 bytes, with endings of ours
 
 
@@ -129,25 +136,42 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def read_text(path: Path) -> str:
-    """Read a file in UTF-8; OSError where it cannot be, or has more than 256 MiB; ValueError where it is not UTF-8."""
+def read_json(path: Path) -> Any:
+    """Read a JSON file in UTF-8; OSError where it cannot be read, or is too large; otherwise as `parsed_json`."""
     with open_regular(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > _MAX_TEXT:
-            raise OSError(errno.EFBIG, f"a file of {size:,} bytes; more than {_MAX_TEXT:,} are refused", str(path))
-        return file.read(_MAX_TEXT).decode("utf-8")
+        if (size := os.fstat(file.fileno()).st_size) > _MAX_JSON:
+            raise OSError(errno.EFBIG, f"a file of {size:,} bytes; more than {_MAX_JSON:,} are refused", str(path))
+        return parsed_json(file.read(size))
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an npz file, checked against its checksums; raises nearly anything where it is damaged.
+def parsed_json(data: bytes) -> Any:
+    """Parse JSON in UTF-8; ValueError where it is none or would take gigabytes, RecursionError where it is too deep."""
+    need = len(data) * (1 if data.isascii() else 5) + sum(data.count(c) * each for c, each in _BYTES_OF_OBJECTS.items())
+    if need > _MAX_OBJECTS:
+        raise ValueError(f"its values would take up to {need:,} bytes; more than {_MAX_OBJECTS:,} are refused")
+    return json.loads(data.decode("utf-8"))
 
-    Nothing is allocated for a length that the file only claims.
+
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file, checked against its checksums; raises nearly anything where it is damaged.
+
+    names: of all arrays that the file may hold; one more is refused. Nothing is allocated for a length that the file
+    only claims, nor for holes of a sparse file.
     """
     with open_regular(path) as file:
+        held = _data_bytes(file)
         with zipfile.ZipFile(file) as archive:
             sizes = {member.filename: member.file_size for member in archive.infolist()}
-            if len({name.removesuffix(".npy") for name in sizes}) < len(archive.infolist()):
+            found = [name.removesuffix(".npy") for name in sizes]
+            if len(set(found)) < len(archive.infolist()):
                 raise ValueError("two arrays have one name")
-            packed = os.fstat(file.fileno()).st_size
+            if foreign := next((name for name in found if name not in names), None):
+                raise ValueError(f"{path.name} has an array {foreign[:80]!r}, which does not belong there")
+            packed = sum(member.compress_size for member in archive.infolist())
+            tables = sum(_MEMBER_BYTES + 2 * len(name.encode()) for name in sizes)
+            if (stray := os.fstat(file.fileno()).st_size - packed - tables) > _MEMBER_BYTES:
+                raise ValueError(f"{stray:,} bytes of {path.name} belong to no array")
+            packed = min(held, packed)
             if sum(sizes.values()) > max(_UNPACKED_BYTES, _MAX_RATIO * packed):
                 raise ValueError(f"{sum(sizes.values()):,} bytes in {packed:,}")
             for name, size in sizes.items():
@@ -158,6 +182,21 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
+
+
+def _data_bytes(file: IO[Any]) -> int:
+    """The bytes of a file that was just opened without its holes, or all of them where nothing tells of holes."""
+    number, size = file.fileno(), os.fstat(file.fileno()).st_size
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    found = end = 0
+    with suppress(OSError):  # no data follows
+        while end < size:
+            start = os.lseek(number, end, os.SEEK_DATA)
+            end = os.lseek(number, start, os.SEEK_HOLE)
+            found += end - start
+    os.lseek(number, 0, os.SEEK_SET)
+    return found
 
 
 def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -1,10 +1,14 @@
-"""Measure the anonymous memory of this process from a thread of its own (Linux)."""
+"""Measure the anonymous memory of this process (Linux), or what Python allocates."""
 
 from __future__ import annotations
 
 import re
 import threading
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Self
 
 
@@ -38,3 +42,15 @@ class Peak:
     def added(self) -> int:
         """Highest memory above that at the start, in bytes."""
         return self.highest - self.before
+
+
+@contextmanager
+def tracing() -> Iterator[SimpleNamespace]:
+    """Context that afterwards has the largest number of bytes that Python and numpy had allocated in it: `peak`."""
+    found = SimpleNamespace(peak=0)
+    tracemalloc.start()
+    try:
+        yield found
+        found.peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import zipfile
@@ -17,9 +18,10 @@ from torch import nn
 
 import unitvis
 from support.clock import in_time
-from unitvis import UnitvisError
+from support.memory import tracing
+from unitvis import UnitvisError, files
 from unitvis.drawing import sheets
-from unitvis.files import file_name, make_folder, read_arrays, read_text, replacing, unoccupied
+from unitvis.files import file_name, make_folder, parsed_json, read_arrays, read_json, replacing, unoccupied
 from unitvis.pages.figures import figure
 
 
@@ -86,9 +88,9 @@ def hollow(path: Path) -> None:
 def test_only_files_that_end_are_read(make: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     make(tmp_path / "file")
     with in_time(), pytest.raises(OSError, match=message):
-        read_text(tmp_path / "file")
+        read_json(tmp_path / "file")
     with in_time(), pytest.raises((OSError, zipfile.BadZipFile)):
-        read_arrays(tmp_path / "file")
+        read_arrays(tmp_path / "file", ["x"])
 
 
 def npy(array: object) -> bytes:
@@ -107,7 +109,88 @@ def test_arrays_that_claim_more_than_a_file_can_hold_are_refused(tmp_path: Path)
     data[table + 20 : table + 24] = len(big).to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"83,886,208 bytes in 8\d,\d\d\d$"):
-        read_arrays(path)
+        read_arrays(path, ["x"])
+
+
+def compressed(path: Path, *, stray: int = 0, **sizes: int) -> Path:
+    """An npz file with arrays of zeros of so many bytes, after bytes that belong to none."""
+    with open(path, "wb") as file:
+        file.truncate(stray)
+        file.seek(stray)
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, size in sizes.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(
+                        member, {"descr": "|u1", "fortran_order": False, "shape": (size,)}
+                    )
+                    for _ in range(size >> 20):
+                        member.write(bytes(1 << 20))
+    return path
+
+
+HUGE_ARRAYS = [
+    ({"x": 1 << 20, "zzz": 48 << 20}, "has an array 'zzz', which does not belong there"),
+    ({"x": 80 << 20, "stray": 64 << 20}, "67,10.,... bytes of .* belong to no array"),
+    ({"x": 80 << 20}, "83,886,208 bytes in"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "message"), HUGE_ARRAYS)
+def test_arrays_that_are_not_wanted_or_too_large_are_not_allocated(
+    sizes: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    path = compressed(tmp_path / "x.npz", **sizes)
+    with tracing() as traced, pytest.raises(ValueError, match=message):
+        read_arrays(path, ["x"])
+    assert traced.peak < 8 << 20
+
+
+def test_holes_of_a_sparse_file_are_no_arrays(tmp_path: Path) -> None:
+    path, size = tmp_path / "x.npz", 256 << 20
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (size,)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+    data = bytearray(path.read_bytes())
+    table, whole = data.rindex(b"PK\1\2"), size + len(header.getvalue())
+    for start in (table + 20, table + 24, 18, 22):  # both tables say that the array is stored, with all its bytes
+        data[start : start + 4] = whole.to_bytes(4, "little")
+    end = data.rindex(b"PK\5\6")
+    data[end + 16 : end + 20] = (table + size).to_bytes(4, "little")
+    with open(path, "wb") as file:
+        file.write(data[:table])
+        file.seek(table + size)
+        file.write(data[table:])
+    if path.stat().st_blocks * 512 > size:
+        pytest.skip("this file system has no holes")
+    with tracing() as traced, pytest.raises(ValueError, match=r"bytes in \d"):
+        read_arrays(path, ["x"])
+    assert traced.peak < 8 << 20
+
+
+@pytest.mark.parametrize("text", [b"[" + b"[]," * (1 << 20) + b"0]", b"[" + b'"ab",' * (1 << 20) + b"0]"])
+def test_json_is_refused_by_the_memory_that_its_values_would_take(
+    text: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    monkeypatch.setattr("unitvis.files._MAX_OBJECTS", 2**25)
+    with tracing() as traced, pytest.raises(ValueError, match=r"its values would take up to [\d,]+ bytes; more than"):
+        read_json(path)
+    assert traced.peak < 2 * len(text)
+
+
+def test_the_bound_on_json_lies_above_what_it_takes_and_what_large_runs_hold() -> None:
+    """Of a thousandth of two million failures, and of every other image of ten million."""
+    failure = {"id": 1_234_567, "name": "train/n01234567/n01234567_12345.JPEG", "reason": "not an image (JPEG, PNG)"}
+    ranges = [[2 * number + 8_000_000, 2 * number + 8_000_001] for number in range(5_000)]
+    for value in ([dict(failure) for _ in range(2_000)], ranges):
+        text = json.dumps(value, indent=1).encode()
+        with tracing() as traced:
+            parsed_json(text)
+        need = len(text) + sum(text.count(character) * size for character, size in files._BYTES_OF_OBJECTS.items())
+        assert traced.peak < need < files._MAX_OBJECTS / 1000
+        assert len(text) < files._MAX_JSON / 1000 * 1.6
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -117,7 +200,7 @@ def test_two_arrays_of_one_name_are_refused(second: str, tmp_path: Path) -> None
         archive.writestr("x.npy", npy(1))
         archive.writestr(second, npy(2))
     with pytest.raises(ValueError, match="two arrays have one name"):
-        read_arrays(tmp_path / "x.npz")
+        read_arrays(tmp_path / "x.npz", ["x"])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from unitvis.network.forward import COMPUTE_BATCH
-from unitvis.network.gradients import Neuron, effective_sides, neurons_of_a_layer
+from unitvis.network.gradients import Neuron, Shares, gradient_shares, is_effective_side, neurons_of_a_layer, side_of
 from unitvis.network.network import Network
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
@@ -19,7 +19,29 @@ def effective_boxes(network: Network, run: RunData) -> dict[str, int | None]:
     for a layer without gradients, or whose receptive fields, and so their centres, are unknown. A layer that was ranked
     inside of its drawn boxes keeps their side.
     """
-    sides: dict[str, int | None] = dict.fromkeys(run.tops) | network.drawn_sides
+    shares = _shares_of_winners(network, run)
+    return {name: side_of(shares[name]) for name in run.tops} | network.drawn_sides
+
+
+def differing_effective_boxes(network: Network, run: RunData) -> list[str]:
+    """Say which effective boxes of a run the gradients contradict: `layers.0.effective_box is 9 and 3`.
+
+    None where the run has none, as after a loop of one's own.
+    """
+    said = {name: top.info["effective_box"] for name, top in run.tops.items()}
+    if not any(said.values()):
+        return []
+    drawn, shares = network.drawn_sides, _shares_of_winners(network, run)
+    return [
+        f"layers.{name}.effective_box is {side} and {drawn.get(name, side_of(shares[name]))}"
+        for name, side in said.items()
+        if not (side == drawn[name] if name in drawn else is_effective_side(side, shares[name]))
+    ]
+
+
+def _shares_of_winners(network: Network, run: RunData) -> dict[str, Shares | None]:
+    """`gradient_shares` about a sample of each layer's winners; None where there is none, or their side is known."""
+    none: dict[str, Shares | None] = dict.fromkeys(run.tops)
     count = neurons_of_a_layer(len(run.tops))
     known = {
         name: top
@@ -32,7 +54,7 @@ def effective_boxes(network: Network, run: RunData) -> dict[str, int | None]:
     for batch in run.source.batches(4 * COMPUTE_BATCH, ids=ids):
         images.update(zip(batch.ids.tolist(), batch.pixels, strict=True))
     network.channel_axes(run.layers, tuple(run.manifest["input"]))  # of all layers in one pass
-    return sides | effective_sides(network, chosen, images)
+    return none | gradient_shares(network, chosen, images)
 
 
 def _sampled_winners(top: LayerArrays, count: int) -> list[Neuron]:

@@ -216,7 +216,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     run = load(arguments.run, arguments.images)
     found = verify(run, _load_model(arguments).model, arguments.device)
     print_verified(found)
-    return WRONG if found["wrong"] else DONE
+    return WRONG if found["wrong"] or found["differing"] else DONE
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -137,4 +137,9 @@ def print_verified(found: Mapping[str, Any]) -> None:
     _say(f"{found['winners'] - found['wrong']:,} of {found['winners']:,} winners were reproduced {how}")
     if found["wrong"]:
         _say(f"the first that was not: {found['first_wrong']}")
-    _say("compared: values, positions, boxes; only a scan tells whether other images win, and each unit's status")
+    if found["differing"]:
+        _say(f"what the run says and what is now: {abridged(found['differing'])}")
+    _say(
+        "compared: values, positions, boxes; only a scan tells whether other images win, and each unit's status; and "
+        "what the run says of model, layers and images"
+    )

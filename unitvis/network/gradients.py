@@ -17,6 +17,9 @@ from unitvis.network.network import Network
 MAX_TOGETHER = 8  # neurons whose gradients are found in one pass; all their activations are in memory at once
 MAX_GRADIENTS = 1024  # neurons of all layers together, of which each layer has one at least
 GRADIENT_SHARE = 0.9  # share of the squared gradient inside the effective box
+_SHARE_ROUNDING = 1e-4  # of that share, by which other hardware or threads may change it
+
+Shares = NDArray[np.float64]  # [sides]: the share of squared gradient in a centred square of so many pixels a side
 
 Neuron = tuple[
     int, tuple[int, int, int], tuple[float, float]
@@ -39,18 +42,38 @@ def effective_sides(
     It is the smallest square centred on the neuron that holds 90% of the squared input gradient, averaged over the
     chosen neurons of the layer. images: by number, as they were read. None for a layer without gradients.
     """
+    return {name: side_of(shares) for name, shares in gradient_shares(network, chosen, images).items()}
+
+
+def side_of(shares: Shares | None) -> int | None:
+    """The side of the effective box, from what `gradient_shares` gave of the layer."""
+    return None if shares is None else int(np.searchsorted(shares, GRADIENT_SHARE))
+
+
+def is_effective_side(side: int | None, shares: Shares | None) -> bool:
+    """Whether a side is that of the effective box, up to rounding."""
+    if side is None or shares is None:
+        return side is None and shares is None
+    most, least = GRADIENT_SHARE + _SHARE_ROUNDING, GRADIENT_SHARE - _SHARE_ROUNDING
+    return 0 < side < len(shares) and bool(shares[side - 1] < most and shares[side] >= least)
+
+
+def gradient_shares(
+    network: Network, chosen: Mapping[str, Sequence[Neuron]], images: Mapping[int, Tensor]
+) -> dict[str, Shares | None]:
+    """How each layer's squared gradient lies about the chosen neurons; None without any. See `effective_sides`."""
     together = max(1, MAX_TOGETHER // max(map(len, chosen.values()), default=1))  # layers that one pass serves
-    names, sides = list(chosen), dict[str, int | None]()
+    names, shares = list(chosen), dict[str, Shares | None]()
     with network.evaluating():
         for start in range(0, len(names), together):
-            sides |= _sides(network, {name: chosen[name] for name in names[start : start + together]}, images)
-    return sides
+            shares |= _layer_shares(network, {name: chosen[name] for name in names[start : start + together]}, images)
+    return shares
 
 
-def _sides(
+def _layer_shares(
     network: Network, chosen: Mapping[str, Sequence[Neuron]], images: Mapping[int, Tensor]
-) -> dict[str, int | None]:
-    """The sides of the effective boxes of layers, by one pass over the chosen neurons of all of them."""
+) -> dict[str, Shares | None]:
+    """The shares of layers, by one pass over the chosen neurons of all of them."""
     neurons_of_all = [neuron for own in chosen.values() for neuron in own]
     pixels = network.normalise(torch.stack([images[image] for image, _, _ in neurons_of_all]))
     neurons = {name: [neuron for _, neuron, _ in own] for name, own in chosen.items()}
@@ -58,13 +81,13 @@ def _sides(
         squares = iter(_squared_gradients(network, neurons, pixels))
     except Exception as error:  # a model may raise anything; only drawings use the box, so the scan goes on
         if len(chosen) > 1:  # the others may have gradients
-            alone = [_sides(network, {name: own}, images) for name, own in chosen.items()]
-            return {name: side for one in alone for name, side in one.items()}
+            alone = [_layer_shares(network, {name: own}, images) for name, own in chosen.items()]
+            return {name: shares for one in alone for name, shares in one.items()}
         (name,) = chosen
         warnings.warn(f"layer {name!r} has no effective box, for want of gradients ({first_line(error)})")
         return {name: None}
     return {
-        name: _effective_side(np.stack([next(squares) for _ in own]), np.array([centre for *_, centre in own]))
+        name: _shares_inside(np.stack([next(squares) for _ in own]), np.array([centre for *_, centre in own]))
         for name, own in chosen.items()
     }
 
@@ -97,8 +120,8 @@ def _squared_gradients(
     return gradient.double().square().sum(dim=1).cpu().numpy()
 
 
-def _effective_side(squares: NDArray[np.float64], centres: NDArray[np.float64]) -> int | None:
-    """The side of the square that holds `GRADIENT_SHARE` of squared gradients [n, H, W] on average; None without any.
+def _shares_inside(squares: NDArray[np.float64], centres: NDArray[np.float64]) -> Shares | None:
+    """The mean share of squared gradients [n, H, W] in a centred square, by its side from 0; None without gradients.
 
     centres: (x, y) of each square, [n, 2].
     """
@@ -112,5 +135,4 @@ def _effective_side(squares: NDArray[np.float64], centres: NDArray[np.float64]) 
         dx, dy = abs(np.arange(width) + 0.5 - x), abs(np.arange(height) + 0.5 - y)
         sides.append(np.rint(2 * np.maximum(dx[None, :], dy[:, None]) + 1).astype(int))
     shares = (squares / np.where(usable, total, 1)[:, None, None])[usable] / usable.sum()
-    share_inside = np.bincount(np.ravel(sides), weights=shares.ravel()).cumsum()  # by the side of the square
-    return int(np.searchsorted(share_inside, GRADIENT_SHARE))
+    return np.bincount(np.ravel(sides), weights=shares.ravel()).cumsum()

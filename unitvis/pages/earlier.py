@@ -6,7 +6,6 @@ A run folder is data: its pictures are decoded as an image of a data set is, and
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from unitvis.decoding.contents import FileContents
 from unitvis.decoding.decode import decode
 from unitvis.drawing.sheets import PATCH_SIZE, tile_columns
 from unitvis.errors import ImageError, UnitvisError
-from unitvis.files import is_linked, read_text, unoccupied
+from unitvis.files import is_linked, read_json, unoccupied
 from unitvis.pages.pictures import layer_folder, layer_path, sprite_shape
 from unitvis.results.data import RunData
 from unitvis.results.schemas import DRAWN
@@ -43,7 +42,7 @@ def drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
     if is_linked(folder, path):
         return {}
     try:
-        drawn = json.loads(read_text(folder / path))
+        drawn = read_json(folder / path)
     except (OSError, ValueError, RecursionError):
         return {}
     return {} if problem(drawn, DRAWN) or drawn["run"] != run_digest(run) else drawn["layers"]

@@ -22,9 +22,9 @@ from unitvis.reranking.witness import check_witness
 from unitvis.results.manifest import scan_manifest
 from unitvis.run import Run
 from unitvis.sources import Source, open_source
-from unitvis.state.noise_numbers import ROUNDING
+from unitvis.state.interval_set import IntervalSet
 from unitvis.state.partial import SEEN, Identity, Partial, identity
-from unitvis.state.topk import TopK
+from unitvis.state.topk import Ranked
 
 # Share of a layer's largest response by which the images of a loop may give others when they are read again.
 LOOP_ROUNDING = 1e-4
@@ -82,6 +82,11 @@ class Recorder(Recording):
                     f"the images given are not those that were recorded under their ids: {error}; a loop that shuffles "
                     "or augments must hand over ids and the very images: recorder(images, ids)"
                 ) from error
+        length = None if source is None else source.length
+        if length is not None and len(more := self.coverage - IntervalSet([(0, length)])):
+            raise UnitvisError(
+                f"{length:,} images were given, and image {more.ranges[0, 0]:,} was recorded; give all of them"
+            )
         run = self._ranked(source)
         run.manifest["witness"] = checked
         if source is not None and self.precision == "fp32":
@@ -104,16 +109,17 @@ class Recorder(Recording):
         return ranked_run(self.network, self.topk, self.k, decided, self._manifest(self.precision))
 
     def check_witness(
-        self, source: Source, topk: TopK | None = None, *, bits: bool = False, rounding: float = ROUNDING
+        self, source: Source, ranked: Ranked | None = None, *, canonical: bool = False, **options: Any
     ) -> dict[str, int]:
-        """Compute some winners of a top-k (None: of the images so far) again, see `reranking.witness`."""
-        half = None if self.precision == "fp32" else self._half_responses
-        resolution = 0.0 if self.precision == "fp32" else torch.finfo(HALF[self.precision]).eps
-        topk = self.topk if topk is None else topk
+        """Compute some winners (None: of the images so far) again, see `reranking.witness`, which has the options.
+
+        canonical: their responses are, whatever the precision of the scan.
+        """
+        if self.precision != "fp32" and not canonical:
+            options |= {"half": self._half_responses, "resolution": torch.finfo(HALF[self.precision]).eps}
+        ranked = self.topk.read() if ranked is None else ranked
         with self.network.evaluating():
-            return check_witness(
-                self.network, topk, self.k, source, bits=bits, rounding=rounding, half=half, resolution=resolution
-            )
+            return check_witness(self.network, ranked, self.k, source, **options)
 
     @property
     def scanned(self) -> Scanned:

@@ -73,7 +73,7 @@ def _layer(
     status: NDArray[np.str_],
 ) -> LayerArrays:
     info = layer.to_json() | {"unit": unit, "units": len(status)}
-    info |= {"receptive_field": _field_info(field), "effective_box": drawn_side}
+    info |= {"receptive_field": field_info(field), "effective_box": drawn_side}
     info |= {"nan": nan_info(own.nan), "infinite": infinite_info(own.values, own.images)}
     status = status.astype(f"<U{len(UNSEPARATED)}")  # of one width whatever a layer's units are
     info["unseparated"] = int((status == UNSEPARATED).sum())
@@ -91,7 +91,7 @@ def _layer(
     return LayerArrays(layer.name, values, images, positions, boxes, status, info)
 
 
-def _field_info(field: ReceptiveField) -> dict[str, Any]:
+def field_info(field: ReceptiveField) -> dict[str, Any]:
     """A layer's receptive field in plain numbers, for the manifest."""
     return {
         "size": list(field.size),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from unitvis.reranking.rereading import read_again
 from unitvis.sources import Source
 from unitvis.state.noise_numbers import ROUNDING
 from unitvis.state.sampling import mixed
-from unitvis.state.topk import TopK
+from unitvis.state.topk import Ranked
 
 WITNESSES = COMPUTE_BATCH  # images that are computed again
 HALF_ROUNDINGS = 16  # steps of half precision, at a unit's largest response, by which another pass may change one
@@ -27,26 +27,27 @@ HalfResponses = Callable[[Tensor], NDArray[np.float64]]  # images as they were r
 
 def check_witness(
     network: Network,
-    topk: TopK,
+    ranked: Ranked,
     k: int,
     source: Source,
     *,
-    bits: bool,
+    bits: bool = False,
     rounding: float = ROUNDING,
     half: HalfResponses | None = None,
     resolution: float = 0.0,
+    by_slot: Collection[str] = (),
 ) -> dict[str, int]:
-    """Compute 16 winners of a top-k again, chosen by `witnesses`, and compare all their places.
+    """Compute 16 winners again, chosen by `witnesses`, and compare all their places.
 
     network: in eval mode, its layers known. k: places of winners. bits: values and positions must be bit-equal, except
-    in layers whose bits depend on an image's place in its batch; otherwise values may differ by `rounding` of the
-    layer's largest. half: computes responses in half precision, where the top-k holds such; then an image is refused if
-    more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the unit's largest.
+    in layers whose bits depend on an image's place in its batch, those of `by_slot` among them; otherwise values may
+    differ by `rounding` of the layer's largest. half: computes responses in half precision, where those were ranked;
+    then an image is refused if more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the
+    unit's largest.
 
     Returns {"images": computed, "responses": compared, "equal": bit-equal}. Raises UnitvisError about the first image
     that is absent, has changed, or gives other responses.
     """
-    ranked = topk.read()
     ids = witnesses(ranked.images[:, :k])
     if not len(ids):
         return {"images": 0, "responses": 0, "equal": 0}
@@ -59,13 +60,13 @@ def check_witness(
     then = ranked.values[unit, rank]
     if half is None:
         with network.reading() as canonical:
-            by_slot = canonical.check(batch.pixels).by_slot
+            varying = {*by_slot, *canonical.check(batch.pixels).by_slot}
             keys = canonical.keys(batch.pixels)
         pairs.take(keys, batch.ids)
         now = pairs.values
         equal = (now.view(np.int32) == then.view(np.int32)) & (pairs.positions == ranked.positions[unit, rank])
         sizes = [own.stop - own.start for own in network.columns]
-        in_bits = np.array([bits and layer.name not in by_slot for layer in network.layers])[network.layer_of[unit]]
+        in_bits = np.array([bits and layer.name not in varying for layer in network.layers])[network.layer_of[unit]]
         wrong = ~equal & (in_bits | ~_close(then, now, rounding * ranked.largest_of_layers(sizes)[unit]))
     else:
         now = half(batch.pixels)[np.searchsorted(ids, pairs.images), unit].astype(np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -29,6 +29,12 @@ def map_text(info: Mapping[str, Any]) -> str:
     top, bottom, left, right = info.get("inside", (0, info["height"], 0, info["width"]))
     whole, part = f"{info['height']} x {info['width']}", f"{bottom - top} x {right - left}"
     return f"map {whole}" if part == whole else f"map {whole}, ranked the {part} positions inside the image"
+
+
+def winners_of(tops: Iterable[LayerArrays]) -> NDArray[np.int64]:
+    """Ids of all images that are a winner of some unit, ascending: int64 [n]."""
+    ids = np.unique(np.concatenate([np.zeros(0, np.int64), *(top.images.ravel() for top in tops)]))
+    return ids[ids >= 0]
 
 
 @dataclass(frozen=True)

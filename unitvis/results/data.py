@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
-from unitvis.results.arrays import LayerArrays
+from unitvis.results.arrays import LayerArrays, winners_of
 from unitvis.sources import Source, reopen_source
 from unitvis.state.partial import Partial
 
@@ -78,8 +78,7 @@ class RunData:
     @property
     def winners(self) -> NDArray[np.int64]:
         """Ids of all images that are a winner of some unit, ascending: int64 [n]."""
-        ids = np.unique(np.concatenate([top.images.ravel() for top in self.tops.values()]))
-        return ids[ids >= 0]
+        return winners_of(self.tops.values())
 
     @property
     def input_size(self) -> tuple[int, int]:

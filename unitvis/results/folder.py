@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +26,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from unitvis.errors import UnitvisError, abridged
-from unitvis.files import open_regular, read_arrays, read_text, replacing
-from unitvis.results.arrays import ARRAYS, LayerArrays
+from unitvis.files import open_regular, parsed_json, read_arrays, read_json, replacing
+from unitvis.results.arrays import ARRAYS, LayerArrays, winners_of
+from unitvis.results.consistency import arrays_problem, manifest_problem, state_problem
 from unitvis.results.data import RunData
-from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD, arrays_problem, crop_problem
+from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD
 from unitvis.schema import problem
 from unitvis.sources import open_as_described
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
@@ -37,7 +38,7 @@ from unitvis.state.partial import differences, identity, read_partial
 
 FORMAT = 1  # version of the folder's format, in the manifest
 _HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
-_MAX_LINE = 2**20  # bytes of a line of images.jsonl, where a path takes most
+_MAX_LINE = 2**20  # bytes of a line of images.jsonl: the longest path of a text list, six characters a byte, twice over
 _FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", "index.html")  # that a run may replace or remove
 _FOLDERS = ("sheets", "gallery")  # of pictures of a run, which are removed with it
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
@@ -124,8 +125,15 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
         raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
     try:
         tops = {} if manifest.get("partial") else _read_tops(folder / "top.npz", manifest)
-        records = _read_records(folder / "images.jsonl")
-        if wrong := _files_problem(folder, manifest.pop("files", {})) or _records_problem(tops, records, manifest):
+        if partial is not None and (wrong := state_problem(tops, partial, manifest)):
+            raise ValueError(f"{state.name} does not belong to it: {wrong}")
+        ids = winners_of(tops.values()) if tops or partial is None else partial.candidates
+        if (size := (folder / "images.jsonl").stat().st_size) > len(ids) * _MAX_LINE:
+            raise ValueError(f"images.jsonl has {size:,} bytes, for {len(ids):,} images that won")
+        if wrong := _files_problem(folder, manifest.pop("files", {})):
+            raise ValueError(wrong)
+        records = _read_records(folder / "images.jsonl", set(ids.tolist()))
+        if wrong := _records_problem(tops, records, manifest):
             raise ValueError(wrong)
     except UnitvisError:
         raise
@@ -138,7 +146,7 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
 
 
 def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerArrays]:
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, {f"{name}/{key}" for name in manifest["layers"] for key in ARRAYS})
     tops = {
         name: LayerArrays(name, **{key: arrays[f"{name}/{key}"] for key in ARRAYS}, info=info)
         for name, info in manifest["layers"].items()
@@ -163,8 +171,7 @@ def _records_problem(
     """Whether the record of a winner's image is missing, so that nothing would tell that the image has changed."""
     if manifest["source"]["kind"] not in _RECORDED:
         return None
-    images = np.unique(np.concatenate([top.images for top in tops.values()], axis=None)) if tops else np.zeros(0)
-    missing = np.setdiff1d(images[images >= 0], list(records))
+    missing = np.setdiff1d(winners_of(tops.values()), list(records))
     return f"images.jsonl has no line for image {missing[0]}" if len(missing) else None
 
 
@@ -174,20 +181,30 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _read_records(path: Path) -> dict[int, dict[str, Any]]:
-    """The records of images, by id."""
+def _read_records(path: Path, wanted: Container[int]) -> dict[int, dict[str, Any]]:
+    """The records of images, by id; ValueError for another image than those wanted, and for one that comes again."""
+    records: dict[int, dict[str, Any]] = {}
+    keys = [key.removesuffix("?") for key in RECORD]
     with open_regular(path) as file:
-        records = [json.loads(line) for line in iter(lambda: file.readline(_MAX_LINE), b"")]
-    if wrong := problem(records, [RECORD], path.name):
-        raise ValueError(wrong)
-    return {record["id"]: record for record in records}
+        for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
+            if len(line) == _MAX_LINE:
+                raise ValueError(f"line {number} of {path.name} has {_MAX_LINE:,} bytes or more")
+            record, place = parsed_json(line), f"{path.name}, line {number}"
+            if wrong := problem(record, RECORD, place):
+                raise ValueError(wrong)
+            id = record["id"]
+            if id in records or id not in wanted:
+                found = "comes again" if id in records else "won nowhere"
+                raise ValueError(f"{place}: image {id} {found}")
+            records[id] = {key: record[key] for key in keys if key in record}
+    return records
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a run folder; raises UnitvisError where it is missing, damaged or of another format."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(read_text(path))
+        manifest = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UnitvisError(f"{folder} is not a run: there is no {path.name} in it") from None
     except OSError as error:
@@ -199,7 +216,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise UnitvisError(f"{path} has format {manifest.get('format')}; this version of unitvis reads format {FORMAT}")
     schema = MANIFEST_OF_A_SHARD if manifest.get("partial") is True else MANIFEST
-    if wrong := problem(manifest, schema) or crop_problem(manifest):
+    if wrong := problem(manifest, schema) or manifest_problem(manifest):
         raise UnitvisError(f"{path} is damaged ({wrong}); scan again with --overwrite")
     return manifest
 
@@ -207,7 +224,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run, damaged or not, and not the `manifest.json` of some other program."""
     try:
-        manifest = json.loads(read_text(folder / "manifest.json"))
+        manifest = read_json(folder / "manifest.json")
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, RecursionError, UnitvisError):

@@ -256,8 +256,8 @@ def _check_same_images(
                 f"{others}: {error}, or give the images that were scanned (--images, images=)"
             ) from error
         try:
-            topk = part.ordered(recorder.network.layer_names).topk
-            sums.update(recorder.check_witness(source, topk, bits=bits))
+            ranked = part.ordered(recorder.network.layer_names).topk.read()
+            sums.update(recorder.check_witness(source, ranked, bits=bits))
         except UnitvisError as error:
             if len(noted):
                 raise UnitvisError(

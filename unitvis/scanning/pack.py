@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from unitvis.bars import bar, no_bars
 from unitvis.choices import CHECKPOINT_SECONDS
 from unitvis.errors import Interrupted, UnitvisError
-from unitvis.files import flush_to_disk, lock, replacing, unoccupied, write_arrays
+from unitvis.files import flush_to_disk, lock, parsed_json, replacing, unoccupied, write_arrays
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.scanning.signals import Signals
+from unitvis.schema import OBJECT, TEXT, ByName, problem, whole
 from unitvis.sources import Batch, PackSource, Source, open_source
 from unitvis.sources.base import ImageInfo, ImageInfoTable
 from unitvis.sources.encoded import EncodedSource
@@ -31,6 +32,14 @@ from unitvis.sources.packed import BAKED_FIELDS, FORMAT, FORMAT_KEY, pack_source
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import HOW_TO_RESUME, Arrays, Checkpoints, check_seconds
 from unitvis.state.partial import refuse_differences, same_images
+
+_SIDE = whole(1, 10**6)  # pixels
+_CHECKPOINT = {  # the JSON of a checkpoint; row: height, width and colours of an image; failures: reasons by id
+    "source": OBJECT,
+    "transform": OBJECT,
+    "row": (_SIDE, _SIDE, whole(3, 3)),
+    "failures": ByName(TEXT),
+}
 
 
 def pack(
@@ -138,7 +147,7 @@ class _Packing:
         if not self._checkpoints.exist:
             return False
         file = self._open_locked(new=False)
-        found = self._checkpoints.read(self._parse_checkpoint)
+        found = self._checkpoints.read(self._parse_checkpoint, ("about", "seen"))
         assert found is not None  # noqa: S101  it exists
         about, seen = found
         self._refuse_other_pack(f"the pack {self._target} cannot be resumed", about)
@@ -150,7 +159,13 @@ class _Packing:
 
     def _parse_checkpoint(self, arrays: Arrays) -> tuple[dict[str, Any], NDArray[np.void]]:
         """Read a checkpoint: description of the pack, and the `ImageInfoTable` rows of its images so far."""
-        about, seen = json.loads(arrays["about"].tobytes()), arrays["seen"]
+        about, seen = parsed_json(arrays["about"].tobytes()), arrays["seen"]
+        if wrong := problem(about, _CHECKPOINT):
+            raise ValueError(wrong)
+        if seen.dtype != ImageInfoTable.ROW or seen.ndim != 1 or len(seen) > self.images:
+            raise ValueError(f"its table of images is {seen.dtype} {list(seen.shape)}, of {self.images:,} images")
+        if beyond := [id for id in about["failures"] if not (id.isdecimal() and int(id) < len(seen))]:
+            raise ValueError(f"image {beyond[0]} is said to have failed, of {len(seen):,}")
         self._set_row_shape(tuple(about["row"]))
         if self._part.stat().st_size < self._file_size(len(seen)):
             raise ValueError(f"{self._part} is shorter than it says")

@@ -5,18 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
 
 from unitvis.choices import CHECKPOINT_SECONDS
-from unitvis.errors import Interrupted, UnitvisError
+from unitvis.errors import Interrupted, UnitvisError, abridged
+from unitvis.half_precision.step import HALF
+from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import read_manifest
+from unitvis.run import Run, load
+from unitvis.scanning.claims import differing_network
 from unitvis.scanning.signals import Signals
+from unitvis.scanning.verify import Comparison
 from unitvis.sources import Source
+from unitvis.sources.base import map_in_order, usable_cores
 from unitvis.state.checkpoints import HOW_TO_RESUME, SCAN_CHECKPOINT, Checkpoints, check_seconds
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.partial import Identity, Partial, identity, refuse_differences
+from unitvis.state.partial import PARTIAL_ARRAYS, Identity, Partial, identity, refuse_differences
 from unitvis.state.shards import Shard
+from unitvis.state.topk import Ranked
+
+_START_AGAIN = "start again with --overwrite"
 
 
 class Progress:
@@ -62,31 +73,35 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._signals.__exit__()
 
-    def resume(self, batch_size: int, precisions: Sequence[str]) -> bool:
-        """Continue from the folder's checkpoint, if there is one; True if the folder holds the finished run already.
+    def resume(self, batch_size: int, precisions: Sequence[str]) -> Run | None:
+        """Continue from the folder's checkpoint, if there is one; returns the run if the folder holds it finished.
 
         The scan continues in the precision that it began with, where that is one of `precisions`. Raises UnitvisError
-        that names the difference if the folder holds another scan.
+        that names the difference if the folder holds another scan, or what other images or another network gave.
         """
         if self._folder is None or self._checkpoints is None:
             raise UnitvisError(f"a {self._source.kind} is read once, so a scan of it cannot be resumed")
-        if part := self._checkpoints.read(Partial.from_arrays):
+        if part := self._checkpoints.read(Partial.from_arrays, PARTIAL_ARRAYS):
             if part.identity["precision"] in precisions:
                 self._recorder.set_precision(part.identity["precision"], batch_size)
             self._prepare_same_scan(f"the scan in {self._folder} cannot be resumed (then and now)", part.identity)
             self._recorder.restore(part.ordered(self._recorder.network.layer_names))
             self._source.add_failures(part.failures)
             self.earlier_seconds = part.seconds
-            self._check_same_images(part)
-            return False
+            what = f"the scan in {self._folder} cannot be resumed"
+            self._check_noted(what, part)
+            self.witness = self._check_witness(what, noted=len(part.noted_winners) > 0)
+            return None
         if not (self._folder / "manifest.json").exists():
-            return False
+            return None
         manifest = read_manifest(self._folder)
         found = identity(manifest) | {"shard": manifest.get("shard")}
         if found["precision"] in precisions:
             self._recorder.set_precision(found["precision"], batch_size)
         self._prepare_same_scan(f"{self._folder} holds the run of another scan (then and now)", found)
-        return True
+        run = load(self._folder, self._source)
+        self._check_finished(f"the finished run in {self._folder} is not believed", run)
+        return run
 
     def _prepare_same_scan(self, what: str, found: Identity) -> None:
         """Prepare the recorder for the scan that was found; UnitvisError, starting with `what`, if it is another."""
@@ -99,18 +114,53 @@ class Progress:
         self._recorder.prepare((channels, height, width))
         refuse_differences(what, found, self.identity)
 
-    def _check_same_images(self, part: Partial) -> None:
-        """Raise UnitvisError where winners' hashes, or some winners' responses, are not those of the checkpoint."""
-        what, remedy = f"the scan in {self._folder} cannot be resumed", "start again with --overwrite"
+    def _check_finished(self, what: str, run: Run) -> None:
+        """Raise UnitvisError, starting with `what`, where the run cannot be the end of this scan."""
+        network, part = self._recorder.network, run.partial
+        if not run.tops and part is not None:  # of a shard
+            self._check_noted(what, part)
+            ranked = part.ordered(network.layer_names).topk.read()
+            self._check_witness(what, ranked, noted=len(part.noted_winners) > 0)
+            return
+        if run.manifest.get("weights") == "moving":
+            raise UnitvisError(f"{what}, because its network's weights moved; {_START_AGAIN}")
+        if found := differing_network(run, network):
+            raise UnitvisError(f"{what}, because the network contradicts it (then and now): {abridged(found)}")
+        boxes = Comparison(network, run)
+        if not boxes.same_boxes.all():
+            first = int(np.argmin(boxes.same_boxes))
+            raise UnitvisError(
+                f"{what}, because a winner of layer {run.layers[boxes.winners.layer[first]]!r} has the box "
+                f"{boxes.winners.boxes[first].tolist()} there and {boxes.boxes[first].tolist()} now; {_START_AGAIN}"
+            )
+        workers = usable_cores() if self._source.threads else 0
+        try:
+            for _, checked in map_in_order(self._source.check, run.records.values(), workers, ahead=2 * workers):
+                checked()
+        except UnitvisError as error:
+            raise UnitvisError(f"{what}, because its images have changed: {error} (--overwrite)") from error
+        scan = run.manifest["scan"]
+        options = {"canonical": run.manifest["precision"] not in HALF, "by_slot": scan.get("by_slot", ())}
+        self._check_witness(what, _ranked(run, network), noted=len(run.records) > 0, **options)
+
+    def _check_noted(self, what: str, part: Partial) -> None:
+        """Raise UnitvisError, starting with `what`, where a winner's hash is not that of a part of the scan."""
         try:
             self._source.note(part.seen)
             self._source.check_noted(part.noted_winners.tolist())
         except UnitvisError as error:
             raise UnitvisError(f"{what}, because its images have changed: {error} (--overwrite)") from error
+
+    def _check_witness(self, what: str, ranked: Ranked | None = None, *, noted: bool, **options: Any) -> dict[str, int]:
+        """Raise UnitvisError, starting with `what`, where some winners give other responses; see `check_witness`.
+
+        noted: the hashes of their images are known, and are the same.
+        """
+        remedy = _START_AGAIN
         try:
-            self.witness = self._recorder.check_witness(self._source, bits=True)
+            return self._recorder.check_witness(self._source, ranked, bits=True, **options)
         except UnitvisError as error:
-            if len(part.noted_winners):
+            if noted:
                 why = "because its responses have changed and its images have not: the network, a library or a setting"
                 raise UnitvisError(f"{what}, {why} differs: {error}; restore that, or {remedy}") from error
             why = "because its images or the network have changed"
@@ -182,3 +232,14 @@ class Progress:
         """Progress in words: "N of M images", or "N images" if the total is unknown."""
         total = "" if self._source.length is None else f" of {len(self.ids or range(self._source.length)):,}"
         return f"{self._recorder.images:,}{total} images"
+
+
+def _ranked(run: Run, network: Network) -> Ranked:
+    """The winners of a run in the order of the network's units, as a top-k has them."""
+    tops = [run.tops[name] for name in network.layer_names]
+    flat = [
+        np.where(top.images < 0, -1, 0 if network.unit == "neuron" else top.positions @ [top.info["width"], 1])
+        for top in tops
+    ]
+    values, images = (np.concatenate([getattr(top, key) for top in tops]) for key in ("values", "images"))
+    return Ranked(values, images, np.concatenate(flat), np.zeros((len(images), 2), np.int64))

@@ -26,7 +26,7 @@ from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import check_output
 from unitvis.results.nonfinite import refuse_odd_responses
-from unitvis.run import Run, load
+from unitvis.run import Run
 from unitvis.scanning.cores import CoreSharing
 from unitvis.scanning.precision import Plan, judged_images, plan
 from unitvis.scanning.progress import Progress
@@ -93,7 +93,8 @@ def scan(
         images_ending: which files of a folder or of archives are images, as ".jpg"; see `open_source`.
         entry: key or number of the image in the items of a dataset or the batches of a loop; None: it is found.
         overwrite: replace a run in `out`.
-        resume: continue from the checkpoint in `out`; a finished run is returned as it is.
+        resume: continue from the checkpoint in `out`; a finished run is returned as it is, after some winners were
+            computed again.
         every: seconds between checkpoints; SIGINT and SIGTERM write one and raise `Interrupted`.
         progress: show a progress bar on a terminal.
         workers: processes that read and decode image files, or threads where there are few; None: one a core.
@@ -135,8 +136,10 @@ def scan(
                 tracker.remove_checkpoints()
             if precision != "exact":
                 recorder.set_precision(precision, batch_size)
-            if folder is not None and resume and tracker.resume(batch_size, fallbacks(precision)):
-                return load(folder, source)
+            if folder is not None and resume:
+                finished = tracker.resume(batch_size, fallbacks(precision))
+                if finished is not None:  # and not "if finished": the run of a shard has no layers
+                    return finished
             batches = source.batches(batch_size, workers=workers, ids=tracker.unread_ids())
             first = [batch for batch in [next(batches, None)] if batch is not None]
             chosen_plan = Plan(recorder.precision, "as the scan began" if recorder.images else "as asked")

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from unitvis import models
+from unitvis.attribution.effective_boxes import differing_effective_boxes
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.step import HALF
 from unitvis.network.device import fingerprint
-from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
 from unitvis.network.inside import rank_inside
 from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
-from unitvis.sources import Source
+from unitvis.scanning.claims import differing_images, differing_network
+from unitvis.sources import Batch, Source
 from unitvis.state.noise_numbers import ROUNDING
 from unitvis.state.partial import OTHER_POSITIONS, ranked_inside, refuse_differences
 
@@ -61,10 +63,12 @@ class Comparison:
     """
 
     def __init__(self, network: Network, run: RunData) -> None:
-        self._network, self._tops = network, list(run.tops.values())
+        self._network, self._tops, self._names = network, list(run.tops.values()), list(run.tops)
         self.winners = _WinnerRows(network, run)
         self.recomputed = ResponsePairs(self.winners.images, self.winners.columns)
         self.boxes = self.winners.boxes.copy()
+        self._there = np.full(len(self.winners.images), np.nan, np.float32)
+        self.there = self._there  # float32 [winners]: the responses now at the run's places
         self._unread: dict[int, str] = {}  # by image: its name, and why it could not be read
         for number, (layer, top) in enumerate(run.tops.items()):
             own, field = self.winners.layer == number, network.fields[layer]
@@ -79,8 +83,27 @@ class Comparison:
                 if not network.bits.layers:
                     canonical.check(batch.pixels)
                 self.recomputed.take(canonical.keys(batch.pixels), batch.ids)
+                self._look_elsewhere(canonical, batch)
+        self.there = np.where(self.recomputed.positions == self.winners.positions, self.recomputed.values, self._there)
         for id in np.unique(self.winners.images[~self.recomputed.known]).tolist():
             self._unread[id] = f"{source.name(id)!r} cannot be read now: {source.failure_reasons.get(id, 'no reason')}"
+
+    def _look_elsewhere(self, canonical: CanonicalPass, batch: Batch) -> None:
+        """Note the response at the run's place of each winner in a batch that responds most elsewhere now."""
+        winners, ids = self.winners, batch.ids.numpy()
+        moved = np.isin(winners.images, ids) & (self.recomputed.positions != winners.positions)
+        if not moved.any():
+            return
+        numbers = [self._names.index(layer.name) for layer in self._network.layers]
+
+        def read(index: int, maps: Tensor) -> None:
+            own = moved & (winners.layer == numbers[index])
+            order = np.argsort(ids)
+            image = order[np.searchsorted(ids[order], winners.images[own])]
+            channel, row, column = winners.neurons[own].T
+            self._there[own] = maps[image, channel, row, column].float().cpu().numpy()
+
+        canonical.maps(batch.pixels, read)
 
     @property
     def same_boxes(self) -> NDArray[np.bool_]:
@@ -116,13 +139,15 @@ def verify(
 
     Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal. Under another
     one, and in layers whose bits depend on an image's place in its compute batch, the value must lie within 1e-5 of the
-    layer's largest. The box must be equal, except where the layer's receptive field is unknown. Not compared are what
-    only a scan can tell: whether another image responds more strongly, and the units' statuses. Raises UnitvisError for
-    a run ranked in half precision.
+    layer's largest, and so must the response at the run's place. The box must be equal, except where the layer's
+    receptive field is unknown. What the manifest and images.jsonl say of the model, its layers and the images must be
+    so. Not compared are what only a scan can tell: whether another image responds more strongly, and the units'
+    statuses. Raises UnitvisError for a run ranked in half precision.
 
     Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
     the layer's largest value; "same_fingerprint": bool; "by_slot": the layers whose bits depend on an image's place;
-    "first_wrong": a sentence about the first wrong one, or None.
+    "first_wrong": a sentence about the first wrong one, or None; "differing": sentences such as "source.images is 9 and
+    8", about what the run says and what is now.
     """
     run.need_winners()
     precision = run.manifest["precision"]
@@ -139,11 +164,16 @@ def verify(
     if inside := ranked_inside(run.manifest):
         rank_inside(network)
         refuse_differences(OTHER_POSITIONS, inside, {layer.name: layer.to_json()["inside"] for layer in network.layers})
-    return compare_winners(run, network)
+    differing = differing_network(run, network)
+    found = compare_winners(run, network)
+    differing += differing_images(run)
+    if not found["wrong"]:  # gradients are those of the winners
+        differing += differing_effective_boxes(network, run)
+    return found | {"differing": differing}
 
 
 def compare_winners(run: RunData, network: Network) -> dict[str, Any]:
-    """Compare a run's winners with their responses now; returns what `verify` does.
+    """Compare a run's winners with their responses now; returns what `verify` does, but for "differing".
 
     network: with the run's layers and their receptive fields.
     """
@@ -157,9 +187,11 @@ def compare_winners(run: RunData, network: Network) -> dict[str, Any]:
     np.maximum.at(largest, winners.layer, np.where(np.isfinite(winners.values), np.abs(winners.values), 0))
     with np.errstate(invalid="ignore", divide="ignore"):
         distance = np.where(comparison.equal, 0, np.abs(now - winners.values) / largest[winners.layer])
+        elsewhere = np.abs(comparison.there - now) / largest[winners.layer]  # the run's place, beside the strongest
     by_slot = layers_by_slot(run, network)
     to_rounding = np.isin(winners.layer, [run.layers.index(name) for name in by_slot]) | (not same)
-    wrong = np.where(to_rounding, ~(distance <= ROUNDING), ~comparison.equal) | ~comparison.same_boxes
+    rounded = comparison.equal | ((distance <= ROUNDING) & (elsewhere <= ROUNDING))
+    wrong = np.where(to_rounding, ~rounded, ~comparison.equal) | ~comparison.same_boxes
     return {
         "winners": len(wrong),
         "equal": int(comparison.equal.sum()),

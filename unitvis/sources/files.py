@@ -28,6 +28,8 @@ from unitvis.sources.names import (
 )
 from unitvis.sources.transform import Transform
 
+# arrays of a saved listing of a folder
+_LISTING = ("names", "starts", "folder_names", "folder_starts", "stamps", "chosen")
 _MAX_LINE = 2**16  # bytes of a line of a text list; file systems take paths of 4,096
 
 
@@ -87,7 +89,7 @@ def _saved_listing(root: bytes, endings: Sequence[str] | None) -> tuple[Names, I
             return None
         return Names.from_arrays(saved), ImageNames.restored(saved["chosen"])
 
-    return load_listing("folder", listing_key([root], endings), parse)
+    return load_listing("folder", listing_key([root], endings), parse, _LISTING)
 
 
 def list_source(path: str, transform: Transform | None, **options: Any) -> FileSource:

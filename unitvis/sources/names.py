@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,17 +76,19 @@ def listing_key(parts: Iterable[bytes], endings: Sequence[str] | None) -> bytes:
     return b"\0".join(parts) + chosen
 
 
-def load_listing(kind: str, key: bytes, parse: Callable[[dict[str, NDArray[Any]]], _Parsed | None]) -> _Parsed | None:
+def load_listing(
+    kind: str, key: bytes, parse: Callable[[dict[str, NDArray[Any]]], _Parsed | None], names: Collection[str]
+) -> _Parsed | None:
     """What `parse` makes of the arrays saved under a key: None where they are absent, damaged or no longer true.
 
-    `parse` may raise anything for other arrays than were saved. A listing that somebody else may have written is not
-    believed.
+    `parse` may raise anything for other arrays than were saved. names: of all arrays that are saved. A listing that
+    somebody else may have written is not believed.
     """
     path = _listing_file(kind, key)
     try:
         if not (_is_own(path.parent) and _is_own(path)):
             return None
-        return parse(read_arrays(path))
+        return parse(read_arrays(path, names))
     except Exception:  # absent or damaged, which makes numpy and zipfile raise nearly anything: list again
         return None
 

@@ -8,7 +8,6 @@ pack: the source of the images, their transform, the failures with their reasons
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import warnings
@@ -26,14 +25,14 @@ from unitvis.decoding.cutting import Cutter
 from unitvis.decoding.options import SCHEMA as DECODING
 from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged, first_line
-from unitvis.files import open_regular, read_arrays, read_text
+from unitvis.files import open_regular, read_arrays, read_json
 from unitvis.schema import COUNT, OBJECT, TEXT, Schema, choice, either, problem, whole
 from unitvis.sources.arrays import ArraySource, mapped_array
 from unitvis.sources.base import Chunks, ImageInfoTable, Picture, Source
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.files import FileSource
 from unitvis.sources.names import Names
-from unitvis.sources.tar import expand_braces, tar_source
+from unitvis.sources.tar import archives_of, tar_source
 from unitvis.sources.transform import Transform
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -41,6 +40,7 @@ Arrays = Mapping[str, NDArray[Any]]
 FORMAT = 1
 FORMAT_KEY = "unitvis pack"  # the first key of a pack's JSON file; its value is the number of the format
 BAKED_FIELDS = ("resize", "crop", "interpolation")  # fields of a transform that were applied when the pack was made
+_TABLES = ("names", "starts", "seen")  # arrays of the .npz file
 _SAMPLED_IMAGES = 16  # images that are checked in place of all
 _ABOUT: dict[str, Schema] = {  # of the JSON file
     "source": {
@@ -169,7 +169,7 @@ class PackSource(Source):
         source = self._about["source"]
         path, tar = source["path"], source["kind"] == "tar"
         if tar:
-            archives = [shard for one in ([path] if isinstance(path, str) else path) for shard in expand_braces(one)]
+            archives = archives_of(path)
             missing = [archive for archive in archives if not os.path.exists(archive)]
         else:
             root = os.fsencode(path if source["kind"] == "folder" else os.path.dirname(path))
@@ -219,7 +219,7 @@ def pack_source(
     combined = _combined_transform(transform, Transform.from_json(about["transform"]), path)
     pixels = mapped_array(path)
     try:
-        tables = read_arrays(Path(path).with_suffix(".npz"))
+        tables = read_arrays(Path(path).with_suffix(".npz"), _TABLES)
     except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything
         raise UnitvisError(f"{path!r} is an incomplete pack: its .npz file: {first_line(error)}; pack again") from error
     for ending, hashed, known in (
@@ -244,7 +244,7 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
         with open_regular(path) as file:
             if f'"{FORMAT_KEY}"'.encode() not in file.read(64):  # the first key of the file; another file may be long
                 return None
-        about = json.loads(read_text(path))
+        about = read_json(path)
     except OSError as error:
         raise UnitvisError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -267,6 +267,8 @@ def _contents_problem(about: Mapping[str, Any], pixels: NDArray[Any], tables: Ar
     images = len(pixels)
     if pixels.dtype != np.uint8 or list(pixels.shape) != about["shape"]:
         return f"the array is {pixels.dtype} {list(pixels.shape)}, not uint8 {about['shape']}"
+    if about["source"]["images"] != images:
+        return f"source.images is {about['source']['images']}, of an array of {images:,}"
     try:
         names = Names.from_arrays(tables)
     except (KeyError, ValueError) as error:

@@ -25,14 +25,19 @@ from unitvis.sources.image_names import ImageNames, others_in_words
 from unitvis.sources.names import MIN_SAVED_NAMES, SETTLE_NS, Names, listing_key, load_listing, save_listing, stamp
 from unitvis.sources.transform import Transform
 
-MAX_SHARDS = 1_000_000  # archives that a pattern may name
+MAX_SHARDS = 1_000_000  # archives that patterns may name
+_MAX_PATHS = 2**28  # characters of the paths of all archives
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 # first bytes of compressed archives, which are refused
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_SIZE = 2**50  # bytes of a member
 _MAX_HEADER = 16 * 2**20  # bytes of one header; names of files take 4 kB at most
+_MAX_PATTERN = 2**24  # characters of a path with braces
 _MAX_DIGITS = 18  # of a number in braces
+_MAX_PADDING = 16 * 2**20  # zeros after the end: writers fill up a record, of 10 kB or, on tapes, of some megabytes
+# arrays of a saved index
+_SAVED_INDEX = ("names", "starts", "offsets", "sizes", "ends", "stamps", "chosen", "rewritten")
 _NOT_A_PLAIN_FILE = -1  # in place of the size of a link or a sparse member
 
 
@@ -80,19 +85,38 @@ def is_tar_name(path: str) -> bool:
     return path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"))
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Expand a path with braces: {000..146} counts, with as many digits as written; {a,b} lists names."""
+def archives_of(path: str | Sequence[str]) -> list[str]:
+    """The paths that one path, or several, stand for: {000..146} counts, with as many digits as written; {a,b} lists.
+
+    UnitvisError, before anything is expanded, where they are more than `MAX_SHARDS`, or take hundreds of megabytes.
+    """
+    count = length = 0
+    expansions: list[list[Iterable[str]]] = []
+    for one in [path] if isinstance(path, str) else path:
+        choices = _choices(one)
+        number = math.prod(names for names, *_ in choices)
+        count, length = count + number, length + number * sum(longest for _, longest, _ in choices)
+        together = f"{one[:80]!r} {'with the paths before it ' if expansions else ''}names"
+        if count > MAX_SHARDS:
+            raise UnitvisError(f"{together} more than {MAX_SHARDS:,} archives")
+        if length > _MAX_PATHS:
+            raise UnitvisError(f"{together} archives whose paths have {length:,} characters; {_MAX_PATHS:,} are taken")
+        expansions.append([names for *_, names in choices])
+    return ["".join(chosen) for each in expansions for chosen in itertools.product(*each)]
+
+
+def _choices(pattern: str) -> list[tuple[int, int, Iterable[str]]]:
+    """For each part of a path with braces, what it may be: how many texts, how long the longest is, and the texts."""
+    if len(pattern) > _MAX_PATTERN:
+        raise UnitvisError(f"{pattern[:80]!r}... has {len(pattern):,} characters, so it is no path of archives")
     if os.path.exists(pattern):
-        return [pattern]
+        return [(1, len(pattern), [pattern])]
     parts = _BRACES.split(pattern)  # text, inside of braces, text, ...
-    choices = [_brace_names(part, pattern) if i % 2 else (1, [part]) for i, part in enumerate(parts)]
-    if math.prod(count for count, _ in choices) > MAX_SHARDS:
-        raise UnitvisError(f"{pattern!r} names more than {MAX_SHARDS:,} archives")
-    return ["".join(chosen) for chosen in itertools.product(*(names for _, names in choices))]
+    return [_brace_names(part, pattern) if i % 2 else (1, len(part), [part]) for i, part in enumerate(parts)]
 
 
-def _brace_names(inside: str, pattern: str) -> tuple[int, Iterable[str]]:
-    """Number of names that one pair of braces stands for, and the names."""
+def _brace_names(inside: str, pattern: str) -> tuple[int, int, Iterable[str]]:
+    """Number of names that one pair of braces stands for, the length of the longest, and the names."""
     if found := _RANGE.fullmatch(inside):
         first, last = found.groups()
         if len(last) > _MAX_DIGITS:
@@ -101,11 +125,13 @@ def _brace_names(inside: str, pattern: str) -> tuple[int, Iterable[str]]:
         if int(first) > int(last):
             raise UnitvisError(f"{{{inside}}} in {pattern!r} counts down; write the smaller number first")
         numbers = range(int(first), int(last) + 1)
-        return int(last) + 1 - int(first), (f"{number:0{width}}" for number in numbers)
+        return int(last) + 1 - int(first), max(width, len(last)), (f"{number:0{width}}" for number in numbers)
     if "," not in inside:
         raise UnitvisError(f"{{{inside}}} in {pattern!r} is neither a range such as {{000..146}} nor a list {{a,b}}")
+    if inside.count(",") >= MAX_SHARDS:
+        raise UnitvisError(f"{pattern[:80]!r}... names more than {MAX_SHARDS:,} archives")
     names = inside.split(",")
-    return len(names), names
+    return len(names), max(map(len, names)), names
 
 
 def tar_source(
@@ -124,7 +150,7 @@ def tar_source(
     missing, compressed, damaged or named twice, or if none holds an image.
     """
     given = [path] if isinstance(path, str) else path
-    shards = [os.path.abspath(shard) for one in given for shard in expand_braces(one)]
+    shards = list(map(os.path.abspath, archives_of(path)))
     if missing := [shard for shard in shards if not os.path.isfile(shard)]:
         raise UnitvisError(f"{len(missing)} of {len(shards)} archives are not there: {abridged(missing)}")
     if len(set(shards)) < len(shards):
@@ -152,7 +178,7 @@ def _shard_index(shards: list[str], allow_truncated: bool, endings: Sequence[str
     key = listing_key([str(allow_truncated).encode(), *map(os.fsencode, shards)], endings)
     status = [os.stat(shard) for shard in shards]
     stamps = np.array([(one.st_size, *stamp(one)) for one in status], np.int64)
-    saved = load_listing("tar", key, lambda arrays: _restored_index(arrays, stamps))
+    saved = load_listing("tar", key, lambda arrays: _restored_index(arrays, stamps), _SAVED_INDEX)
     if saved is not None:
         return saved
     offsets, sizes, hashes, ends = array("q"), array("q"), array("q"), array("q")
@@ -306,7 +332,7 @@ def _compression(start: bytes) -> str | None:
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:
-    """Raise tarfile.ReadError unless only zeros follow: tarfile takes a damaged header for the end of the archive."""
+    """Raise tarfile.ReadError unless some zeros follow alone: tarfile takes a damaged header for the archive's end."""
     file.seek(offset)
     first = file.read(tarfile.BLOCKSIZE)
     if len(first) < tarfile.BLOCKSIZE:
@@ -316,3 +342,8 @@ def _check_end(file: BinaryIO, offset: int) -> None:
     while block := file.read(1 << 20):
         if block.strip(b"\0"):
             raise tarfile.ReadError("something follows its end; archives joined into one file must be named one by one")
+        if file.tell() > offset + _MAX_PADDING:
+            raise tarfile.ReadError(
+                f"more than {_MAX_PADDING:,} bytes of zeros follow its end at byte {offset:,}; cut them off, as by "
+                f"truncate --size={offset + 2 * tarfile.BLOCKSIZE}"
+            )

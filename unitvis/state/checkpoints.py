@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,17 +56,18 @@ class Checkpoints:
                 self._path.replace(self._previous)
         self._last = time.perf_counter()
 
-    def read(self, parse: Callable[[Arrays], _Parsed]) -> _Parsed | None:
+    def read(self, parse: Callable[[Arrays], _Parsed], names: Collection[str]) -> _Parsed | None:
         """What `parse` makes of the newest whole checkpoint, None without one; UnitvisError where none is whole.
 
         `parse` may raise anything for arrays that are no checkpoint, and UnitvisError for those of another version.
+        names: of the arrays that a checkpoint may hold.
         """
         damaged = None
         for path in (self._path, self._previous):
             if not path.exists():
                 continue
             try:
-                parsed = parse(read_arrays(path))
+                parsed = parse(read_arrays(path, names))
             except UnitvisError as error:
                 raise UnitvisError(f"{path} {error}; start again with --overwrite") from error
             except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything

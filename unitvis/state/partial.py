@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError, abridged
-from unitvis.files import read_arrays, write_arrays
+from unitvis.files import parsed_json, read_arrays, write_arrays
 from unitvis.schema import (
     COUNT,
     NUMBER,
@@ -60,6 +60,7 @@ _IDENTITY = SHARED | {
 _ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": SECONDS}
 FORMAT = 2  # version of the arrays
 OTHER_POSITIONS = "the positions whose boxes lie in the image are not those that were ranked (then and now)"
+PARTIAL_ARRAYS = ("about", "state", "coverage", "failed", "reason", "seen")  # their names
 _NOISE = ("responses", "channels")  # entries of a model that are equal up to rounding, see `noise_numbers`
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
@@ -118,7 +119,7 @@ class Partial:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
         """What `arrays` gave; UnitvisError for another version's arrays, and nearly anything for others."""
-        about = json.loads(arrays["about"].tobytes())
+        about = parsed_json(arrays["about"].tobytes())
         if wrong := problem(about, {"format?": COUNT}):
             raise ValueError(wrong)
         if (version := about.get("format", 1)) != FORMAT:
@@ -141,7 +142,7 @@ class Partial:
 def read_partial(path: Path) -> Partial:
     """What `Partial.write` wrote; every byte is checked against the file's checksums. UnitvisError if it is not so."""
     try:
-        return Partial.from_arrays(read_arrays(path))
+        return Partial.from_arrays(read_arrays(path, PARTIAL_ARRAYS))
     except UnitvisError as error:
         raise UnitvisError(f"{path} {error}") from error
     except Exception as error:  # a damaged file makes numpy and zipfile raise nearly anything

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,13 @@ from torch import nn
 
 import unitvis
 from support.clock import in_time
+from support.memory import tracing
+from support.mutations import DELETED, changed, places, read, without_hashes, write
 from unitvis import UnitvisError
 from unitvis.drawing import sheets
 from unitvis.scanning.verify import verify
 from unitvis.sources import open_source
 
-DELETED = object()
 VALUES = [DELETED, None, -1, 10**18, "x", [], {}, float("nan"), True, 1.5, 10**400, "\ud800"]
 FILES = ("manifest.json", "gallery/drawn.json", "images.jsonl")
 
@@ -51,48 +50,10 @@ def whole(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return without_hashes(folder / "run")
 
 
-def without_hashes(run: Path) -> Path:
-    """Make a run one of an older version, or of somebody who changed the hashes as well."""
-    manifest = read(run / "manifest.json")
-    del manifest["files"]
-    write(run / "manifest.json", manifest)
-    return run
-
-
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     (tmp_path / "photos").symlink_to(whole.parent / "photos")
     return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
-def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The ways to everything inside a JSON value."""
-    if place:
-        yield place
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in inside:
-        yield from places(one, (*place, key))
-
-
-def changed(value: Any, place: tuple[Any, ...], new: object) -> Any:
-    value = at = copy.deepcopy(value)
-    for key in place[:-1]:
-        at = at[key]
-    if new is DELETED:
-        del at[place[-1]]
-    else:
-        at[place[-1]] = new
-    return value
-
-
-def read(path: Path) -> Any:
-    text = path.read_text()
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-
-
-def write(path: Path, value: Any) -> None:
-    lines = value if path.suffix == ".jsonl" else [value]
-    path.write_text("\n".join(map(json.dumps, lines)))
 
 
 def use(folder: Path, model: nn.Module) -> list[str]:
@@ -151,7 +112,7 @@ def test_all_mutated_run_folders(whole: Path, folder: Path, model: nn.Module) ->
 
 ARRAYS: list[tuple[str, Any, str]] = [
     ("0/images", lambda a: a + 10**12, ""),
-    ("0/images", lambda a: a - 5, "a winner lies outside"),
+    ("0/images", lambda a: a - 5, "a winner is image -"),
     ("0/positions", lambda a: a + 1000, "a winner lies outside"),
     ("0/positions", lambda a: a.astype(np.float32), "positions is float32"),
     ("0/boxes", lambda a: a + 2**30, "a box lies far outside"),
@@ -215,10 +176,23 @@ def merge(shards: list[Path], model: nn.Module, arrays: dict[str, np.ndarray], w
         raise AssertionError(f"{what}: {error!r}") from error
 
 
+def keep_winners_alone(folder: Path) -> None:
+    """Leave out of images.jsonl what is no winner any more."""
+    with np.load(folder / "top.npz") as arrays:
+        won = {id for name in arrays if name.endswith("/images") for id in arrays[name].ravel().tolist()}
+    write(folder / "images.jsonl", [record for record in read(folder / "images.jsonl") if record["id"] in won])
+
+
 def test_a_unit_with_a_blank_place_is_not_tied(folder: Path) -> None:
     arrays = dict(np.load(folder / "top.npz"))
-    arrays["0/images"][1, 1], arrays["0/values"][1, 1], arrays["0/positions"][1, 1] = -1, np.nan, -1
+    for key, value in {"images": -1, "values": np.nan, "positions": -1, "boxes": 0}.items():
+        arrays[f"0/{key}"][1, 1] = value
     np.savez_compressed(folder / "top.npz", **arrays)
+    with pytest.raises(UnitvisError, match="1 units have fewer than 2 winners of 4 images, and the manifest"):
+        unitvis.load(folder)
+    nan = {"responses": 3, "units": 1, "first_image": 0}
+    write(folder / "manifest.json", changed(read(folder / "manifest.json"), ("layers", "0", "nan"), nan))
+    keep_winners_alone(folder)
     assert unitvis.load(folder).layers == ["0", "2"]
     arrays["0/status"][1] = "tied"
     np.savez_compressed(folder / "top.npz", **arrays)
@@ -277,6 +251,7 @@ SINGLE = [
     ("manifest.json", ("source", "decoding"), {"images": "/etc"}, "decoding has no 'images'"),
     ("manifest.json", ("source", "decoding"), {"on_error": "raise"}, "decoding has no 'on_error'"),
     ("manifest.json", ("source", "decoding"), {"scaled": 5}, "source.decoding.scaled is 5, not true or false"),
+    ("manifest.json", ("kept",), "x", "kept is 'x', not a whole number"),
     ("manifest.json", ("transform", "interpolation"), [], r"interpolation=\[\]; it must be one of"),
     ("manifest.json", ("transform", "mean"), 10**400, "mean=1000"),
     ("manifest.json", ("transform", "resize"), 10**400, "resize=1000"),
@@ -315,6 +290,23 @@ def test_records_without_an_end_are_damaged(folder: Path) -> None:
     os.truncate(folder / "images.jsonl", 20 << 30)
     with in_time(), pytest.raises(UnitvisError, match="not a whole run"):
         unitvis.load(folder)
+
+
+def test_what_images_jsonl_may_hold_follows_from_the_winners(whole: Path, folder: Path) -> None:
+    lines = (whole / "images.jsonl").read_text().splitlines(keepends=True)
+    for text, message in (
+        ("{}\n" * (3 << 20), "images.jsonl has 9,437,184 bytes, for 4 images that won"),
+        (lines[0] + "{}\n" * (1 << 20), r"images.jsonl, line 2.id is missing"),
+        ("".join(lines * 2), "images.jsonl, line 5: image 0 comes again"),
+        ("".join(lines) + lines[0].replace('"id": 0', '"id": 9'), "images.jsonl, line 5: image 9 won nowhere"),
+        (lines[0][:-2] + ', "x": "' + "x" * (1 << 20) + '"}\n', "line 1 of images.jsonl has 1,048,576 bytes or more"),
+    ):
+        (folder / "images.jsonl").write_text(text)
+        with tracing() as traced, pytest.raises(UnitvisError, match=f"not a whole run .*{message}"):
+            unitvis.load(folder)
+        assert traced.peak < 32 << 20
+    (folder / "images.jsonl").write_text("".join(line[:-2] + ', "x": [[],[],[]]}\n' for line in lines))
+    assert all("x" not in record for record in unitvis.load(folder).records.values())
 
 
 def test_of_more_channels_than_a_network_has_some_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from unitvis.scanning.progress import Progress
 from unitvis.sources import FileSource
 from unitvis.sources.base import usable_cores
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
-from unitvis.state.partial import Partial
+from unitvis.state.partial import PARTIAL_ARRAYS, Partial
 from unitvis.state.sampling import smallest_hashes
 
 COUNT = 70
@@ -49,7 +49,7 @@ def scan(folder: Path, out: Path | None, model: nn.Module | None = None, **optio
 
 
 def checkpoint(out: Path) -> Partial | None:
-    return Checkpoints(out / SCAN_CHECKPOINT).read(Partial.from_arrays)
+    return Checkpoints(out / SCAN_CHECKPOINT).read(Partial.from_arrays, PARTIAL_ARRAYS)
 
 
 def result(out: Path) -> tuple[bytes, bytes, object]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from support.clock import in_time
+from support.memory import tracing
 from unitvis.decoding import contents
 from unitvis.errors import UnitvisError
 from unitvis.sources import open_source, reopen_source, tar
@@ -118,7 +119,7 @@ def test_a_list_keeps_its_order_and_opens_again(shards):
     ],
 )
 def test_braces(pattern, paths):
-    assert tar.expand_braces(pattern) == paths
+    assert tar.archives_of(pattern) == paths
 
 
 def test_braces_in_the_name_of_a_file_are_that_file(tmp_path):
@@ -233,6 +234,10 @@ def test_truncated_archives_count_where_that_is_allowed(tmp_path):
         ("train-{0..999999999}.tar", "names more than 1,000,000 archives"),
         (f"train-{{0..{'9' * 5000}}}.tar", "names more than 1,000,000 archives"),
         ("{0..1000}/train-{0..1000}.tar", "names more than 1,000,000 archives"),
+        ([f"{i}-{{0..999999}}.tar" for i in range(60)], "with the paths before it names more than 1,000,000 archives"),
+        (f"{'a' * 3000}{{0..999999}}.tar", "names archives whose paths have 3,010,000,000 characters; 268,435,456 are"),
+        ("{" + "a," * 1_000_000 + "}.tar", "names more than 1,000,000 archives"),
+        ("{ab}" * 2**23 + ".tar", "has 33,554,436 characters, so it is no path of archives"),
         ("train-{all}.tar", "neither a range"),
         (["train-000.tar", "train-000.tar"], "is named twice"),
         (["train-000.tar", "x.png"], "'train-000.tar' is an archive and 'x.png' is none"),
@@ -241,8 +246,39 @@ def test_truncated_archives_count_where_that_is_allowed(tmp_path):
 )
 def test_refusals(images, message, shards, monkeypatch):
     monkeypatch.chdir(shards)
-    with pytest.raises(UnitvisError, match=message):
+    with tracing() as traced, pytest.raises(UnitvisError, match=message) as refused:
         open_source(images, PLAIN)
+    assert traced.peak < 2**28
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(("before", "message"), [(0, "broken after 0 files"), (1, "broken after 4 files")])
+def test_an_archive_of_terabytes_of_zeros_is_not_read_to_its_end(before, message, tmp_path):
+    path = tmp_path / "x.tar"
+    data = broken("joined", path)[0]
+    data = data[: len(data) // 2] if before else b""
+    path.write_bytes(data)
+    os.truncate(path, 8 << 40)
+    read = []
+    real = io.BufferedReader.read
+
+    class Counting(io.BufferedReader):
+        def read(self, size=-1):
+            read.append(size)
+            return real(self, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tar, "open", lambda p, *_, **__: Counting(io.FileIO(p)), raising=False)
+        with (
+            in_time(),
+            pytest.raises(UnitvisError, match=f"{message}: more than 16,777,216 bytes of zeros follow") as error,
+        ):
+            open_source(path, PLAIN)
+    assert sum(read) < 2**25
+    size = int(str(error.value).rpartition("=")[2].split(";")[0])
+    os.truncate(path, size)
+    if before:
+        assert open_source(path, PLAIN).length == 4
 
 
 @pytest.mark.parametrize("start", ["BZ", "BZh", "\x1f\udc8b", "\udcfd7zXZ", "(\udcb5/\udcfd"])

@@ -51,17 +51,17 @@ DAMAGES = [cut, change_a_bit, empty, other_arrays]
 def test_the_newest_is_read_and_the_one_before_is_kept(checkpoints: Checkpoints, tmp_path: Path) -> None:
     for count in range(4):
         checkpoints.write(arrays(count))
-        assert checkpoints.read(number) == count
+        assert checkpoints.read(number, arrays(0)) == count
         assert {path.name for path in tmp_path.iterdir()} <= checkpoints.names
     assert checkpoints.names == {"state.npz", "state.previous.npz"} == {path.name for path in tmp_path.iterdir()}
     (tmp_path / "state.npz").unlink()
     assert checkpoints.exist
-    assert checkpoints.read(number) == 2
+    assert checkpoints.read(number, arrays(0)) == 2
 
 
 def test_without_a_checkpoint_none_is_read(checkpoints: Checkpoints) -> None:
     assert not checkpoints.exist
-    assert checkpoints.read(number) is None
+    assert checkpoints.read(number, arrays(0)) is None
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -72,7 +72,7 @@ def test_a_damaged_one_gives_way_to_the_one_before_with_a_warning(
     checkpoints.write(arrays(2))
     damage(tmp_path / "state.npz")
     with pytest.warns(UserWarning, match=r"state\.npz is damaged \(.+\); going on with the checkpoint before it"):
-        assert checkpoints.read(number) == 1
+        assert checkpoints.read(number, arrays(0)) == 1
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -83,7 +83,7 @@ def test_where_none_is_whole_reading_is_refused(
     damage(tmp_path / "state.npz")
     for _ in range(2):
         with pytest.raises(UnitvisError, match=r"state\.npz is damaged .*, and there is no other checkpoint; start"):
-            checkpoints.read(number)
+            checkpoints.read(number, arrays(0))
         assert checkpoints.exist
         (tmp_path / "state.previous.npz").write_bytes(b"damaged as well")
 

@@ -13,7 +13,7 @@ import unitvis
 from support.scans import two_convolutions
 from unitvis import UnitvisError
 from unitvis.state.checkpoints import Checkpoints
-from unitvis.state.partial import SEEN, Partial, joined_seen, read_partial
+from unitvis.state.partial import PARTIAL_ARRAYS, SEEN, Partial, joined_seen, read_partial
 
 
 def seen(ids: tuple[int, ...] = (2, 7), digest: bytes = bytes(range(16))) -> np.ndarray:
@@ -42,7 +42,7 @@ def test_state_of_an_older_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnitvisError, match=r"a.npz has format 1, and this version of unitvis reads format 2$"):
         read_partial(tmp_path / "a.npz")
     with pytest.raises(UnitvisError, match=r"a.npz has format 1, .* reads format 2; start again with --overwrite"):
-        Checkpoints(tmp_path / "a.npz").read(Partial.from_arrays)
+        Checkpoints(tmp_path / "a.npz").read(Partial.from_arrays, PARTIAL_ARRAYS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""What a run says of its network and its images, beside what they are now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from unitvis.network.device import fingerprint
+from unitvis.network.network import Network
+from unitvis.ranking.winners import field_info
+from unitvis.results.data import RunData
+from unitvis.sources.base import Source, same_name
+from unitvis.state.partial import differences, same_images
+
+
+def differing_network(run: RunData, network: Network) -> list[str]:
+    """Say what the manifest has of the model and of its layers that the network contradicts: `k is 9 and 5`.
+
+    network: with the run's layers and their receptive fields. What the manifest leaves out is not compared, nor a
+    receptive field that was followed on one machine alone, whose library may have other operators.
+    """
+    then, now = run.manifest["model"], network.description
+    shared = [key for key in now if key in then]
+    found = list(differences({"model": {k: then[k] for k in shared}}, {"model": {k: now[k] for k in shared}}))
+    same = fingerprint(network.device) == run.manifest["fingerprint"]
+    entries: dict[str, dict[str, Any]] = {}
+    for layer in network.layers:
+        said, field = run.tops[layer.name].info["receptive_field"], field_info(network.fields[layer.name])
+        entries[layer.name] = layer.to_json()
+        if same:
+            entries[layer.name]["receptive_field"] = field
+        elif said["method"] == field["method"]:
+            entries[layer.name]["receptive_field"] = field | {"note": said["note"]}
+    given = {name: {key: run.tops[name].info.get(key, "nothing") for key in entry} for name, entry in entries.items()}
+    return found + list(differences({"layers": given}, {"layers": entries}))
+
+
+def differing_images(run: RunData) -> list[str]:
+    """Say what the run has of its images that their source contradicts, where that is of the kind that was scanned."""
+    source, then = run.source, run.manifest["source"]
+    now = json.loads(json.dumps(source.describe()))  # tuples are lists
+    if now["kind"] != then["kind"]:
+        return []
+    found = list(differences({"source": same_images(then)}, {"source": same_images(now)}))
+    for failure in run.manifest["failures"]:
+        if not same_name(name := source.name(failure["id"]), failure["name"]):
+            found.append(f"the name of image {failure['id']}, which failed, is {failure['name']!r} and {name!r}")
+    return found + [sentence for record in run.records.values() for sentence in _differing_record(record, source)]
+
+
+def _differing_record(record: Mapping[str, Any], source: Source) -> Iterator[str]:
+    """Sentences about the record of an image; none where the image cannot be read now."""
+    if record["id"] in source.failure_reasons:
+        return
+    for key, now in source.record(record["id"]).items():
+        then = record.get(key, now)
+        if not (same_name(then, now) if key == "name" else then == now):
+            yield f"the {key} of {record['name']!r} is {then!r} and {now!r}"
