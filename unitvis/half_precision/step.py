@@ -19,6 +19,7 @@ from unitvis.network.copies import copied
 from unitvis.network.forward import COMPUTE_BATCH, Hooks, Rectangle, compute_batch
 from unitvis.network.network import Network
 from unitvis.sources.transform import Transform
+from unitvis.state.magnitudes import magnitudes, merge_magnitudes
 from unitvis.state.topk import TopK
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # half precisions by their names in options and manifests
@@ -31,9 +32,9 @@ class Step:
     """Merges batches of at most `size` images into a top-k, computed by a rewritten copy of the model.
 
     model: in eval mode; the step changes and keeps it. layers: names, in the order of the forward pass, and the units
-    of each in `topk`. shapes, inside, to_end: see `Hooks`. channels: of the model's input. sample: model inputs,
-    float32 [N, C, H, W], with their canonical `responses`, float32 [N, units]: a rewritten copy that gives others in
-    float32 is not used.
+    of each in `topk`. largest_inputs: see `ranked_magnitudes`, merged into as well. shapes, inside, to_end: see
+    `Hooks`. channels: of the model's input. sample: model inputs, float32 [N, C, H, W], with their canonical
+    `responses`, float32 [N, units]: a rewritten copy that gives others in float32 is not used.
     how: manifest entries that say whether the model was rewritten and captured.
     """
 
@@ -42,6 +43,7 @@ class Step:
         model: nn.Module,
         layers: Mapping[str, slice],
         topk: TopK,
+        largest_inputs: TopK,
         *,
         axes: Mapping[str, int | None],
         shapes: Sequence[tuple[int, int, int]] = (),
@@ -55,7 +57,7 @@ class Step:
         channels: int = 3,
         to_end: bool = False,
     ) -> None:
-        self.topk, self.size = topk, size
+        self.topk, self.largest_inputs, self.size = topk, largest_inputs, size
         self.how: dict[str, Any] = {}
         self._layers, self._axes, self._shapes, self._neurons, self._to_end = layers, axes, shapes, neurons, to_end
         self._inside = inside or [None] * len(layers)
@@ -66,7 +68,9 @@ class Step:
         self._replay: Replay | None = None
 
     @classmethod
-    def of(cls, network: Network, topk: TopK, images: Tensor, *, precision: str, size: int) -> Self:
+    def of(
+        cls, network: Network, topk: TopK, largest_inputs: TopK, images: Tensor, *, precision: str, size: int
+    ) -> Self:
         """Make the step of a network whose layers are known; up to 16 of the images, as they were read, check it."""
         model, images = copied(network.model), images[:COMPUTE_BATCH]
         with network.reading() as canonical:
@@ -76,6 +80,7 @@ class Step:
             model,
             dict(zip(network.layer_names, network.columns, strict=True)),
             topk,
+            largest_inputs,
             axes=network.channel_axes(network.layer_names, network.input_shape),
             shapes=network.map_shapes,
             inside=network.inside,
@@ -105,7 +110,9 @@ class Step:
         if self._device.type == "cpu":  # the CPU finds positions only of responses that can enter the top-k
             self._threshold.values = self.topk.threshold()
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            keys = self._keys(self._input(images))
+            inputs = self._input(images)
+            merge_magnitudes(self.largest_inputs, inputs, ids)  # before the model, which may overwrite them
+            keys = self._keys(inputs)
             # NaN and overflow rank first among the candidates, so that they are computed again in float32.
             not_finite = (keys == uk.NAN_KEY) | ((keys >> 32) == MINUS_INFINITY_HIGH_WORD)
             self.topk.merge(keys.masked_fill_(not_finite, INFINITY_KEY), ids)
@@ -113,6 +120,11 @@ class Step:
     def responses(self, images: Tensor) -> NDArray[np.float64]:
         """Responses in half precision, float64 [N, units], of images as they were read."""
         return uk.unpack(self.keys(images))[0].cpu().double().numpy()
+
+    def magnitudes(self, images: Tensor) -> NDArray[np.float64]:
+        """How large the inputs are, float64 [N, SCALES], of images as they were read; see `state.magnitudes`."""
+        with torch.no_grad():
+            return magnitudes(self._input(images.to(self._device))).cpu().double().numpy()
 
     def keys(self, images: Tensor) -> Tensor:
         """Keys, int64 [N, units], of at most `size` images as they are given to the step; nothing is merged."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unitvis.errors import UnitvisError
 from unitvis.half_precision.candidates import EXTRA_CANDIDATES
-from unitvis.half_precision.step import HALF
+from unitvis.half_precision.step import HALF, Step
 from unitvis.ranking.batches import check_coverage
 from unitvis.ranking.recording import Recording
 from unitvis.ranking.repetition import repetition_warning
@@ -126,12 +126,27 @@ class Recorder(Recording):
         """What half precision leaves to be decided by float32."""
         if len(self.coverage) != self.images:
             raise UnitvisError("ids must come on the CPU, or nothing tells which images can be computed again")
-        return Scanned(self.k, self.topk, self.coverage, self._half_responses, self.precision)
+        return Scanned(
+            self.k,
+            self.topk,
+            self.largest_inputs,
+            self.coverage,
+            responses=self._half_responses,
+            magnitudes=self._magnitudes,
+            precision=self.precision,
+        )
 
     def _half_responses(self, images: Tensor) -> Any:
+        step = self._begun_step(images)
+        return np.concatenate([step.responses(part) for part in torch.split(images, self._size)])
+
+    def _magnitudes(self, images: Tensor) -> Any:
+        return self._begun_step(images).magnitudes(images)
+
+    def _begun_step(self, images: Tensor) -> Step:
         if not self._begun:  # the scan was another process's
             self._begin(images)
-        return np.concatenate([self._step.responses(part) for part in torch.split(images, self._size)])
+        return self._step
 
     def _manifest(self, precision: str) -> dict[str, Any]:
         return {
@@ -183,9 +198,10 @@ class Recorder(Recording):
             self._watch.refuse(hashes=False)
         topk = self.topk.to("cpu")
         seen = np.zeros(0, SEEN) if read_from is None else read_from.noted(topk.images())
-        return Partial(identity, topk, self.coverage.copy(), failures, seconds, seen)
+        return Partial(identity, topk, self.largest_inputs.to("cpu"), self.coverage.copy(), failures, seconds, seen)
 
     def restore(self, part: Partial) -> None:
         """Go on from a snapshot; only before the first image, after `prepare`."""
-        self.topk, self.coverage = part.topk.to(self.network.device), part.coverage.copy()
+        self.topk, self.largest_inputs = part.topk.to(self.network.device), part.largest_inputs.to(self.network.device)
+        self.coverage = part.coverage.copy()
         self.images, self._settled = len(self.coverage), True

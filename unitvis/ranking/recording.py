@@ -24,6 +24,7 @@ from unitvis.ranking.batches import check_coverage, checked_ids, checked_images,
 from unitvis.ranking.watch import WeightsWatch
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
+from unitvis.state.magnitudes import ranked_magnitudes
 from unitvis.state.partial import differences
 from unitvis.state.topk import TopK
 
@@ -70,6 +71,7 @@ class Recording:
         self.k, self.images = k, 0  # images: how many are in the top-k
         self.coverage = IntervalSet()  # the ids in the top-k, where they came on the CPU
         self.topk: TopK  # made with the first batch
+        self.largest_inputs: TopK  # images by the magnitudes of their inputs, in half precision; made with it
         self._layers, self._exclude, self._unit, self._weights = layers, exclude, unit, weights
         self._inside = inside
         self._like: Tensor | None = None  # no images, of the shape and type of those that were taken
@@ -232,12 +234,14 @@ class Recording:
             if not self._begun:
                 with self._passes():
                     self._begin(images[: self._size])
-            before = self.topk.tensor.clone()
+            states = self.topk.tensor, self.largest_inputs.tensor
+            before = [state.clone() for state in states]
             try:
                 for start in range(0, len(ids), self._size):
                     self._fold(images[start : start + self._size], ids[start : start + self._size])
             except BaseException:
-                self.topk.tensor.copy_(before)  # in place: the step, and a graph that was captured, write to it
+                for state, copy in zip(states, before, strict=True):
+                    state.copy_(copy)  # in place: the step, and a graph that was captured, write to it
                 raise
         self.images += len(ids)
         if ids.device.type == "cpu":  # ids that came on a GPU stay unknown
@@ -268,6 +272,7 @@ class Recording:
             # One more than k in float32 tells whether the k-th is tied; in half precision there are candidates.
             places = self.k + (1 if self.precision == "fp32" else EXTRA_CANDIDATES)
             self.topk = TopK.empty(self.network.units, places, self.network.device)
+            self.largest_inputs = ranked_magnitudes(self.network.device, kept=self.precision != "fp32")
         if self.precision == "fp32":
             self._canonical = self._stack.enter_context(self.network.reading())
             self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])
@@ -277,7 +282,9 @@ class Recording:
                     f"batches, so each image is computed alone as well, which takes two to three times as long"
                 )
         else:
-            self._step = self.make_step(self.network, self.topk, images, precision=self.precision, size=self._size)
+            self._step = self.make_step(
+                self.network, self.topk, self.largest_inputs, images, precision=self.precision, size=self._size
+            )
         self._begun = True
 
     def _check_recorded(self) -> None:

@@ -40,7 +40,12 @@ def reranked_run(network: Network, scanned: Scanned, source: Source, manifest: M
     start = time.perf_counter()
     with network.evaluating():
         found = rerank(network, scanned, source)
-    counts = {"images": found.computed, "sample": found.sampled, "doubt": EXCEEDING_PROBABILITY}
+    counts = {
+        "images": found.computed,
+        "sample": found.sampled,
+        "outlying": found.outlying,
+        "doubt": EXCEEDING_PROBABILITY,
+    }
     run = ranked_run(network, found.topk, scanned.k, found.decided, {**manifest, "rescored": counts})
     run.manifest["seconds"]["rescoring"] = time.perf_counter() - start
     run.attach(source)

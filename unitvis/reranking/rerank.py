@@ -22,10 +22,12 @@ from unitvis.half_precision.step import HALF
 from unitvis.half_precision.suitability import unsuitable_layers
 from unitvis.network.network import Network
 from unitvis.reranking.bound import upper_bound
+from unitvis.reranking.outlying import outlying_inputs, outlying_responses
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.reranking.rereading import read_again
 from unitvis.sources import Source
 from unitvis.state.interval_set import IntervalSet
+from unitvis.state.magnitudes import SCALES
 from unitvis.state.sampling import sample
 from unitvis.state.topk import TopK
 
@@ -41,8 +43,10 @@ class Scanned:
 
     k: int
     candidates: TopK  # more than k places a unit, ranked by half precision
+    largest_inputs: TopK  # the images whose inputs are largest, see `state.magnitudes`
     coverage: IntervalSet  # the ids that were scanned
     responses: Callable[[Tensor], Floats]  # images as they were read -> float64 [N, units] in half precision
+    magnitudes: Callable[[Tensor], Floats]  # images as they were read -> float64 [N, SCALES], of their inputs
     precision: str  # of the scan, a name in `HALF`
 
 
@@ -54,17 +58,19 @@ class Reranked:
     decided: NDArray[np.bool_]  # [units]: no other image can enter
     computed: int  # images whose canonical responses were computed
     sampled: int  # of these, images of the sample
+    outlying: int  # of these, images outside of what the sample spans
 
 
 def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
     """Compute canonical responses of what can win until each unit is decided, or as far as that pays.
 
-    network: in eval mode, its layers known. Reads again, once each, a sample of the images and those that can hold a
-    place; where the undecided are few beside what that took, a layer overflowed, or the sample shows that the scan's
-    precision did not suit it, all the rest.
+    network: in eval mode, its layers known. Reads again a sample of the images, those outside of what it spans, and
+    those that can hold a place; where the undecided are few beside what that took, a layer overflowed, or the sample
+    shows that the scan's precision did not suit it, all the rest.
     """
     again = Reranking(network, scanned, source)
     again.compute_sample()
+    again.compute_outlying()
     margins = again.margins()
     k, half = scanned.k, again.half
     kth, last = half[:, min(k, half.shape[1]) - 1], half[:, -1]
@@ -86,7 +92,7 @@ def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
     rest = again.layer_of[~again.decided & (overflowed | pays | again.unsuitable)]
     if len(rest):
         again.compute_all(rest.max())
-    return Reranked(again.topk, again.decided, len(again.computed), again.sampled)
+    return Reranked(again.topk, again.decided, len(again.computed), again.sampled, again.outlying)
 
 
 MIN_VARYING = 16  # images of the sample in which a unit's response must not be its commonest one
@@ -112,6 +118,10 @@ class Reranking:
         self.layer_of = network.layer_of
         self.computed, self._depth = np.zeros(0, np.int64), np.zeros(0, np.int64)  # ids, and of how many layers
         self._half_sample = self._canonical_sample = np.zeros((0, network.units))
+        self._sampled_magnitudes = np.zeros((0, SCALES))
+        # [layers]: how many times as large as those of the sample the numbers that a layer is computed from may be.
+        self._stretch = np.ones(len(network.layers))
+        self.outlying = 0  # images outside of what the sample spans
         self.unsuitable = np.zeros(network.units, bool)  # [units]: of layers whose errors no sample shows
         self._resolution = torch.finfo(HALF[scanned.precision]).eps  # from 1 to the next number
 
@@ -154,11 +164,12 @@ class Reranking:
         """
         ids = sample(self._scanned.coverage.ranges)
         self._canonical_sample = np.concatenate(self.compute(ids, np.full(len(ids), len(self._network.layers))))
-        half, found = [], dict[str, str]()
+        half, magnitudes, found = [], [], dict[str, str]()
         for batch in read_again(self._source, ids):
             half.append(self._scanned.responses(batch.pixels))
+            magnitudes.append(self._scanned.magnitudes(batch.pixels))
             found |= unsuitable_layers(self._network, batch.pixels, self._scanned.precision)
-        self._half_sample = np.concatenate(half)
+        self._half_sample, self._sampled_magnitudes = np.concatenate(half), np.concatenate(magnitudes)
         for layer, own in zip(self._network.layers, self._network.columns, strict=True):
             self.unsuitable[own] = layer.name in found
         if found:
@@ -167,6 +178,24 @@ class Reranking:
                 [layer for layer in self._network.layers if layer.name in found][-1],
             )
             warnings.warn(f"{reason}; all images are computed again in float32 up to layer {last.name!r}")
+
+    def compute_outlying(self) -> None:
+        """The images outside of what the sample spans, in all layers, as many as the scan kept.
+
+        Where others may lie outside, their rounding errors are larger than the sample's in proportion, and so are the
+        margins from here on.
+        """
+        network, kept, candidates = self._network, self._scanned.largest_inputs.read(), self._scanned.candidates.read()
+        outside, self._stretch[:] = outlying_inputs(kept, self._sampled_magnitudes)
+        ids = kept.images[outside]
+        closed = np.maximum(self._canonical_sample, self._half_sample).max(axis=0) <= 0
+        closed &= np.array([layer.feeds_relu for layer in network.layers])[self.layer_of]
+        outside, times = outlying_responses(candidates, self._half_sample, network.columns, closed, self.margins())
+        outside[network.columns[-1]] = False  # no layer reads the last one's responses
+        ids = np.union1d(ids, candidates.images[outside])
+        self.compute(ids, np.full(len(ids), len(network.layers)))
+        self.outlying = len(ids)
+        self._stretch[1:] = np.maximum(self._stretch[1:], np.maximum.accumulate(times)[:-1])
 
     def margins(self) -> Floats:
         """float64 [units]: how far an outsider's response may lie above its value in half precision."""
@@ -185,7 +214,7 @@ class Reranking:
         scale = np.maximum(np.sqrt(square / np.maximum(count, 1)), largest * self._resolution / 4)
         scale[scale == 0] = 1.0  # all zero, in half precision and in float32
         margins = np.empty(len(self.half))
-        for own in self._network.columns:
+        for own, stretch in zip(self._network.columns, self._stretch, strict=True):
             pooled = np.concatenate(
                 [(sampled[:, own] / scale[own]).ravel(), (error / scale[unit])[(unit >= own.start) & (unit < own.stop)]]
             )
@@ -193,7 +222,8 @@ class Reranking:
             # that of the candidates. Those further below have room for larger errors.
             draws = 4.0 * (own.stop - own.start) * self.half.shape[1]
             bound = math.inf if boundless[own].any() else upper_bound(pooled, draws)
-            margins[own] = np.maximum(bound * scale[own], largest[own] * self._resolution / 2)  # a rounding at least
+            least = largest[own] * self._resolution / 2  # a rounding
+            margins[own] = np.maximum(stretch * bound * scale[own], least)
         margins[_rarely_varies(self._half_sample)] = np.inf
         return margins
 

@@ -122,7 +122,8 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     order = sorted(parts, key=lambda name: -len(parts[name].coverage))
     first = order[0]
     merged, seconds = parts[first], parts[first].seconds
-    topk, coverage, failures, seen = merged.topk.to("cpu"), merged.coverage, dict(merged.failures), merged.seen
+    topk, largest_inputs, coverage = merged.topk.to("cpu"), merged.largest_inputs.to("cpu"), merged.coverage
+    failures, seen = dict(merged.failures), merged.seen
     for name in order[1:]:
         part = parts[name]
         refuse_differences(f"{first} and {name} cannot be merged", merged.identity, part.identity)
@@ -142,12 +143,13 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
                 "told apart; merge runs that overlap wholly or not at all"
             )
         topk.merge_all(part.topk)
+        largest_inputs.merge_all(part.largest_inputs)
         coverage, seconds = coverage | part.coverage, seconds + part.seconds
     failed = np.array(sorted(failures), np.int64)
     # An image that one run could not read and another one could is no failure.
     failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}
     seen = seen[np.isin(seen["id"], topk.images())]
-    return Partial(merged.identity, topk, coverage, failures, seconds, seen)
+    return Partial(merged.identity, topk, largest_inputs, coverage, failures, seconds, seen)
 
 
 def _refuse_contradiction(what: str, scanned: Identity, one: TopK, other: TopK, shared: IntervalSet) -> None:

@@ -30,6 +30,7 @@ from unitvis.schema import (
     whole,
 )
 from unitvis.state.interval_set import IntervalSet
+from unitvis.state.magnitudes import ranked_magnitudes
 from unitvis.state.noise_numbers import NUMBERS, changed_layers
 from unitvis.state.topk import TopK
 
@@ -58,7 +59,7 @@ _IDENTITY = SHARED | {
     "shard?": Optional(TEXT),
 }
 _ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": SECONDS}
-FORMAT = 2  # version of the arrays
+FORMAT = 3  # version of the arrays
 OTHER_POSITIONS = "the positions whose boxes lie in the image are not those that were ranked (then and now)"
 PARTIAL_ARRAYS = ("about", "state", "coverage", "failed", "reason", "seen")  # their names
 _NOISE = ("responses", "channels")  # entries of a model that are equal up to rounding, see `noise_numbers`
@@ -72,6 +73,7 @@ class Partial:
 
     identity: Identity  # what must be equal for two of them to be parts of one scan; JSON
     topk: TopK  # on the CPU
+    largest_inputs: TopK  # on the CPU: images by the magnitudes of their inputs, see `ranked_magnitudes`
     coverage: IntervalSet  # ids whose responses are in the top-k
     failures: Mapping[int, str]  # ids that could not be used, with the reason
     seconds: float  # of scanning so far
@@ -110,6 +112,7 @@ class Partial:
         return {
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
             "state": self.topk.tensor.numpy(),
+            "largest_inputs": self.largest_inputs.tensor.numpy(),
             "coverage": self.coverage.ranges,
             "failed": np.array(list(self.failures), np.int64),
             "reason": np.array([number[reason] for reason in self.failures.values()], np.int64),
@@ -130,9 +133,9 @@ class Partial:
             raise ValueError(wrong)
         reasons = [about["reasons"][number] for number in arrays["reason"].tolist()]
         failures = dict(zip(arrays["failed"].tolist(), reasons, strict=True))
-        topk = TopK(torch.from_numpy(arrays["state"]))
+        topk, largest_inputs = (TopK(torch.from_numpy(arrays[name])) for name in ("state", "largest_inputs"))
         coverage = IntervalSet(arrays["coverage"])
-        return cls(about["identity"], topk, coverage, failures, about["seconds"], arrays["seen"])
+        return cls(about["identity"], topk, largest_inputs, coverage, failures, about["seconds"], arrays["seen"])
 
     def write(self, path: Path) -> None:
         """As an npz file, on the disk when this returns."""
@@ -156,7 +159,9 @@ def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> s
     wide = 2 * (identity["k"] + 1) + 2  # see `TopK`; half precision keeps more places
     if state.dtype != np.int64 or state.ndim != 2 or len(state) != units or state.shape[1] < wide or state.shape[1] % 2:
         return f"the state is {state.dtype} {list(state.shape)}, of {units} units"
+    half = identity["precision"] != "fp32"
     lists = {
+        "largest_inputs": tuple(ranked_magnitudes(torch.device("cpu"), kept=half).tensor.shape),
         "coverage": (len(arrays["coverage"]), 2),
         "failed": arrays["reason"].shape,
         "reason": (arrays["failed"].size,),
@@ -173,8 +178,9 @@ def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> s
     seen, failed = arrays["seen"]["id"], arrays["failed"]
     if (np.diff(seen) <= 0).any():
         return "the table of images is not in order"
-    held, covered = TopK(torch.from_numpy(state)).read(), IntervalSet(arrays["coverage"])
-    for ids in (held.images[held.images != -1], seen):
+    held = [TopK(torch.from_numpy(arrays[name])).read().images for name in ("state", "largest_inputs")]
+    covered = IntervalSet(arrays["coverage"])
+    for ids in (*(images[images != -1] for images in held), seen):
         if len(outside := ids[~covered.holds(ids)]):
             return f"image {outside[0]} holds a place, or a line in the table of images, and was not scanned"
     if len(outside := failed[(failed < 0) | (failed >= (np.inf if total is None else total))]):

@@ -21,6 +21,7 @@ from unitvis.half_precision import rewrite, step
 from unitvis.half_precision.capture import ForbidHostSync
 from unitvis.half_precision.step import Step
 from unitvis.network.canonical import canonical_settings
+from unitvis.state.magnitudes import ranked_magnitudes
 from unitvis.state.topk import TopK
 
 
@@ -38,6 +39,7 @@ def stepping(model: nn.Module, images: Tensor, device: str = "cpu", size: int = 
         model,
         dict(zip(layers, units, strict=True)),
         topk,
+        ranked_magnitudes(torch.device(device)),
         axes=dict.fromkeys(layers, 1),
         dtype=torch.float16,
         size=size,
@@ -109,7 +111,9 @@ def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
                 fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
                 holder = module._parameters if name in module._parameters else module._buffers
                 holder[name] = nn.Parameter(fake) if name in module._parameters else fake
-        one.topk = TopK(torch.empty(one.topk.tensor.shape, dtype=torch.int64, device="cuda"))
+        for name in ("topk", "largest_inputs"):
+            state = getattr(one, name).tensor
+            setattr(one, name, TopK(torch.empty(state.shape, dtype=torch.int64, device="cuda")))
         one._device = torch.device("cuda")
         pixels = torch.empty(64, 20, 20, 3, dtype=torch.uint8, device="cuda")
         ids = torch.empty(64, dtype=torch.int64, device="cuda")
@@ -139,11 +143,14 @@ class TestOnAGpu:
         model, images = tiny_net().cuda(), pictures(300)
         captured = on_gpu(model, images)
         assert captured.how["captured"] is True, captured.how
-        assert torch.equal(on_gpu(model, images, pin=True).topk.tensor, captured.topk.tensor)
+        pinned = on_gpu(model, images, pin=True)
+        assert torch.equal(pinned.topk.tensor, captured.topk.tensor)
+        assert torch.equal(pinned.largest_inputs.tensor, captured.largest_inputs.tensor)
         monkeypatch.setattr("unitvis.half_precision.capture.Replay._capture", lambda self: "asked not to")
         eager = on_gpu(model, images)
         assert eager.how["captured"] == "asked not to"
         assert torch.equal(eager.topk.tensor, captured.topk.tensor)
+        assert torch.equal(eager.largest_inputs.tensor, captured.largest_inputs.tensor)
 
     def test_a_scan_is_exact(self) -> None:
         model, images = tiny_net().cuda(), pictures(2000)

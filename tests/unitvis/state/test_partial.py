@@ -24,7 +24,9 @@ def seen(ids: tuple[int, ...] = (2, 7), digest: bytes = bytes(range(16))) -> np.
 def test_state_and_coverage_are_read_as_they_were_written(tmp_path: Path) -> None:
     images = torch.zeros(12, 3, 12, 12)
     part = unitvis.scan(two_convolutions(), images, shard="1/3", progress=False).partial
-    part = Partial(part.identity, part.topk, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5, seen((0, 3)))
+    part = Partial(
+        part.identity, part.topk, part.largest_inputs, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5, seen((0, 3))
+    )
     part.write(tmp_path / "a.npz")
     again = read_partial(tmp_path / "a.npz")
     assert again.identity == part.identity
@@ -39,9 +41,9 @@ def test_state_of_an_older_version_is_refused(tmp_path: Path) -> None:
     del about["format"], arrays["seen"]
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(UnitvisError, match=r"a.npz has format 1, and this version of unitvis reads format 2$"):
+    with pytest.raises(UnitvisError, match=r"a.npz has format 1, and this version of unitvis reads format 3$"):
         read_partial(tmp_path / "a.npz")
-    with pytest.raises(UnitvisError, match=r"a.npz has format 1, .* reads format 2; start again with --overwrite"):
+    with pytest.raises(UnitvisError, match=r"a.npz has format 1, .* reads format 3; start again with --overwrite"):
         Checkpoints(tmp_path / "a.npz").read(Partial.from_arrays, PARTIAL_ARRAYS)
 
 
