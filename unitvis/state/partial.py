@@ -61,7 +61,7 @@ _IDENTITY = SHARED | {
 _ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": SECONDS}
 FORMAT = 3  # version of the arrays
 OTHER_POSITIONS = "the positions whose boxes lie in the image are not those that were ranked (then and now)"
-PARTIAL_ARRAYS = ("about", "state", "coverage", "failed", "reason", "seen")  # their names
+PARTIAL_ARRAYS = ("about", "state", "largest_inputs", "coverage", "failed", "reason", "seen")  # their names
 _NOISE = ("responses", "channels")  # entries of a model that are equal up to rounding, see `noise_numbers`
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])

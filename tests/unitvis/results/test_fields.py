@@ -278,7 +278,7 @@ def with_entry(name: str, value: Any) -> Any:
 
 OTHERS = "does not belong to manifest.json"
 STATE: list[tuple[str, Any, str, str, str]] = [
-    ("format", 3, READ, "has format 3", "has format 3"),
+    ("format", 4, READ, "has format 4", "has format 4"),
     ("identity.model.class", "Other", READ, OTHERS, "model.class is Other and"),
     ("identity.model.parameters", 9, READ, OTHERS, "model.parameters is 9 and"),
     ("identity.model.weights", "00", READ, OTHERS, "model.weights is 00 and"),
@@ -290,7 +290,7 @@ STATE: list[tuple[str, Any, str, str, str]] = [
     ("identity.unit", "neuron", READ, "the state is", "the state is"),
     ("identity.transform.resize", 13, READ, OTHERS, "transform.resize is 13 and 12"),
     ("identity.fingerprint.torch", "x", READ, OTHERS, "fingerprint.torch is x and"),
-    ("identity.precision", "bf16", READ, OTHERS, ""),
+    ("identity.precision", "bf16", READ, "largest_inputs is", "largest_inputs is"),
     ("identity.layers.0", [6, 20, 20], READ, OTHERS, "layers.0 is "),
     ("identity.source.kind", "list", READ, OTHERS, "source.kind is list and folder"),
     ("identity.source.images", 7, READ, OTHERS, "source.images is 7 and 6"),
@@ -301,6 +301,7 @@ STATE: list[tuple[str, Any, str, str, str]] = [
     ("reasons", ["x"], TOLD, "what the scan met", ""),
     ("seconds", 9.0, TOLD, "a time", ""),
     ("state", stronger, VERIFY, "give other responses here", "responses have changed and its images have not"),
+    ("largest_inputs", lambda a: np.zeros((5, 6), np.int64), READ, "largest_inputs is", "largest_inputs is"),
     ("coverage", lambda a: a + 1, READ, "was not scanned", "was not scanned"),
     ("coverage", lambda a: np.array([[0, 2], [4, 5]]), READ, "its coverage is 0 to 1, 4, and that of the run", ""),
     ("failed", lambda a: a + 9, READ, "image 11 is said to have failed, of 6", "image 11 is said to have failed, of 6"),
