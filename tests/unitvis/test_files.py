@@ -22,6 +22,7 @@ from support.memory import tracing
 from unitvis import UnitvisError, files
 from unitvis.drawing import sheets
 from unitvis.files import file_name, make_folder, parsed_json, read_arrays, read_json, replacing, unoccupied
+from unitvis.pages import sprites
 from unitvis.pages.figures import figure
 
 
@@ -229,7 +230,8 @@ def test_pictures_are_not_written_through_links_in_a_run_folder(run: unitvis.Run
     assert {path.suffix for path in written} >= {".png", ".jpg", ".html", ".js", ".css"}
     for path in written:
         for link in (path, path.with_name(f"{path.name}.part")):
-            if path.name != "drawn.json" and "-" not in path.name:  # pictures of an earlier gallery stay as they are
+            # What the model drew for an earlier gallery stays as it is.
+            if path.name != "drawn.json" and not path.name.startswith(sprites.BY_MODEL):
                 link.unlink(missing_ok=True)
                 link.symlink_to(victim)
     sheets.render(run, folder)
@@ -253,10 +255,10 @@ def test_pictures_are_not_written_into_linked_folders(name: str, run: unitvis.Ru
 def test_a_gallery_elsewhere_copies_nothing_but_files(stands: str, run: unitvis.Run, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
-    picture = next((tmp_path / "run" / "gallery").rglob("0-responses.png"))
+    picture = next((tmp_path / "run" / "gallery").rglob("responses-0.png"))
     picture.unlink()
     stand_in(picture, stands, secret)
-    with pytest.raises(UnitvisError, match=r"0-responses.png cannot be used: it is no regular file .*; draw it again"):
+    with pytest.raises(UnitvisError, match=r"responses-0.png cannot be used: it is no regular file .*; draw it again"):
         unitvis.gallery(run, tmp_path / "other")
     assert not any(path.read_bytes() == b"secret" for path in (tmp_path / "other").rglob("*") if path.is_file())
 
@@ -300,8 +302,8 @@ def test_a_file_in_the_place_of_a_folder_is_named(name: str, run: unitvis.Run, t
 
 
 def test_a_folder_in_the_place_of_a_picture_is_named(run: unitvis.Run, tmp_path: Path) -> None:
-    picture = tmp_path / "run" / "gallery" / "layers" / "0" / "1.jpg"
+    picture = tmp_path / "run" / "gallery" / "layers" / "0" / "patches-0.jpg"
     picture.unlink()
     picture.mkdir()
-    with pytest.raises(UnitvisError, match=r"the gallery could not be written into .* Is a directory: '.*1.jpg'"):
+    with pytest.raises(UnitvisError, match=r"could not be written into .* Is a directory: '.*patches-0.jpg'"):
         unitvis.gallery(run, tmp_path / "run")

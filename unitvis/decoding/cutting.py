@@ -15,7 +15,8 @@ from PIL import Image
 
 from unitvis.decoding.contents import Contents, digest
 from unitvis.decoding.geometry import ResizeCrop
-from unitvis.decoding.options import Decoding
+from unitvis.decoding.mosaic import Encoding, cell_scan
+from unitvis.decoding.options import Decoding, check_packed
 from unitvis.errors import UnitvisError
 from unitvis.files import replacing
 
@@ -27,18 +28,36 @@ _REDUCING_GAP = 3.0
 _WHOLE_QUALITY = 80  # of JPEG files
 
 
-class Cuts(NamedTuple):
-    """What is cut from one picture."""
+class Cut(NamedTuple):
+    """A patch that is cut from a picture, and what is made of it."""
 
-    boxes: Sequence[tuple[Box, int]]  # each with the pixels that its patch is wide and high
+    box: Box
+    size: int  # pixels that the patch is wide and high
+    pixels: int | None  # pixels that it is wide and high when it is handed back, reduced if fewer; None: it is not
+    cell: Encoding | None  # how it is encoded as a cell of a JPEG; None: it is not
+
+
+class Cuts(NamedTuple):
+    """What is made of one picture."""
+
+    patches: Sequence[Cut]
     whole: int | None = None  # pixels of the longer side of the whole model input, at most, if that is wanted
+    model_input: bool = False  # whether the pixels that the model gets are wanted
+
+
+class Piece(NamedTuple):
+    """What was made of one patch."""
+
+    pixels: NDArray[np.uint8] | None  # [pixels, pixels, 3]
+    scan: bytes | None  # of a JPEG cell, see `mosaic.cell_scan`
 
 
 class Pieces(NamedTuple):
-    """The pieces of one picture."""
+    """What was made of one picture."""
 
-    patches: list[NDArray[np.uint8]]  # [size, size, 3], one for each box
-    whole: bytes | None  # a JPEG file
+    patches: list[Piece]
+    whole: bytes | None = None  # a JPEG file
+    model_input: NDArray[Any] | None = None  # uint8 [H, W, 3], or float32 [C, H, W], already normalised
 
 
 @dataclass(frozen=True)
@@ -65,18 +84,29 @@ class Cutter:
         data = self.contents.read(place)
         if hashed is not None and digest(data).hex() != hashed:
             return None
-        if packed is not None:
-            self.decoding.check(data, self.geometry, packed)
-        picture = self.decoding.picture(data)
+        if packed is None and not cuts.model_input:
+            picture, pixels = self.decoding.picture(data), None
+        else:
+            picture, pixels = self.decoding.picture_and_pixels(data, self.geometry)
+            if packed is not None:
+                check_packed(pixels, packed)
+                pixels = packed
         to_picture = partial(self.geometry.to_source, width=picture.width, height=picture.height)
-        return pieces(as_seen(picture, grey=self.grey), to_picture, self.input_size, cuts)
+        found = pieces(as_seen(picture, grey=self.grey), to_picture, self.input_size, cuts)
+        return found._replace(model_input=pixels if cuts.model_input else None)
 
 
 def pieces(picture: Image.Image, to_picture: Callable[[Any], Any], input_size: tuple[int, int], cuts: Cuts) -> Pieces:
     """Cut one picture; to_picture: maps a box in model-input pixels to one in the picture."""
-    patches = [np.asarray(cut(picture, to_picture, box, input_size, size)) for box, size in cuts.boxes]
+    patches = []
+    for box, size, pixels, cell in cuts.patches:
+        patch = cut(picture, to_picture, box, input_size, size)
+        scan = None if cell is None else cell_scan(patch, cell)
+        if pixels is not None and pixels != size:
+            patch = patch.resize((pixels, pixels), Image.Resampling.BICUBIC)
+        patches.append(Piece(None if pixels is None else np.asarray(patch), scan))
     if cuts.whole is None:
-        return Pieces(patches, None)
+        return Pieces(patches)
     left, upper, right, lower = to_picture((0, 0, input_size[1], input_size[0]))
     side = min(cuts.whole, round(max(right - left, lower - upper)))
     whole = io.BytesIO()

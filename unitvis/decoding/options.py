@@ -50,11 +50,14 @@ class Decoding:
         """Decode the whole image, upright and never scaled, to cut patches from."""
         return self._decoded(data, lambda image, _: image, None)
 
+    def picture_and_pixels(self, data: bytes, geometry: Geometry) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """What `picture` and `pixels` give, decoded once, unless the pixels are decoded at another scale."""
+        picture = self.picture(data)
+        return picture, self.pixels(data, geometry)[0] if self.scaled else geometry(picture)
+
     def check(self, data: bytes, geometry: Geometry, pixels: NDArray[np.uint8]) -> None:
-        """Raise ImageError unless a file gives these pixels, uint8 [H, W, 3], up to the rounding of decoders."""
-        found, _ = self.pixels(data, geometry)
-        if found.shape != pixels.shape or np.abs(found.astype(np.int16) - pixels).mean() > _ROUNDING:
-            raise ImageError("it does not give the pixels that were packed; pack again")
+        """Raise ImageError unless a file gives these pixels; see `check_packed`."""
+        check_packed(self.pixels(data, geometry)[0], pixels)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Decoding:
@@ -74,3 +77,9 @@ class Decoding:
     ) -> _Result:
         fast = self.decoder == "simplejpeg"
         return decode_sized(data, use, allow_truncated=self.allow_truncated, simplejpeg=fast, wanted_size=wanted_size)
+
+
+def check_packed(found: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
+    """Raise ImageError unless a file gave the pixels [H, W, 3] that were packed, up to the rounding of decoders."""
+    if found.shape != packed.shape or np.abs(found.astype(np.int16) - packed).mean() > _ROUNDING:
+        raise ImageError("it does not give the pixels that were packed; pack again")

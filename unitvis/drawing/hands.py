@@ -20,6 +20,7 @@ from unitvis.results.data import RunData
 from unitvis.sources.base import usable_cores
 
 MIN_FILES = 64  # fewer are cut before processes have started
+AHEAD = 16  # images that are cut ahead of those that are used, so that a compute batch of these keeps nobody waiting
 MAX_OPEN_PICTURES = 16  # at once, however many cores there are: a large photograph takes 100 MB
 
 
@@ -28,11 +29,14 @@ class Hands:
 
     def __init__(self, run: RunData, images: int) -> None:
         self._run = run
-        self._value_range = _value_range(run) if images else (0.0, 1.0)
+        if images:
+            _need_images(run)
         grey = run.manifest["input"][0] == 1
         self._cutter = run.source.cutter(run.input_size, grey=grey) if images else None
+        files = self._cutter is not None
+        self._value_range = _value_range(run) if images and not files else (0.0, 1.0)
         workers = min(usable_cores(), MAX_OPEN_PICTURES)
-        self._ahead = 0 if self._cutter is None else 2 * workers
+        self._ahead = 2 * workers + AHEAD if files else 0
         self._saving: deque[Future[None]] = deque()
         self._executor: Crew | ThreadPoolExecutor | None = None
         if self._cutter is not None:  # a data set of the user's may not expect threads
@@ -112,15 +116,20 @@ class Hands:
             self._run.source.check(self._run.records[image])
         picture, to_picture = self._run.source.picture(image, self._value_range)
         seen = as_seen(picture, grey=self._run.manifest["input"][0] == 1)
-        return pieces(seen, to_picture, self._run.input_size, cuts)
+        found = pieces(seen, to_picture, self._run.input_size, cuts)
+        return found._replace(model_input=self._run.source.read(image).cpu().numpy()) if cuts.model_input else found
 
 
-def _value_range(run: RunData) -> tuple[float, float]:
-    """The values drawn as black and white, one range for the run: measured for normalised floats, else (0, 1)."""
+def _need_images(run: RunData) -> None:
+    """Raise UnitvisError for images that cannot be read again."""
     if not run.source.rereadable:
         raise UnitvisError(
             f"the images came from a {run.source.kind}, which cannot be read again to cut patches from; give the same "
             f"images as a folder, array or dataset: unitvis.load(RUN, images=...) or recorder.result(images=...)"
         )
+
+
+def _value_range(run: RunData) -> tuple[float, float]:
+    """The values drawn as black and white, one range for the run: measured for normalised floats, else (0, 1)."""
     sample = run.winners[:64].tolist()
     return run.source.value_range(sample) if run.source.read(sample[0]).is_floating_point() else (0.0, 1.0)

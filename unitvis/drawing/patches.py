@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from unitvis.choices import CROPS
-from unitvis.decoding.cutting import Box, Cuts
+from unitvis.decoding.cutting import Box, Cut, Cuts
+from unitvis.decoding.mosaic import Encoding
 from unitvis.drawing.hands import Hands
 from unitvis.errors import UnitvisError
 from unitvis.network.receptive_fields.receptive_field import seen_in_part
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.data import RunData
 
-Wanted = Mapping[str, tuple[list[int], str, int]]  # {layer: (units, crop, pixels of a patch)}
 
+class LayerCuts(NamedTuple):
+    """What is cut of a layer."""
+
+    units: Sequence[int]
+    crop: str
+    size: int  # pixels that a patch is wide and high when it is cut
+    pixels: int | None  # pixels that it is wide and high when it is drawn, reduced if fewer; None: it is not drawn
+    drawn: Collection[int] | None = None  # of the units, those whose patches are drawn; None: all
+    cell: Encoding | None = None  # how patches are encoded as cells of JPEG pictures; None: they are not
+
+
+Wanted = Mapping[str, LayerCuts]
 Winners = Mapping[int, list[tuple[int, int]]]  # {image: [(unit, rank)]} of a layer
 Cells = dict[tuple[int, int], Image.Image]  # {(unit, rank): patch}
+Scans = dict[tuple[int, int], bytes]  # {(unit, rank): patch as a cell, see `mosaic.cell_scan`}
 MAX_IMAGE_SIDE = 256  # pixels of the longer side of a whole image
 
 
@@ -89,34 +102,52 @@ def fired_winners(run: RunData, layer: str, units: Iterable[int]) -> dict[int, l
     return by_image
 
 
+class Taker(Protocol):
+    """Takes what is made of whole images, while their patches are cut."""
+
+    def wants_input(self, image: int) -> bool:
+        """Whether `take` needs the pixels that the model gets of an image."""
+
+    def take(self, image: int, whole: bytes, model_input: NDArray[Any] | None) -> None:
+        """Take a JPEG file of the model's whole input, and its pixels; see `Pieces`."""
+
+
 def cut_layers(
-    run: RunData, wanted: Wanted, hands: Hands, *, whole: Callable[[int, bytes], None] | None = None
-) -> Iterator[tuple[str, Cells]]:
+    run: RunData, wanted: Wanted, hands: Hands, taker: Taker | None = None
+) -> Iterator[tuple[str, Cells, Scans]]:
     """Cut the patches of layers, and yield each layer, in their order, as soon as it has all of its patches.
 
     Pictures are read in the order in which layers need them, each once; a box that several winners share, such as the
-    whole image, is cut once. whole: called with each image and a JPEG file of the model's whole input from it.
+    whole image, is cut once.
     """
-    winners = {layer: fired_winners(run, layer, units) for layer, (units, _, _) in wanted.items()}
+    winners = {layer: fired_winners(run, layer, cuts.units) for layer, cuts in wanted.items()}
     images = list(dict.fromkeys(image for by_image in winners.values() for image in by_image))
     missing = {layer: len(by_image) for layer, by_image in winners.items()}
     cells: dict[str, Cells] = {layer: {} for layer in wanted}
+    scans: dict[str, Scans] = {layer: {} for layer in wanted}
     waiting = deque(wanted)
     boxes = _Boxes(run, wanted, winners)
-    tasks = ((image, Cuts(boxes.of(image), None if whole is None else MAX_IMAGE_SIDE)) for image in images)
-    for image, pieces in hands.cut(tasks, len(images)):
+
+    def cuts_of(image: int) -> Cuts:
+        whole = (None, False) if taker is None else (MAX_IMAGE_SIDE, taker.wants_input(image))
+        return Cuts(boxes.of(image), *whole)
+
+    for image, pieces in hands.cut(((image, cuts_of(image)) for image in images), len(images)):
         shown = boxes.taken(image)
-        patches = [Image.fromarray(pixels) for pixels in pieces.patches]
+        patches = [None if pixels is None else Image.fromarray(pixels) for pixels, _ in pieces.patches]
         for layer, unit, rank, number in shown:
-            cells[layer][unit, rank] = patches[number]
+            if (patch := patches[number]) is not None:
+                cells[layer][unit, rank] = patch
+            if (scan := pieces.patches[number].scan) is not None:
+                scans[layer][unit, rank] = scan
         for layer in {layer for layer, *_ in shown}:
             missing[layer] -= 1
-        if whole is not None and pieces.whole is not None:
-            whole(image, pieces.whole)
+        if taker is not None and pieces.whole is not None:
+            taker.take(image, pieces.whole, pieces.model_input)
         while waiting and not missing[waiting[0]]:
-            yield (layer := waiting.popleft()), cells.pop(layer)
+            yield (layer := waiting.popleft()), cells.pop(layer), scans.pop(layer)
     for layer in waiting:  # where no unit fired
-        yield layer, cells.pop(layer)
+        yield layer, cells.pop(layer), scans.pop(layer)
 
 
 class _Boxes:
@@ -124,17 +155,20 @@ class _Boxes:
 
     def __init__(self, run: RunData, wanted: Wanted, winners: Mapping[str, Winners]) -> None:
         self._run, self._wanted, self._winners = run, wanted, winners
+        self._drawn = {layer: cuts.drawn and set(cuts.drawn) for layer, cuts in wanted.items()}
         self._shown: dict[int, list[tuple[str, int, int, int]]] = {}  # of images that are being cut
 
-    def of(self, image: int) -> list[tuple[Box, int]]:
-        """Boxes of an image, each with the pixels of its patch."""
-        numbers: dict[tuple[Box, int], int] = {}
+    def of(self, image: int) -> list[Cut]:
+        """What is cut of an image."""
+        numbers: dict[Cut, int] = {}
         shown = self._shown[image] = []
         for layer, by_image in self._winners.items():
-            _, crop, size = self._wanted[layer]
+            _, crop, size, pixels, _, cell = self._wanted[layer]
+            drawn = self._drawn[layer]
             for unit, rank in by_image.get(image, []):
-                box = drawn_box(self._run[layer], unit, rank, crop, self._run.input_size), size
-                shown.append((layer, unit, rank, numbers.setdefault(box, len(numbers))))
+                box = drawn_box(self._run[layer], unit, rank, crop, self._run.input_size)
+                cut = Cut(box, size, pixels if drawn is None or unit in drawn else None, cell)
+                shown.append((layer, unit, rank, numbers.setdefault(cut, len(numbers))))
         return list(numbers)
 
     def taken(self, image: int) -> list[tuple[str, int, int, int]]:
@@ -144,6 +178,6 @@ class _Boxes:
 
 def patches_by_winner(run: RunData, wanted: Wanted) -> dict[str, Cells]:
     """Cut patches into {layer: {(unit, rank): patch}}."""
-    images = set().union(*(fired_winners(run, layer, units) for layer, (units, _, _) in wanted.items()))
+    images = set().union(*(fired_winners(run, layer, cuts.units) for layer, cuts in wanted.items()))
     with Hands(run, len(images)) as hands:
-        return dict(cut_layers(run, wanted, hands))
+        return {layer: cells for layer, cells, _ in cut_layers(run, wanted, hands)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unitvis.drawing.hands import Hands
-from unitvis.drawing.patches import Cells, crop_of, cut_layers, patches_by_winner
+from unitvis.drawing.patches import Cells, LayerCuts, crop_of, cut_layers, patches_by_winner
 from unitvis.errors import UnitvisError, check_unit, printable
 from unitvis.files import file_name, make_folder
 from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
@@ -24,7 +24,7 @@ Drawn = TypeVar("Drawn", bound=RunData)
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)  # colours of page, text and smaller text
 EMPTY, EMPTY_MARK = (238, 238, 238), (205, 205, 205)  # colours of a placeholder and of the line through it
 _MAX_CHARACTERS = 400  # of a layer's name on a page
-MAX_PIXELS_IN_MEMORY = 400_000_000  # of patches that are held at once while a run is rendered
+MAX_BYTES_IN_MEMORY = 1_200_000_000  # of patches and response maps that are held at once while a run is rendered
 PATCH_SIZE = 112  # pixels of a patch when it is cut: a multiple of 16, so that no block of a JPEG file reaches across
 # Of zlib: what takes more time makes photographs hardly smaller.
 _PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
@@ -34,7 +34,8 @@ _SHEET_PIXELS = 32_000_000  # of a page of a layer's sheet, about; a layer with 
 # Units of a layer that its sheet shows, at most: single neurons are too many to draw them all; channels are so
 # only in a run that no network gave.
 _MAX_ON_SHEET = {"neuron": 1024, "channel": 32_768}
-_WINNER_PIXELS = 200  # whose memory a winner takes beside its patch
+_PATCH_BYTES = 20_000  # that a patch takes for its sheet and as a cell of the gallery, about
+_WINNER_BYTES = 600  # that a winner takes beside its patch
 
 
 def patch(run: RunData, layer: str, unit: int, rank: int, *, crop: str | None, size: int) -> Image.Image:
@@ -43,7 +44,7 @@ def patch(run: RunData, layer: str, unit: int, rank: int, *, crop: str | None, s
     if not 0 <= rank < top.values.shape[1]:
         raise UnitvisError(f"there is no rank {rank}: the run keeps {top.values.shape[1]} winners, from 0")
     run = drawable(run) if rank < MAX_PATCHES else run  # as in the tile
-    cells = patches_by_winner(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
+    cells = patches_by_winner(run, {layer: LayerCuts([unit], crop_of(run, layer, crop), size, size)})[layer]
     return cells.get((unit, rank)) or placeholder(top, unit, rank, size)
 
 
@@ -51,7 +52,7 @@ def tile(run: RunData, layer: str, unit: int, *, crop: str | None, size: int) ->
     """Draw a unit's tile; see `Run.tile`."""
     _checked_layer(run, layer, unit)
     run = drawable(run)
-    cells = patches_by_winner(run, {layer: ([unit], crop_of(run, layer, crop), size)})[layer]
+    cells = patches_by_winner(run, {layer: LayerCuts([unit], crop_of(run, layer, crop), size, size)})[layer]
     return compose(run[layer], unit, cells, size)
 
 
@@ -62,8 +63,8 @@ def sheet(run: RunData, layer: str, units: Sequence[int] | None, *, crop: str | 
     usual = _patch_size(len(chosen))
     refuse_too_many(run, len(chosen), size or usual)
     crop = crop_of(run, layer, crop)
-    cells = patches_by_winner(run, {layer: (chosen, crop, size or PATCH_SIZE)})[layer]
-    return _sheet(run, layer, chosen, crop, size or usual, cells if size else _reduced(cells, usual))
+    cells = patches_by_winner(run, {layer: LayerCuts(chosen, crop, size or PATCH_SIZE, size or usual)})[layer]
+    return _sheet(run, layer, chosen, crop, size or usual, cells)
 
 
 def render(run: RunData, folder: Path, *, crop: str | None = None) -> list[Path]:
@@ -72,40 +73,33 @@ def render(run: RunData, folder: Path, *, crop: str | None = None) -> list[Path]
     run = drawable(run)
     written = []
     for group in memory_groups(run, crop):
-        wanted = {layer: (_units_on_sheet(run[layer]), crop_of(run, layer, crop), PATCH_SIZE) for layer in group}
+        wanted = {layer: on_sheet(run, layer, crop) for layer in group}
         with Hands(run, images_of(run, group)) as hands:
-            for layer, cells in cut_layers(run, wanted, hands):
-                written += write_sheet(run, layer, folder, wanted[layer][1], cells, hands)
+            for layer, cells, _ in cut_layers(run, wanted, hands):
+                written += write_sheet(run, layer, folder, wanted[layer].crop, cells, hands)
     return written
 
 
-def write_sheet(run: RunData, layer: str, folder: Path, crop: str, cells: Cells, hands: Hands) -> list[Path]:
-    """Write the pages of a layer's sheet into folder/sheets; returns their paths.
+def on_sheet(run: RunData, layer: str, crop: str | None) -> LayerCuts:
+    """What is cut for the sheet of a layer."""
+    units = _units_on_sheet(run[layer])
+    return LayerCuts(units, crop_of(run, layer, crop), PATCH_SIZE, _patch_size(len(units)))
 
-    cells: patches of `PATCH_SIZE` pixels of at least the units that a sheet shows; they are drawn smaller.
-    """
+
+def write_sheet(run: RunData, layer: str, folder: Path, crop: str, cells: Cells, hands: Hands) -> list[Path]:
+    """Write the pages of a layer's sheet into folder/sheets; returns their paths. cells: as `on_sheet` says."""
     units = _units_on_sheet(run[layer])
     make_folder(folder / "sheets")
     size = _patch_size(len(units))
-    small = _reduced({winner: cells[winner] for winner in cells if winner[0] in set(units)}, size)
     step = _units_on_page(run, size, _SHEET_PIXELS)
     written = []
     for number, start in enumerate(range(0, len(units), step), 1):
         name = file_name(layer) + (f"+{number}" if number > 1 else "")  # no layer's: there, + is encoded
         path = folder / "sheets" / f"{name}.png"
-        page = _sheet(run, layer, units[start : start + step], crop, size, small)
+        page = _sheet(run, layer, units[start : start + step], crop, size, cells)
         hands.save(page, path, "PNG", **_PNG)
         written.append(path)
     return written
-
-
-def _reduced(cells: Cells, size: int) -> Cells:
-    """Patches at `size` pixels; those that are one picture stay one."""
-    done: dict[int, Image.Image] = {}
-    for patch in cells.values():
-        if id(patch) not in done:
-            done[id(patch)] = patch.resize((size, size), Image.Resampling.BICUBIC)
-    return {winner: done[id(patch)] for winner, patch in cells.items()}
 
 
 def drawable(run: Drawn) -> Drawn:
@@ -135,14 +129,17 @@ def _units_on_page(run: RunData, size: int, pixels: int) -> int:
     return max(1, pixels // ((wide + margin) * (high + 2 * text + margin)))
 
 
-def memory_groups(run: RunData, crop: str | None) -> list[list[str]]:
-    """Split layers into groups whose patches fit in memory together; pictures are read once for each group."""
+def memory_groups(run: RunData, crop: str | None, maps: Mapping[str, int] | None = None) -> list[list[str]]:
+    """Split layers into groups whose patches fit in memory together; pictures are read once for each group.
+
+    maps: bytes of a winner's response map, of the layers that have them.
+    """
     groups: list[list[str]] = [[]]
     held = 0
     for layer in run:
-        need = _different_patches(run, layer, crop_of(run, layer, crop)) * PATCH_SIZE**2
-        need += int(run[layer].fired.sum()) * _WINNER_PIXELS
-        if held + need > MAX_PIXELS_IN_MEMORY and groups[-1]:
+        need = _different_patches(run, layer, crop_of(run, layer, crop)) * _PATCH_BYTES
+        need += int(run[layer].fired.sum()) * (_WINNER_BYTES + (maps or {}).get(layer, 0))
+        if held + need > MAX_BYTES_IN_MEMORY and groups[-1]:
             groups.append([])
             held = 0
         groups[-1].append(layer)

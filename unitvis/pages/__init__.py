@@ -17,12 +17,12 @@ from unitvis.drawing.sheets import drawable
 from unitvis.errors import UnitvisError
 from unitvis.files import make_folder, replacing
 from unitvis.network.network import Network
-from unitvis.pages import earlier, facts, pictures
+from unitvis.pages import earlier, facts, pictures, sprites
 from unitvis.results.data import RunData
 from unitvis.results.folder import holds_run
 from unitvis.state.partial import refuse_another_model
 
-MAX_UNITS = 200_000  # in all layers: each has its own files and its own tile on a page
+MAX_UNITS = 200_000  # in all layers: each has its own tile on a page
 ANOTHER_MODEL = "the model is not the one that was scanned (then and now)"
 _HERE = Path(__file__).parent
 
@@ -71,27 +71,28 @@ def draw(
         )
     if project and model is None:
         raise UnitvisError("projections need the model; give it")
+    network = None
     if model is not None:
         model, _, _ = models.resolved(model)
-        _check_model(run, model, device)
+        network = _checked_network(run, model, device)
     run = drawable(run)
     folder = _prepare_folder(run, path)
     drawn = _earlier_drawings(run, folder, crop)
-    written = pictures.draw_patches(run, folder, crop, with_sheets=with_sheets)
+    written, mapped = pictures.draw_run(run, folder, crop, network, with_sheets=with_sheets)
+    for layer, size in mapped.items():
+        drawn[layer]["responses"] = size
     if model is not None:
         for layer in pictures.draw_filters(model, run, folder):
             drawn[layer]["filters"] = True
-        for layer, kept in pictures.draw_responses(model, run, folder, device).items():
-            drawn[layer]["responses"] = kept
         if project:
             for layer, method in pictures.draw_projections(model, run, folder, crop, device).items():
                 drawn[layer]["projections"] = method
     return _write_pages(run, folder, drawn), written
 
 
-def _check_model(run: RunData, model: nn.Module, device: torch.device | str | None) -> None:
-    """Raise UnitvisError for another model than was scanned: other tensors, modules, or responses of a layer."""
-    network = Network(model, device=device)
+def _checked_network(run: RunData, model: nn.Module, device: torch.device | str | None) -> Network:
+    """The network of a model; UnitvisError for another than was scanned: other tensors, modules, or responses."""
+    network = Network(model, device=device, transform=run.source.transform)
     then = run.manifest["model"]
     refuse_another_model(ANOTHER_MODEL, then, network.description)
     channels, height, width = run.manifest["input"]
@@ -100,6 +101,7 @@ def _check_model(run: RunData, model: nn.Module, device: torch.device | str | No
     if run.manifest["fingerprint"]["torch"] != torch.__version__:
         del now["modules"]  # PyTorch may print them in other words
     refuse_another_model(ANOTHER_MODEL, then, now)
+    return network
 
 
 def _prepare_folder(run: RunData, folder: Path) -> Path:
@@ -142,10 +144,10 @@ def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]]) -
     """Write the page, its script and style, and the run's data; returns the path of index.html."""
     within = folder / "gallery"
     texts = {
-        within / "drawn.json": json.dumps({"run": earlier.run_digest(run), "layers": drawn}),
+        within / "drawn.json": json.dumps(earlier.described(run, drawn)),
         within / "index.js": facts.script("unitvis.index", facts.index(run)),
         **{
-            pictures.layer_folder(folder, layer) / "layer.js": facts.script(
+            sprites.layer_folder(folder, layer) / "layer.js": facts.script(
                 "unitvis.layer", facts.layer(run, layer, drawn[layer])
             )
             for layer in run

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,25 @@ from PIL import Image
 
 from unitvis.decoding.contents import FileContents
 from unitvis.decoding.decode import decode
-from unitvis.drawing.sheets import PATCH_SIZE, tile_columns
+from unitvis.drawing.sheets import PATCH_SIZE
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.files import is_linked, read_json, unoccupied
-from unitvis.pages.pictures import layer_folder, layer_path, sprite_shape
+from unitvis.pages.sprites import (
+    BY_MODEL,
+    FILTERS,
+    PROJECTIONS,
+    Place,
+    layer_folder,
+    layer_path,
+    place_of,
+    sprite_name,
+    sprite_names,
+    sprite_tiles,
+    tile_cells,
+)
 from unitvis.results.data import RunData
 from unitvis.results.schemas import DRAWN
 from unitvis.schema import problem
-
-_OPTIONAL = ("projections.jpg", "responses.png", "filter.png")  # what follows UNIT- in the names of pictures by a model
 
 
 def run_digest(run: RunData) -> str:
@@ -45,7 +57,15 @@ def drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
         drawn = read_json(folder / path)
     except (OSError, ValueError, RecursionError):
         return {}
-    return {} if problem(drawn, DRAWN) or drawn["run"] != run_digest(run) else drawn["layers"]
+    of_now = described(run, {})
+    if problem(drawn, DRAWN) or any(drawn[key] != of_now[key] for key in ("run", "sprite")):
+        return {}
+    return drawn["layers"]
+
+
+def described(run: RunData, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of drawn.json. layers: {layer: {"crop", "filters", ...}}."""
+    return {"run": run_digest(run), "sprite": list(sprite_tiles(run.manifest["k"])), "layers": layers}
 
 
 def projections_of(run: RunData, layer: str, unit: int, crop: str) -> list[Image.Image] | None:
@@ -53,28 +73,34 @@ def projections_of(run: RunData, layer: str, unit: int, crop: str) -> list[Image
     drawn = _own_drawings(run, layer)
     if run.folder is None or not drawn.get("projections") or drawn.get("crop") != crop:
         return None
-    path = layer_path(layer) / f"{unit}-projections.jpg"
-    sprite = _read_picture(run.folder, path)
-    columns = tile_columns(k := run.manifest["k"])
-    if sprite.size != (wanted := sprite_shape(k)):
+    path, place = _sprite_of(run, layer, unit, PROJECTIONS)
+    sprite, (across, down) = _read_picture(run.folder, path), tile_cells(k := run.manifest["k"])
+    wanted = place.columns * across * PATCH_SIZE, place.rows * down * PATCH_SIZE
+    if sprite.size != wanted:
         raise _unusable(run.folder / path, f"{_extent(sprite.size)} pixels, not {_extent(wanted)}")
-    corners = [(rank % columns * PATCH_SIZE, rank // columns * PATCH_SIZE) for rank in range(k)]
-    return [sprite.crop((x, y, x + PATCH_SIZE, y + PATCH_SIZE)) for x, y in corners]
+    left, upper = place.column * across, place.row * down
+    cells = [(left + rank % across, upper + rank // across) for rank in range(k)]
+    return [sprite.crop((PATCH_SIZE * x, PATCH_SIZE * y, PATCH_SIZE * (x + 1), PATCH_SIZE * (y + 1))) for x, y in cells]
 
 
 def filter_of(run: RunData, layer: str, unit: int) -> Image.Image | None:
     """Read a unit's filter from the run's own folder, one pixel for each weight; None without one."""
     if run.folder is None or not _own_drawings(run, layer).get("filters"):
         return None
-    path = layer_path(layer) / f"{unit}-filter.png"
+    path, place = _sprite_of(run, layer, unit, FILTERS)
     image = _read_picture(run.folder, path)
     field = run[layer].info["receptive_field"]
     height, width = field["size"]  # a filter's weights lie in it, next to each other or dilated
     if field["whole_image"] or field["method"] == "unknown":
         height, width = max(height, run.input_size[0]), max(width, run.input_size[1])
-    if image.width > width or image.height > height:
-        raise _unusable(run.folder / path, f"{_extent(image.size)} pixels, more than {_extent((width, height))}")
-    return image
+    most = place.columns * width, place.rows * height
+    if image.width > most[0] or image.height > most[1]:
+        raise _unusable(run.folder / path, f"{_extent(image.size)} pixels, more than {_extent(most)}")
+    if image.width % place.columns or image.height % place.rows:
+        raise _unusable(run.folder / path, f"{_extent(image.size)} pixels, not {place.columns} x {place.rows} filters")
+    wide, high = image.width // place.columns, image.height // place.rows
+    left, upper = place.column * wide, place.row * high
+    return image.crop((left, upper, left + wide, upper + high))
 
 
 def copy_drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
@@ -87,7 +113,7 @@ def copy_drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
     found = drawings(run, run.folder)
     for layer in [layer for layer in run if layer in found]:
         target = layer_folder(folder, layer)
-        for name in (f"{unit}-{kind}" for unit in range(len(run[layer])) for kind in _OPTIONAL):
+        for name in chain.from_iterable(sprite_names(kind, len(run[layer]), run.manifest["k"]) for kind in BY_MODEL):
             path = run.folder / layer_path(layer) / name
             if not os.path.lexists(path):
                 continue
@@ -95,6 +121,12 @@ def copy_drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
                 raise _unusable(path, "it is no regular file in the folder of the run")
             shutil.copyfile(path, unoccupied(target / name))
     return found
+
+
+def _sprite_of(run: RunData, layer: str, unit: int, kind: str) -> tuple[Path, Place]:
+    """The sprite of a unit, relative to the run's folder, and where the unit is in it."""
+    place = place_of(unit, len(run[layer]), run.manifest["k"])
+    return layer_path(layer) / sprite_name(kind, place.first), place
 
 
 def _own_drawings(run: RunData, layer: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from unitvis.attribution.responses import map_area
 from unitvis.drawing.patches import units_at_the_border
 from unitvis.drawing.sheets import tile_columns, unit_name
 from unitvis.files import file_name
+from unitvis.pages.sprites import sprite_tiles
 from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
 from unitvis.results.data import RunData
 
@@ -29,7 +30,9 @@ def index(run: RunData) -> dict[str, Any]:
         "title": title(run),
         "run": f"The {strongest(manifest)} of {manifest['images']:,} images{_data_set_text(manifest)}, for each "
         f"unit of {len(run)} layers; the model's input is {width} x {height} pixels.",
+        "k": manifest["k"],
         "across": tile_columns(manifest["k"]),
+        "sprite": list(sprite_tiles(manifest["k"])),
         "layers": [_layer_entry(run, run[layer]) for layer in run],
         "notes": NOTES,
     }
@@ -48,10 +51,7 @@ def title(run: RunData) -> str:
 
 
 def _layer_entry(run: RunData, top: LayerArrays) -> dict[str, Any]:
-    """Describe one layer for the first page; the units in its strip are evenly spaced among those that fire."""
-    firing = np.flatnonzero(top.fired[:, 0])
-    count = min(UNITS_IN_STRIP, len(firing))
-    strip = firing[np.linspace(0, len(firing) - 1, count).round().astype(int)] if count else firing
+    """Describe one layer for the first page."""
     counts = {
         "dead": int(top.dead.sum()),
         "not separated": int((top.status != SEPARATED).sum()),
@@ -68,8 +68,15 @@ def _layer_entry(run: RunData, top: LayerArrays) -> dict[str, Any]:
         "folder": urllib.parse.quote(file_name(top.name)),
         "units": len(top),
         "facts": ", ".join(facts),
-        "strip": strip.tolist(),
+        "strip": strip(top),
     }
+
+
+def strip(top: LayerArrays) -> list[int]:
+    """The units of a layer that the first page shows, evenly spaced among those that fire."""
+    firing = np.flatnonzero(top.fired[:, 0])
+    count = min(UNITS_IN_STRIP, len(firing))
+    return firing[np.linspace(0, len(firing) - 1, count).round().astype(int)].tolist() if count else []
 
 
 def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +89,6 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     images = np.unique(top.images[top.images >= 0]).tolist()
     return {
         "name": name,
-        "k": run.manifest["k"],
-        "across": tile_columns(run.manifest["k"]),
         "input": [width, height],
         "shows": {"rf": "receptive field", "effective": "effective box", "image": "whole image"}[drawn["crop"]],
         "boxes": top.info["receptive_field"]["method"] != "unknown",

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unitvis.choices import FIGURES
 from unitvis.drawing import sheets
-from unitvis.drawing.patches import crop_of, patches_by_winner
+from unitvis.drawing.patches import LayerCuts, crop_of, patches_by_winner
 from unitvis.drawing.sheets import FAINT, INK, PAPER, PATCH_SIZE, unit_name
 from unitvis.errors import UnitvisError
 from unitvis.pages.earlier import filter_of, projections_of
@@ -69,7 +69,7 @@ def _note(run: RunData, style: str) -> str:
 def _block(run: RunData, layer: str, style: str, units: Sequence[int], crop: str | None) -> Image.Image:
     """Draw one layer: its name, the size of its receptive field, and its tiles, in two halves for a paper."""
     top, kind = run[layer], crop_of(run, layer, crop)
-    cells = patches_by_winner(run, {layer: (list(units), kind, PATCH_SIZE)})[layer]
+    cells = patches_by_winner(run, {layer: LayerCuts(units, kind, PATCH_SIZE, PATCH_SIZE)})[layer]
     halves = [[sheets.compose(top, unit, cells, PATCH_SIZE) for unit in units]]
     if style == "paper":
         halves.insert(0, [_left_tile(run, top, unit, kind) for unit in units])

@@ -26,19 +26,40 @@ const unitvis = (() => {
   const number = (value) => String(Number(Number(value).toPrecision(4)));  // infinite values come as strings
   const noteMark = (note) => (note ? el("em", { title: run.notes[note] }, note) : "");
 
-  /** The cell of one winner in a sprite of all the unit's winners. */
-  function cell(source, data, rank, alt, extra) {
-    const rows = Math.ceil(data.k / data.across);
+  /** A tile among so many in a sprite of at most so many columns: those, its rows, and the column and row of the tile. */
+  function placed(index, count, most) {
+    const columns = Math.min(most, count);
+    return { columns, rows: Math.ceil(count / columns), column: index % columns, row: Math.floor(index / columns) };
+  }
+
+  /** The file and the place of a unit's tile in a sprite, which holds a block of units. */
+  function tileOf(layer, unit, kind) {
+    const [columns, rows] = run.sprite, first = unit - (unit % (columns * rows));
+    const ending = kind === "responses" || kind === "filters" ? ".png" : ".jpg";
+    return { source: file(layer, `${kind}-${first}${ending}`),
+      ...placed(unit - first, Math.min(columns * rows, layer.units - first), columns) };
+  }
+
+  /** The style of an element that shows one of `columns` x `rows` equal parts of a picture. */
+  function part(source, columns, rows, column, row) {
     const at = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0) + "%";
-    const style = `background-image:url("${source}");background-size:${100 * data.across}% ${100 * rows}%;` +
-      `background-position:${at(rank % data.across, data.across)} ${at(Math.floor(rank / data.across), rows)};`;
+    return `background-image:url("${source}");background-size:${100 * columns}% ${100 * rows}%;` +
+      `background-position:${at(column, columns)} ${at(row, rows)};`;
+  }
+
+  /** The cell of one winner in a sprite. */
+  function cell(layer, unit, kind, rank, alt, extra) {
+    const { source, columns, rows, column, row } = tileOf(layer, unit, kind), down = Math.ceil(run.k / run.across);
+    const style = part(source, columns * run.across, rows * down,
+      column * run.across + (rank % run.across), row * down + Math.floor(rank / run.across));
     return el("div", { class: "cell", role: "img", "aria-label": alt, title: alt, style: style + (extra || "") });
   }
 
-  /** The sprite of a unit's patches, with lines between them. */
-  function patches(layer, unit, across, alt) {
-    return el("span", { class: "patches", style: `--across:${across}` },
-      el("img", { src: file(layer, unit + ".jpg"), loading: "lazy", decoding: "async", alt }));
+  /** A tile of a unit's patches, with lines between them. */
+  function patches({ source, columns, rows, column, row }, alt) {
+    const style = `width:${100 * columns}%;height:${100 * rows}%;left:${-100 * column}%;top:${-100 * row}%`;
+    return el("span", { class: "patches", style: `--across:${run.across};--down:${Math.ceil(run.k / run.across)}` },
+      el("img", { src: source, style, loading: "lazy", decoding: "async", alt }));
   }
 
   // --- the first page ---
@@ -47,8 +68,9 @@ const unitvis = (() => {
     const rows = run.layers.map((layer) => el("li", {},
       el("h2", {}, el("a", { href: link(layer.name) }, layer.name)),
       el("p", {}, layer.facts),
-      el("div", { class: "strip" }, ...layer.strip.map((unit) => el("a", { href: link(layer.name, unit) },
-        patches(layer, unit, run.across, `Patches of unit ${unit} of ${layer.name}`))))));
+      el("div", { class: "strip" }, ...layer.strip.map((unit, index) => el("a", { href: link(layer.name, unit) },
+        patches({ source: file(layer, "strip.jpg"), ...placed(index, layer.strip.length, run.sprite[0]) },
+          `Patches of unit ${unit} of ${layer.name}`))))));
     return [el("h1", {}, run.title), el("p", {}, run.run),
       el("p", {}, "Each square below is one unit: the pieces of images that excite it most, strongest first. " +
         "Layers are in the order in which an image passes through them."),
@@ -67,15 +89,16 @@ const unitvis = (() => {
     const data = layer.data, winner = data.winners[unit][0], note = data.notes[unit];
     const text = `Unit ${label(data, unit)}: ` + (data.fired[unit] ? `its ${data.fired[unit]} strongest patches` : note);
     return el("a", { class: "tile", href: link(layer.name, unit), id: "unit-" + unit },
-      patches(layer, unit, data.across, text),
+      patches(tileOf(layer, unit, "patches"), text),
       data.filters ? filter(layer, unit) : "",
       el("b", {}, label(data, unit)), noteMark(note),
       el("span", { class: "value", title: "largest response" }, winner && note !== "dead" ? number(winner[0]) : ""));
   }
 
   function filter(layer, unit) {
-    return el("img", { class: "filter", src: file(layer, unit + "-filter.png"), loading: "lazy", width: 32, height: 32,
-      alt: `Weights of unit ${unit}`, title: "the unit's weights; grey is 0" });
+    const { source, columns, rows, column, row } = tileOf(layer, unit, "filters");
+    return el("span", { class: "filter", role: "img", style: part(source, columns, rows, column, row),
+      "aria-label": `Weights of unit ${unit}`, title: "the unit's weights; grey is 0" });
   }
 
   function layerPage(layer) {
@@ -114,14 +137,14 @@ const unitvis = (() => {
       const x = Math.floor((left + right - side) / 2), y = Math.floor((top + bottom - side) / 2);
       boxes.push(frame("effective", [x, y, x + side, y + side], data));
     }
-    const pictures = [named("patch: " + data.shows, cell(file(layer, unit + ".jpg"), data, rank, `Patch of ${name}`))];
+    const pictures = [named("patch: " + data.shows, cell(layer, unit, "patches", rank, `Patch of ${name}`))];
     if (data.projections) pictures.push(named("projection",
-      cell(file(layer, unit + "-projections.jpg"), data, rank, `Projection of the response to ${name}`)));
+      cell(layer, unit, "projections", rank, `Projection of the response to ${name}`)));
     pictures.push(named("whole image", scene(data, image, `Whole image ${name}`, ...boxes)));
     if (data.responses) {
       const [x, y, x2, y2] = data.responses.area;
       pictures.push(named("response map", scene(data, image, `Whole image ${name}`,
-        cell(file(layer, unit + "-responses.png"), data, rank, `Response map for ${name}`,
+        cell(layer, unit, "responses", rank, `Response map for ${name}`,
           `left:${100 * x}%;top:${100 * y}%;width:${100 * (x2 - x)}%;height:${100 * (y2 - y)}%`))));
     }
     return el("li", {}, el("div", { class: "pictures", "data-count": pictures.length }, ...pictures),

@@ -8,8 +8,9 @@ index.html
 gallery/               script, style and data of the page
   drawn.json           which of the optional files below exist
   images/ID.jpg        the model's input, cut from the picture
-  layers/LAYER/        UNIT.jpg: a unit's patches as one picture; with the model also UNIT-projections.jpg,
-                       UNIT-responses.png and UNIT-filter.png
+  layers/LAYER/        patches-UNIT.jpg: the patches of some dozen units from this one on as one picture, see
+                       pages/sprites.py; with the model also projections-UNIT.jpg, responses-UNIT.png and
+                       filters-UNIT.png; strip.jpg: those of a few units, for the first page
 """
 
 from __future__ import annotations

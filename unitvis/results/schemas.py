@@ -81,6 +81,7 @@ MANIFEST = _MANIFEST | {"layers": ByName(_RANKED_LAYER)}
 RECORD = {"id": COUNT, "name": TEXT, "width?": Optional(COUNT), "height?": Optional(COUNT), "hash?": Optional(TEXT)}
 DRAWN = {
     "run": TEXT,
+    "sprite": (_SIDE, _SIDE),
     "layers": ByName(
         {
             "crop?": choice("rf", "effective", "image"),

@@ -43,5 +43,5 @@ def test_filters_of_a_model_in_another_precision(dtype: torch.dtype, tmp_path: P
     run = unitvis.scan(model, torch.rand(3, 3, 8, 8), layers=["1", "3"], progress=False)
     np.testing.assert_array_equal(first_filters(model, run)["1"], model[0].weight.detach().float().numpy())
     unitvis.gallery(run, tmp_path / "gallery", model, project=True)
-    assert list((tmp_path / "gallery").rglob("1-filter.png"))
+    assert list((tmp_path / "gallery").rglob("filters-0.png"))
     assert {p.dtype for p in model.parameters()} == {dtype}

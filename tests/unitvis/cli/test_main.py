@@ -395,7 +395,7 @@ def test_a_command_says_where_its_time_went_and_what_ctrl_c_left(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unitvis.pages.pictures.draw_patches", interrupted)
+    monkeypatch.setattr("unitvis.pages.pictures.draw_run", interrupted)
     code, _, error = call(capsys, *scan, "-o", tmp_path / "other")
     assert code == 130
     assert f"the run in {tmp_path / 'other'} is complete, but not all of its pictures are drawn" in error

@@ -37,8 +37,8 @@ def test_of_many_winners_the_strongest_are_drawn_and_the_others_named(tmp_path: 
     assert run.sheet("0").width < 2000
     run.save(tmp_path / "run")
     unitvis.gallery(run, tmp_path / "run")
-    with Image.open(tmp_path / "run" / "gallery" / "layers" / "0" / "0.jpg") as sprite:
-        assert sprite.size == (5 * 112, 5 * 112)
+    with Image.open(tmp_path / "run" / "gallery" / "layers" / "0" / "patches-0.jpg") as sprite:
+        assert sprite.size == (2 * 5 * 112, 5 * 112)
     said = (tmp_path / "run" / "gallery" / "index.js").read_text()
     assert "The 25 strongest (100 are kept) of 100 images" in said
     assert unitvis.load(tmp_path / "run")["0"].values.shape == (2, 100)

@@ -15,7 +15,7 @@ from torch import nn
 
 import unitvis
 from support.galleries import HOSTILE, ODD, data, network, scanned
-from unitvis.pages import pictures
+from unitvis.pages import sprites
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -190,10 +190,12 @@ def test_a_units_view_shows_its_numbers_and_boxes(visit: Visit) -> None:
     value, _, row, column, *box = _winner(visit.folder, 3, 0)
     sync_api.expect(first).to_contain_text(f"row {row}, column {column} of the map")
     sync_api.expect(first.locator("b")).to_have_text(f"1. {float(f'{value:.4g}'):g}")
-    for rank, place in ((0, "0% 0%"), (5, "100% 50%")):
+    # Unit 3 is the fourth of six tiles of 3 x 3 cells: its cells are in the columns 9 to 11 of 18, in 3 rows.
+    for rank, place in ((0, f"{100 * 9 / 17:.3f}% 0%"), (5, f"{100 * 11 / 17:.3f}% 50%")):
         patch = page.locator(".winners li").nth(rank).locator(".cell").first
         style = patch.evaluate("(e) => [getComputedStyle(e).backgroundSize, getComputedStyle(e).backgroundPosition]")
-        assert style == ["300% 300%", place]
+        x, y = (float(side.strip("%")) for side in style[1].split())
+        assert [style[0], f"{x:.3f}% {y:g}%"] == ["1800% 300%", place]
     for image in first.locator("img").all():  # an image that comes later would move the boxes
         visit.loaded(image)
     scene = first.locator(".scene").first.bounding_box()
@@ -208,7 +210,7 @@ def test_a_units_view_shows_its_numbers_and_boxes(visit: Visit) -> None:
 
 
 def _winner(folder: Path, unit: int, rank: int) -> list:
-    return data(pictures.layer_folder(folder, ODD) / "layer.js")["winners"][unit][rank]
+    return data(sprites.layer_folder(folder, ODD) / "layer.js")["winners"][unit][rank]
 
 
 def test_a_hostile_file_name_shows_as_text(visit: Visit) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import unitvis
 from support.galleries import ODD, data, network, photographs, scanned
 from unitvis import UnitvisError, cli
-from unitvis.drawing import colours, patches
-from unitvis.pages import facts, pictures
+from unitvis.drawing import colours, patches, sheets
+from unitvis.pages import facts, sprites
 
 # A layer whose every neuron sees the whole image, and one about which nothing is known.
 UNKNOWN_AND_WHOLE = """
@@ -49,14 +49,21 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[unitvis.Run, Path]:
 
 
 def unit_file(folder: Path, layer: str, name: str) -> np.ndarray:
-    with Image.open(pictures.layer_folder(folder, layer) / name) as image:
+    with Image.open(sprites.layer_folder(folder, layer) / name) as image:
         return np.asarray(image.convert("RGBA")).astype(int)
 
 
-def place(sprite: np.ndarray, rank: int) -> np.ndarray:
-    """One of nine."""
-    height, width = sprite.shape[0] // 3, sprite.shape[1] // 3
-    return sprite[rank // 3 * height :, rank % 3 * width :][:height, :width]
+def tile(sprite: np.ndarray, unit: int, units: int) -> np.ndarray:
+    """The tile of one of so many units in a sprite of six columns of tiles."""
+    columns = min(6, units)
+    height, width = sprite.shape[0] // -(-units // 6), sprite.shape[1] // columns
+    return sprite[unit // columns * height :, unit % columns * width :][:height, :width]
+
+
+def place(tile: np.ndarray, rank: int) -> np.ndarray:
+    """One of nine cells."""
+    height, width = tile.shape[0] // 3, tile.shape[1] // 3
+    return tile[rank // 3 * height :, rank % 3 * width :][:height, :width]
 
 
 def test_each_unit_has_its_pictures(shown: tuple[unitvis.Run, Path]) -> None:
@@ -66,28 +73,29 @@ def test_each_unit_has_its_pictures(shown: tuple[unitvis.Run, Path]) -> None:
     projections = {(p.layer, p.unit, p.rank): p for p in unitvis.project(model, run)}
     for layer, unit, rank in (("first", 0, 0), ("first", 11, 8), (ODD, 3, 4), (ODD, 5, 1)):
         top = run[layer]
-        size = pictures.PATCH_SIZE
+        size, units = sheets.PATCH_SIZE, len(top)
+
+        def found(name: str, unit: int = unit, rank: int = rank, layer: str = layer, units: int = units) -> np.ndarray:
+            return place(tile(unit_file(folder, layer, name), unit, units), rank)
+
         patch = np.asarray(run.patch(layer, unit, rank, size=size)).astype(int)
-        assert abs(place(unit_file(folder, layer, f"{unit}.jpg"), rank)[..., :3] - patch).mean() < 6
+        assert abs(found("patches-0.jpg")[..., :3] - patch).mean() < 6
 
         box = patches.drawn_box(top, unit, rank, patches.crop_of(run, layer, None), (33, 45))
         projection = np.asarray(projections[layer, unit, rank].picture(box, size)).astype(int)
-        found = place(unit_file(folder, layer, f"{unit}-projections.jpg"), rank)[..., :3]
-        assert abs(found - projection).mean() < 6
+        assert abs(found("projections-0.jpg")[..., :3] - projection).mean() < 6
 
         pixels = run.source.transform.normalize(run.source.read(int(top.images[unit, rank]))[None])[0]
         levels = colours.heat_levels(unitvis.response_map(model, pixels, layer, unit).map)
-        np.testing.assert_array_equal(
-            place(unit_file(folder, layer, f"{unit}-responses.png"), rank), colours.HEAT[levels]
-        )
+        np.testing.assert_array_equal(found("responses-0.png"), colours.HEAT[levels])
     weights = model.first.weight.detach()[7].numpy()
-    filters = unit_file(folder, "first", "7-filter.png")[..., :3]
+    filters = tile(unit_file(folder, "first", "filters-0.png"), 7, 12)[..., :3]
     np.testing.assert_array_equal(filters, np.asarray(colours.signed(weights)))
     whole = np.asarray(Image.open(folder / "gallery" / "images" / f"{run['first'].images[0, 0]}.jpg")).astype(int)
     assert whole.shape == (44, 60, 3)
     picture, _ = run.source.picture(int(run["first"].images[0, 0]))
     assert abs(whole - np.asarray(picture).astype(int)).mean() < 6
-    struck = unit_file(folder, "first", "4.jpg")[..., :3]
+    struck = tile(unit_file(folder, "first", "patches-0.jpg"), 4, 12)[..., :3]
     assert abs(struck - 238).max() < 45  # dead: nothing but empty places, struck out
 
 
@@ -99,7 +107,7 @@ def test_the_pages_say_what_was_found(shown: tuple[unitvis.Run, Path]) -> None:
     assert 4 not in index["layers"][0]["strip"]
     assert "9 strongest of 12 images of photos" in index["run"]
     for layer, entry in zip(run.layers, index["layers"], strict=True):
-        page = data(pictures.layer_folder(folder, layer) / "layer.js")
+        page = data(sprites.layer_folder(folder, layer) / "layer.js")
         top = run[layer]
         assert page["name"] == layer
         assert len(page["winners"]) == entry["units"] == len(top)
@@ -113,7 +121,7 @@ def test_the_pages_say_what_was_found(shown: tuple[unitvis.Run, Path]) -> None:
                     *top.boxes[unit, rank],
                 ]
         assert page["fired"] == top.fired.sum(axis=1).tolist()
-    first = data(pictures.layer_folder(folder, "first") / "layer.js")
+    first = data(sprites.layer_folder(folder, "first") / "layer.js")
     assert first["notes"] == ["dead" if unit == 4 else "" for unit in range(12)]
     assert page["notes"][0] == "constant"
     said = " ".join(f"{question} {answer}" for question, answer in first["answers"])
@@ -227,16 +235,16 @@ def test_what_the_model_drew_stays_until_it_no_longer_holds(tmp_path: Path) -> N
     run = scanned(tmp_path)
     run.save(tmp_path / "run")
     page = unitvis.gallery(run, tmp_path / "run", network(), project=True).parent
-    first = pictures.layer_folder(page, "first")
-    before = (first / "1-responses.png").read_bytes()
+    first = sprites.layer_folder(page, "first")
+    before = (first / "responses-0.png").read_bytes()
 
     again = unitvis.load(tmp_path / "run")
     unitvis.gallery(again, tmp_path / "run")
     assert data(first / "layer.js")["projections"] == "deconvnet (no ReLU lies below)"
     other = unitvis.gallery(again, tmp_path / "other").parent  # taken along
-    assert (pictures.layer_folder(other, "first") / "1-responses.png").read_bytes() == before
-    assert (pictures.layer_folder(other, ODD) / "1-projections.jpg").is_file()
-    assert data(pictures.layer_folder(other, "first") / "layer.js")["filters"]
+    assert (sprites.layer_folder(other, "first") / "responses-0.png").read_bytes() == before
+    assert (sprites.layer_folder(other, ODD) / "projections-0.jpg").is_file()
+    assert data(sprites.layer_folder(other, "first") / "layer.js")["filters"]
 
     unitvis.gallery(again, tmp_path / "run", crop="image")  # other patches, so the projections do not stand beside them
     assert data(first / "layer.js")["projections"] is None
@@ -248,7 +256,7 @@ def test_what_the_model_drew_stays_until_it_no_longer_holds(tmp_path: Path) -> N
     few = unitvis.scan(network(), torch.rand(2, 3, 33, 45), "first", progress=False)
     unitvis.gallery(few, other)  # takes the other's place
     assert [path.name for path in (other / "gallery" / "layers").iterdir()] == ["first"]
-    assert data(pictures.layer_folder(other, "first") / "layer.js")["responses"] is None
+    assert data(sprites.layer_folder(other, "first") / "layer.js")["responses"] is None
 
 
 def test_a_gallery_is_refused_where_it_would_be_wrong(tmp_path: Path) -> None:
@@ -292,7 +300,7 @@ def test_neurons_infinite_values_and_blanks(tmp_path: Path) -> None:
     model.conv.weight.data.fill_(1)
     run = unitvis.scan(model, images, unit="neuron", progress=False)
     folder = unitvis.gallery(run, tmp_path / "g", model).parent
-    page = data(pictures.layer_folder(folder, "conv") / "layer.js")
+    page = data(sprites.layer_folder(folder, "conv") / "layer.js")
     assert page["labels"][:4] == ["0/0/0", "0/0/1", "0/0/2", "0/1/0"]
     assert page["winners"][0][0][0] == "Infinity"
     assert len(page["winners"][0]) == 3
@@ -307,10 +315,10 @@ def test_large_maps_are_kept_as_maxima_of_blocks(tmp_path: Path) -> None:
     images[:, :, 44, 112] = 1.0
     run = unitvis.scan(model, images, progress=False)
     folder = unitvis.gallery(run, tmp_path / "g", model).parent
-    kept = place(unit_file(folder, "0", "0-responses.png"), 0)
+    kept = place(unit_file(folder, "0", "responses-0.png"), 0)
     assert kept.shape == (30, 38, 4)  # blocks of 3
     assert np.argwhere(kept[..., 3] > 0).tolist() == [[14, 37]]
-    area = data(pictures.layer_folder(folder, "0") / "layer.js")["responses"]["area"]
+    area = data(sprites.layer_folder(folder, "0") / "layer.js")["responses"]["area"]
     np.testing.assert_allclose(area, [0, 0, 114 / 113, 1], atol=1e-9)
 
 
@@ -325,7 +333,7 @@ def test_commands_draw_the_gallery(tmp_path: Path, capsys: pytest.CaptureFixture
     sizes = ["--resize", "20x20"]
     assert cli.main(["scan", spec, str(photos), "-o", str(run), "--project", *sizes]) == cli.DONE
     assert f"gallery: open {run / 'index.html'} in a browser" in capsys.readouterr().out
-    layer = pictures.layer_folder(run, "2") / "layer.js"
+    layer = sprites.layer_folder(run, "2") / "layer.js"
     assert data(layer)["projections"].startswith("deconvnet (no max-pooling")
     assert cli.main(["render", str(run), "--crop", "image"]) == cli.DONE
     assert data(layer)["projections"] is None
