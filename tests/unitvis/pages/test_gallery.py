@@ -95,7 +95,7 @@ def test_each_unit_has_its_pictures(shown: tuple[unitvis.Run, Path]) -> None:
     assert whole.shape == (44, 60, 3)
     picture, _ = run.source.picture(int(run["first"].images[0, 0]))
     assert abs(whole - np.asarray(picture).astype(int)).mean() < 6
-    struck = tile(unit_file(folder, "first", "patches-0.jpg"), 4, 12)[..., :3]
+    struck = tile(unit_file(folder, "first", "patches-0.jpg"), 4, 12)[1:-1, 1:-1, :3]  # JPEG colours cross borders
     assert abs(struck - 238).max() < 45  # dead: nothing but empty places, struck out
 
 
