@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.drawing.patches import Cells, LayerCuts, crop_of, drawn_boxes, patches_by_winner
+from unitvis.drawing.patches import Cells, crop_of, drawn_boxes, patches_by_winner
 from unitvis.drawing.sheets import FAINT, INK, PAPER, compose, drawable, fitting_name
 from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays, extent_text

@@ -154,7 +154,8 @@ class _Boxes:
     """The boxes of each image that are cut, equal ones once, and which winners show them."""
 
     def __init__(self, run: RunData, wanted: Wanted, winners: Mapping[str, Winners]) -> None:
-        self._run, self._wanted, self._winners = run, wanted, winners
+        self._wanted, self._winners = wanted, winners
+        self._boxes = {layer: drawn_boxes(run[layer], cuts.crop, run.input_size) for layer, cuts in wanted.items()}
         self._drawn = {layer: cuts.drawn and set(cuts.drawn) for layer, cuts in wanted.items()}
         self._shown: dict[int, list[tuple[str, int, int, int]]] = {}  # of images that are being cut
 
@@ -163,11 +164,10 @@ class _Boxes:
         numbers: dict[Cut, int] = {}
         shown = self._shown[image] = []
         for layer, by_image in self._winners.items():
-            _, crop, size, pixels, _, cell = self._wanted[layer]
-            drawn = self._drawn[layer]
+            cuts, boxes, drawn = self._wanted[layer], self._boxes[layer], self._drawn[layer]
             for unit, rank in by_image.get(image, []):
-                box = drawn_box(self._run[layer], unit, rank, crop, self._run.input_size)
-                cut = Cut(box, size, pixels if drawn is None or unit in drawn else None, cell)
+                pixels = cuts.pixels if drawn is None or unit in drawn else None
+                cut = Cut(tuple(boxes[unit, rank].tolist()), cuts.size, pixels, cuts.cell)
                 shown.append((layer, unit, rank, numbers.setdefault(cut, len(numbers))))
         return list(numbers)
 
