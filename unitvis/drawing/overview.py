@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from unitvis.drawing.patches import Cells, crop_of, drawn_boxes, patches_by_winner
+from unitvis.drawing.patches import Cells, LayerCuts, crop_of, drawn_boxes, patches_by_winner
 from unitvis.drawing.sheets import FAINT, INK, PAPER, compose, drawable, fitting_name
 from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays, extent_text
@@ -80,7 +80,8 @@ def firing_units(top: LayerArrays) -> list[int]:
 def cells_of(run: RunData, units: Mapping[str, Sequence[int]]) -> dict[str, Cells]:
     """Patches of units, by layer, at the slide's size."""
     return patches_by_winner(
-        run, {name: (list(own), crop_of(run, name, None), PATCH_SIZE) for name, own in units.items()}
+        run,
+        {name: LayerCuts(own, crop_of(run, name, None), PATCH_SIZE, PATCH_SIZE) for name, own in units.items()},
     )
 
 
