@@ -9,6 +9,7 @@ from unitvis.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from unitvis.attribution.deconvnet import Projection, project
+    from unitvis.attribution.feature_maps import FeatureMaps, feature_maps
     from unitvis.attribution.responses import ResponseMap, response_map
     from unitvis.network.receptive_fields.fields import receptive_field
     from unitvis.network.receptive_fields.receptive_field import ReceptiveField
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from unitvis.sources.transform import Transform
 
 __all__ = [
+    "FeatureMaps",
     "ImageError",
     "Interrupted",
     "LayerTop",
@@ -31,6 +33,7 @@ __all__ = [
     "Run",
     "Transform",
     "UnitvisError",
+    "feature_maps",
     "gallery",
     "load",
     "merge",
@@ -43,6 +46,7 @@ __all__ = [
 
 # Where the names are that need PyTorch, which takes seconds to import: they are looked up when they are first used.
 _MODULES = {
+    "FeatureMaps": "attribution.feature_maps",
     "LayerTop": "run",
     "Projection": "attribution.deconvnet",
     "ReceptiveField": "network.receptive_fields.receptive_field",
@@ -50,6 +54,7 @@ _MODULES = {
     "ResponseMap": "attribution.responses",
     "Run": "run",
     "Transform": "sources.transform",
+    "feature_maps": "attribution.feature_maps",
     "gallery": "pages",
     "load": "run",
     "merge": "scanning.merge",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from unitvis.drawing.notebook import png
 from unitvis.errors import check_unit
 from unitvis.network.network import Network
 from unitvis.network.receptive_fields.fields import receptive_field
+from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.sources import open_source
 from unitvis.sources.transform import Transform
 
@@ -72,6 +73,36 @@ def response_map(
     picture into the model's input; None: that of a model given by name. Raises UnitvisError for a layer or unit that
     does not exist.
     """
+    seen = seen_by(model, image, layer, transform=transform, device=device)
+    check_unit(layer, unit, seen.maps.shape[0])
+    value, flat = (tensor[0, unit].item() for tensor in uk.unpack(uk.spatial_argmax(seen.maps[None])))
+    row, column = divmod(int(flat), seen.maps.shape[2])
+    field = seen.field
+    left, upper, right, lower = field.boxes(unit, row, column)[0].tolist()
+    first = field.boxes(unit, 0, 0)[0].tolist()
+    area = map_area(field.stride, field.whole_image, first, (0, 0), field.map_size, field.input_size)
+    box = left, upper, right, lower
+    return ResponseMap(layer, unit, seen.maps[unit].cpu().numpy(), value, (row, column), box, area, seen.picture)
+
+
+class Seen(NamedTuple):
+    """A layer's responses to one image."""
+
+    maps: Tensor  # float32 [C, H, W]
+    field: ReceptiveField
+    picture: Image.Image  # the model's input, cut from the original picture
+    network: Network
+
+
+def seen_by(
+    model: nn.Module | str | models.Loaded,
+    image: Any,
+    layer: str,
+    *,
+    transform: Transform | None = None,
+    device: torch.device | str | None = None,
+) -> Seen:
+    """Compute all responses of a layer to one image, by the canonical pass; see `response_map`."""
     model, own_transform, _ = models.resolved(model)
     transform = transform or own_transform
     images = image[None] if isinstance(image, np.ndarray | Tensor) else [image]
@@ -83,19 +114,10 @@ def response_map(
     field = receptive_field(network.model, layer, shape)
     with network.evaluating(), network.reading_maps([layer], shape) as canonical:
         canonical.maps(pixels, lambda _, found: maps.append(found.clone()))
-    channels, _, width = maps[0].shape[1:]
-    check_unit(layer, unit, channels)
-    value, flat = (tensor[0, unit].item() for tensor in uk.unpack(uk.spatial_argmax(maps[0])))
-    row, column = divmod(int(flat), width)
-    left, upper, right, lower = field.boxes(unit, row, column)[0].tolist()
     size = field.input_size
     picture, to_picture = source.picture(0, source.value_range([0]))
     shown = whole_input(as_seen(picture, grey=shape[0] == 1), to_picture, size, max(size))
-    first = field.boxes(unit, 0, 0)[0].tolist()
-    area = map_area(field.stride, field.whole_image, first, (0, 0), field.map_size, size)
-    return ResponseMap(
-        layer, unit, maps[0][0, unit].cpu().numpy(), value, (row, column), (left, upper, right, lower), area, shown
-    )
+    return Seen(maps[0][0], field, shown, network)
 
 
 def map_area(

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from unitvis import models
+from unitvis.attribution.feature_maps import feature_maps
 from unitvis.cli.codes import DONE, SKIPPED, WRONG
 from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_times, print_verified
 from unitvis.drawing import sheets
@@ -212,6 +213,16 @@ def _overview(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _maps(arguments: argparse.Namespace) -> int:
+    _check_picture(arguments.output)
+    units = sheets.parse_units(arguments.units) if arguments.units else None
+    loaded = _load_model(arguments)
+    transform = given_transform(arguments, loaded.transform, "mean", "std")
+    found = feature_maps(loaded, arguments.image, arguments.layer, transform=transform, device=arguments.device)
+    _save_picture(found.page(units), arguments.output)
+    return DONE
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     run = load(arguments.run, arguments.images)
     found = verify(run, _load_model(arguments).model, arguments.device)
@@ -267,6 +278,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "render": _render,
     "sheet": _sheet,
     "overview": _overview,
+    "maps": _maps,
     "verify": _verify,
     "bench": _bench,
 }

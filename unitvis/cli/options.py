@@ -34,10 +34,19 @@ def parser() -> argparse.ArgumentParser:
             "--no-pretrained", dest="pretrained", action="store_false", help="random weights (by name only)"
         )
 
-    def reading_options(sub: argparse.ArgumentParser) -> None:
+    def size_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--resize", type=_size, metavar="R|HxW", help="R: the shorter side; HxW: exactly")
         sub.add_argument("--crop", type=_square, metavar="S|HxW", help="cut the centre")
         sub.add_argument("--interpolation", help="nearest, bilinear, bicubic, lanczos, box or hamming")
+
+    def value_options(sub: argparse.ArgumentParser) -> None:
+        one_or_three = "three numbers, or one for all channels (also of a network for grey images)"
+        told = f"subtracted, of values in 0..1; {one_or_three}"
+        sub.add_argument("--mean", type=_numbers, metavar="M [M M]", help=told)
+        sub.add_argument("--std", type=_numbers, metavar="S [S S]", help=f"divided by; {one_or_three}")
+
+    def reading_options(sub: argparse.ArgumentParser) -> None:
+        size_options(sub)
         sub.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="for an unreadable image")
         sub.add_argument("--max-failures", type=int, metavar="N", help="stop when more images than N cannot be read")
         sub.add_argument("--allow-truncated", action="store_true", help="decode files that end early as far as they go")
@@ -92,9 +101,7 @@ def parser() -> argparse.ArgumentParser:
     layer_options(sub)
     sub.add_argument("-k", type=int, default=9, help="patches a unit (9)")
     reading_options(sub)
-    one_or_three = "three numbers, or one for all channels (also of a network for grey images)"
-    sub.add_argument("--mean", type=_numbers, metavar="M [M M]", help=f"subtracted, of values in 0..1; {one_or_three}")
-    sub.add_argument("--std", type=_numbers, metavar="S [S S]", help=f"divided by; {one_or_three}")
+    value_options(sub)
     sub.add_argument("--batch-size", type=int, metavar="N", help="images read at once; does not change the result")
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
@@ -155,6 +162,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("layer", metavar="LAYER", nargs="*", help="which; default: five of the run's, evenly spaced")
     sub.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="(RUN/overview.png)")
     images_option(sub)
+
+    sub = command("maps", "Draw what all units of one layer respond to one image.")
+    model_argument(sub)
+    sub.add_argument("image", metavar="IMAGE", help="a picture")
+    sub.add_argument("layer", metavar="LAYER", help="a name, see `unitvis layers`")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
+    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all")
+    size_options(sub)
+    value_options(sub)
+    sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
 
     sub = command("verify", "Recompute every winner of a run; exit code 1 if one is not reproduced.")
     run_argument(sub)
