@@ -24,7 +24,7 @@ class WeightsWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen = self._now()
+        self._take_in()
         self._hashes = _hashes(model)
         self._moved: str | None = None  # name of a tensor
         self.own: set[str] = set()  # names of the tensors that a pass writes
@@ -32,21 +32,22 @@ class WeightsWatch:
     @contextmanager
     def passes(self) -> Iterator[None]:
         """Context of passes: note a tensor that was written to before them, and count what they write as their own."""
-        self._look()
+        self.look()
         try:
             yield
         finally:  # also of a pass that raised, after which a loop may go on
-            self.own |= self._changed()
-            self._seen = self._now()
+            if self._moved_marks():
+                self.own |= self._changed()
+                self._take_in()
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Note a tensor that was written to since the last pass."""
-        if self._moved is None and self._changed():
-            self._moved = min(self._changed())
+        if self._moved is None and self._moved_marks() and (changed := self._changed()):
+            self._moved = min(changed)
 
     def refuse(self, *, hashes: bool) -> None:
         """Raise UnitvisError that names a tensor that moved, if one did. hashes: compare contents, too."""
-        self._look()
+        self.look()
         if hashes and self._moved is None:
             now = _hashes(self._model)
             names = {name for name in {**self._hashes, **now} if self._hashes.get(name) != now.get(name)}
@@ -58,12 +59,18 @@ class WeightsWatch:
                 "whose units are unseparated"
             )
 
-    def _now(self) -> dict[str, tuple[Tensor, tuple[int | None, int | None]]]:
-        """Each tensor, by name, with what `mark_of` tells of it."""
-        return {name: (tensor, mark_of(tensor)) for name, tensor in _tensors(self._model)}
+    def _take_in(self) -> None:
+        """Take the tensors as they are for those that the next look compares with."""
+        self._seen = {name: (tensor, mark_of(tensor)) for name, tensor in _tensors(self._model)}
+        self._marks = _marks(self._model)
+
+    def _moved_marks(self) -> bool:
+        """Whether anything changed, which costs a tenth of telling what; the tensors that were seen are still held."""
+        return self._marks != _marks(self._model)
 
     def _changed(self) -> set[str]:
-        before, now = self._seen, self._now()
+        before = self._seen
+        now = {name: (tensor, mark_of(tensor)) for name, tensor in _tensors(self._model)}
         names = {
             name
             for name in {**before, **now}
@@ -73,6 +80,20 @@ class WeightsWatch:
             or before[name][1] != now[name][1]
         }
         return names - self.own
+
+
+def _marks(model: nn.Module) -> list[tuple[int, int | None, int | None]]:
+    """Identity and `mark_of` of every tensor of a model, in the order of its modules."""
+    found, seen, left = [], set(), [model]
+    while left:
+        module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for registry in (module._parameters, module._buffers):
+            found += [(id(tensor), *mark_of(tensor)) for _, tensor in registry.items() if tensor is not None]
+        left += module.children()
+    return found
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
