@@ -14,14 +14,14 @@ _SECONDS = 2.0  # that must pass before a bar appears
 _shown = ContextVar("shown", default=True)
 
 
-def bar(total: int | None, what: str, *, initial: int = 0, delay: float = _SECONDS) -> tqdm[Any]:
-    """A bar to count images by, with `update`; a context. what: a word before it. delay: seconds until it appears."""
+def bar(total: int | None, what: str, *, unit: str = " images", initial: int = 0, delay: float = _SECONDS) -> tqdm[Any]:
+    """A bar to count by, with `update`; a context. what: a word before it. delay: seconds until it appears."""
     hidden = not _shown.get() or sys.stderr is None
     return tqdm(
         total=total,
         initial=initial,
         desc=what,
-        unit=" images",
+        unit=unit,
         delay=delay,
         disable=True if hidden else None,  # None: shown on a terminal
         leave=False,

@@ -5,5 +5,6 @@ PRECISIONS = ("exact", "fp32", "fp16", "bf16")
 UNITS = ("channel", "neuron")
 DECODERS = ("pillow", "simplejpeg")
 CROPS = ("rf", "effective", "image")
+PROJECTIONS = ("deconvnet", "guided")
 FIGURES = ("lecture", "paper")
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, if no other number is given

@@ -288,7 +288,7 @@ def test_reading_an_earlier_gallery_creates_nothing_and_follows_no_link(
     with suppress(UnitvisError):
         assert unitvis.gallery(run, tmp_path / "other")
     with pytest.raises(UnitvisError, match=r"no projections of layer|reached through a link|cannot be used"):
-        figure(run, ["0"], "paper")
+        figure(run, ["0"], "paper", crop="image")  # to which no kept projection is cut
     assert sorted(elsewhere.rglob("*")) == before
 
 

@@ -20,7 +20,8 @@ from unitvis.attribution.responses import seen_by
 from unitvis.drawing.colours import signed
 from unitvis.drawing.notebook import png
 from unitvis.drawing.sheets import FAINT, INK, MAX_PAGE_PIXELS, PAPER, fitting_name
-from unitvis.errors import UnitvisError, check_unit
+from unitvis.drawing.units import checked_units
+from unitvis.errors import UnitvisError
 from unitvis.sources.transform import Transform
 
 MAP_SIDE, GAP, MARGIN = 112, 12, 36  # pixels of a map's longer side at least, between maps, around the page
@@ -45,11 +46,7 @@ class FeatureMaps:
         A cell is one neuron, and a ring marks the largest response; below it stand its value, row and column. In the
         first convolution the filter, in which grey is 0, stands to the left of its map.
         """
-        chosen = list(range(len(self.maps)) if units is None else units)
-        for unit in chosen:
-            check_unit(self.layer, unit, len(self.maps))
-        if not chosen:
-            raise UnitvisError("there are no units to draw; name one")
+        chosen = checked_units(self.layer, len(self.maps), units)
         cell = max(1, MAP_SIDE // max(self.maps.shape[1:]))
         size = self.maps.shape[2] * cell, self.maps.shape[1] * cell
         filter_width = 0 if self.filters is None else size[1] + GAP // 2

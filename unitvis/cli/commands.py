@@ -19,6 +19,7 @@ from unitvis.attribution.feature_maps import feature_maps
 from unitvis.cli.codes import DONE, SKIPPED, WRONG
 from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_times, print_verified
 from unitvis.drawing import sheets
+from unitvis.drawing.units import Units, parse_choice, units_by_layer
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import replacing
 from unitvis.network.network import Network
@@ -95,7 +96,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _finish(
-    run: Run, folder: Path, model: nn.Module | None = None, device: str | None = None, *, project: bool = False
+    run: Run, folder: Path, model: nn.Module | None = None, device: str | None = None, *, project: bool | str = False
 ) -> int:
     """Print a run and draw it, unless it is a shard's; returns the exit code."""
     print_run(run)
@@ -123,10 +124,19 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _render(arguments: argparse.Namespace) -> int:
     if arguments.model is None and (arguments.project or arguments.weights):
         raise UnitvisError("--project and --weights need --model, the network that was scanned")
+    units = parse_choice(arguments.units)
+    if units is not None and not arguments.project:
+        raise UnitvisError("--units chooses of which units projections are drawn; it needs --project")
     run = load(arguments.run, arguments.images)
-    model = models.load(arguments.model, arguments.weights).model if arguments.model else None
-    _render_into(run, arguments.run, arguments.crop, model=model, project=arguments.project)
+    _render_into(
+        run, arguments.run, arguments.crop, model=_given_network(arguments), project=arguments.project, units=units
+    )
     return DONE
+
+
+def _given_network(arguments: argparse.Namespace) -> nn.Module | None:
+    """The network that --model names; None without it."""
+    return models.load(arguments.model, arguments.weights).model if arguments.model else None
 
 
 def _render_into(
@@ -135,7 +145,8 @@ def _render_into(
     crop: str | None = None,
     *,
     model: nn.Module | None = None,
-    project: bool = False,
+    project: bool | str = False,
+    units: Units = None,
     device: str | None = None,
 ) -> float:
     """Draw the sheets, and the gallery unless the run has too many units for it; returns the seconds that took.
@@ -143,10 +154,12 @@ def _render_into(
     Raises Interrupted for Ctrl-C.
     """
     start = time.perf_counter()
-    units, drawn = sum(len(top) for top in run.tops.values()), None
+    number, drawn = sum(len(top) for top in run.tops.values()), None
     try:
-        if units <= MAX_UNITS:
-            drawn, written = draw(run, folder, model, project=project, crop=crop, device=device, with_sheets=True)
+        if number <= MAX_UNITS:
+            drawn, written = draw(
+                run, folder, model, project=project, units=units, crop=crop, device=device, with_sheets=True
+            )
         else:
             written = sheets.render(run, folder, crop=crop)
     except OSError as error:
@@ -160,7 +173,7 @@ def _render_into(
             f"them with `unitvis render`",
             signal.SIGINT,
         ) from None
-    print_drawn(written, drawn, units)
+    print_drawn(written, drawn, number)
     return time.perf_counter() - start
 
 
@@ -191,16 +204,22 @@ def _sheet(arguments: argparse.Namespace) -> int:
     _check_picture(arguments.output)
     if arguments.size is not None and not 0 < arguments.size <= MAX_PATCH_SIDE:
         raise UnitvisError(f"--size is 1 to {MAX_PATCH_SIDE} pixels a patch, not {arguments.size}")
+    if arguments.figure != "paper" and (arguments.model or arguments.project):
+        raise UnitvisError("--model and --project are for projections, which --figure paper alone draws")
+    if arguments.weights and not arguments.model:
+        raise UnitvisError("--weights needs --model, the network that was scanned")
+    units = parse_choice(arguments.units)
     run = load(arguments.run, arguments.images)
-    units = sheets.parse_units(arguments.units) if arguments.units else None
     if arguments.figure:
         if arguments.size:
             raise UnitvisError("a figure has patches of one size; leave out --size")
-        page = figure(run, arguments.layer, arguments.figure, units, crop=arguments.crop)
+        page = _figure(run, arguments, units)
     elif len(arguments.layer) > 1:
         raise UnitvisError("several layers go on one page as a figure: --figure lecture or --figure paper")
     else:
-        page = run.sheet(arguments.layer[0], units, crop=arguments.crop, size=arguments.size)
+        (layer,) = arguments.layer
+        chosen = units_by_layer({layer: len(run[layer])}, units).get(layer)
+        page = run.sheet(layer, chosen, crop=arguments.crop, size=arguments.size)
     _save_picture(page, arguments.output)
     return DONE
 
@@ -213,13 +232,33 @@ def _overview(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _figure(run: Run, arguments: argparse.Namespace, units: Units) -> Image.Image:
+    """Draw a figure; Interrupted for Ctrl-C."""
+    try:
+        return figure(
+            run,
+            arguments.layer,
+            arguments.figure,
+            units,
+            crop=arguments.crop,
+            model=_given_network(arguments),
+            project=arguments.project or True,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted: the projections of finished units are kept in {arguments.run}; the same command goes on",
+            signal.SIGINT,
+        ) from None
+
+
 def _maps(arguments: argparse.Namespace) -> int:
     _check_picture(arguments.output)
-    units = sheets.parse_units(arguments.units) if arguments.units else None
+    units = parse_choice(arguments.units)
     loaded = _load_model(arguments)
     transform = given_transform(arguments, loaded.transform, "mean", "std")
     found = feature_maps(loaded, arguments.image, arguments.layer, transform=transform, device=arguments.device)
-    _save_picture(found.page(units), arguments.output)
+    chosen = units_by_layer({arguments.layer: len(found.maps)}, units).get(arguments.layer)
+    _save_picture(found.page(chosen), arguments.output)
     return DONE
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from unitvis.choices import CHECKPOINT_SECONDS, CROPS, DECODERS, FIGURES, MODEL_FORMS, PRECISIONS, UNITS
+from unitvis.choices import CHECKPOINT_SECONDS, CROPS, DECODERS, FIGURES, MODEL_FORMS, PRECISIONS, PROJECTIONS, UNITS
 from unitvis.version import __version__
 
 
@@ -79,9 +79,15 @@ def parser() -> argparse.ArgumentParser:
     def images_option(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--images", help="where the scanned images are now, if they moved")
 
+    def project_option(sub: argparse.ArgumentParser, text: str) -> None:
+        sub.add_argument("--project", nargs="?", choices=PROJECTIONS, const=PROJECTIONS[0], default=False, help=text)
+
+    def units_option(sub: argparse.ArgumentParser, text: str) -> None:
+        sub.add_argument("--units", action="append", default=[], metavar="[LAYER/]0-8,12", help=text)
+
     sub = command("demo", "Draw images, scan them with the embedded network, and show what excites its units.")
     sub.add_argument("-o", "--output", type=Path, default=Path("unitvis-demo"), metavar="RUN", help="(unitvis-demo)")
-    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (a minute)")
+    project_option(sub, "draw projections beside the patches (a minute)")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
     sub = command("layers", "List layers that can be scanned, with their receptive fields.")
@@ -111,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
     sub.add_argument("--resume", action="store_true", help="continue the interrupted scan in RUN")
-    sub.add_argument("--project", action="store_true", help="draw deconvnet projections beside the patches (slow)")
+    project_option(sub, "draw projections beside the patches (slow); render can do it later, of chosen units")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
     sub = command("merge", "Merge the runs of all shards into one, equal to a scan of all images.")
@@ -144,7 +150,8 @@ def parser() -> argparse.ArgumentParser:
     images_option(sub)
     sub.add_argument("--model", help="the network, needed to draw response maps, filters and projections")
     sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
-    sub.add_argument("--project", action="store_true", help="with --model: draw deconvnet projections")
+    project_option(sub, "with --model: draw projections, which the run keeps; default: by the deconvnet")
+    units_option(sub, "of which units projections are drawn; default: all; may be repeated with other layers")
     sub.add_argument("--crop", choices=CROPS, help="what a patch shows; default: by layer")
 
     sub = command("sheet", "Draw one layer's units as a page of 3x3 tiles, or a figure of some layers.")
@@ -152,7 +159,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("layer", metavar="LAYER", nargs="+", help="with --figure also several")
     sub.add_argument("--figure", choices=FIGURES, help="nine units a layer; paper: projections beside patches")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
-    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all, of a figure nine")
+    units_option(sub, "which units; default: all, of a figure nine; may be repeated with other layers")
+    sub.add_argument("--model", help="for --figure paper: the network, to compute projections that the run lacks")
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
+    project_option(sub, "for --figure paper: the method; default: deconvnet")
     sub.add_argument("--crop", choices=CROPS, help="what a patch shows; default: by layer")
     sub.add_argument("--size", type=int, metavar="PIXELS", help="of one patch; default: by the number of units")
     images_option(sub)
@@ -168,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("image", metavar="IMAGE", help="a picture")
     sub.add_argument("layer", metavar="LAYER", help="a name, see `unitvis layers`")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
-    sub.add_argument("--units", metavar="0-8,12", help="which units; default: all")
+    units_option(sub, "which units; default: all")
     size_options(sub)
     value_options(sub)
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: where the model is")
@@ -187,10 +197,11 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def with_joined_numbers(argv: Sequence[str]) -> list[str]:
-    """Arguments in which the numbers after --mean and --std, up to three, are one argument: "--mean=.5,.5,.5".
+def with_joined_values(argv: Sequence[str]) -> list[str]:
+    """Arguments in which --mean, --std and --project are joined with their values: "--mean=.5,.5,.5".
 
-    For argparse an option has a fixed number of values, or takes all that follow, paths of images too.
+    For argparse an option has a fixed number of values, or takes all that follow, paths of images too; here --mean and
+    --std take up to three numbers, and --project a method if one follows, else the first.
     """
     joined, rest = [], list(argv)
     while rest:
@@ -200,6 +211,8 @@ def with_joined_numbers(argv: Sequence[str]) -> list[str]:
             if numbers:
                 joined[-1] += "=" + ",".join(numbers)
                 del rest[: len(numbers)]
+        elif joined[-1] == "--project":
+            joined[-1] += f"={rest.pop(0) if rest[:1] and rest[0] in PROJECTIONS else PROJECTIONS[0]}"
     return joined
 
 

@@ -28,7 +28,12 @@ TRANSFORM = Transform(mean=network.MEAN, std=network.STD)
 
 
 def demo(
-    out: Path, *, count: int = PICTURES, overwrite: bool = False, project: bool = False, workers: int | None = None
+    out: Path,
+    *,
+    count: int = PICTURES,
+    overwrite: bool = False,
+    project: bool | str = False,
+    workers: int | None = None,
 ) -> str:
     """Scan `count` generated pictures with the embedded network and draw the run in the folder `out`.
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unitvis.drawing.hands import Hands
 from unitvis.drawing.patches import Cells, LayerCuts, crop_of, cut_layers, patches_by_winner
+from unitvis.drawing.units import checked_units
 from unitvis.errors import UnitvisError, check_unit, printable
 from unitvis.files import file_name, make_folder
 from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
@@ -59,7 +60,7 @@ def tile(run: RunData, layer: str, unit: int, *, crop: str | None, size: int) ->
 def sheet(run: RunData, layer: str, units: Sequence[int] | None, *, crop: str | None, size: int | None) -> Image.Image:
     """Draw a page of tiles; see `Run.sheet`."""
     run = drawable(run)
-    chosen = checked_units(run, layer, units)
+    chosen = checked_units(layer, len(run[layer]), units)
     usual = _patch_size(len(chosen))
     refuse_too_many(run, len(chosen), size or usual)
     crop = crop_of(run, layer, crop)
@@ -295,30 +296,3 @@ def _checked_layer(run: RunData, layer: str, unit: int) -> LayerArrays:
     top = run[layer]
     check_unit(layer, unit, len(top))
     return top
-
-
-def checked_units(run: RunData, layer: str, units: Sequence[int] | None) -> list[int]:
-    """The given units of a layer, or all for None; raises UnitvisError for an empty list or a unit it does not have."""
-    chosen = list(range(len(run[layer]))) if units is None else [int(np.int64(u)) for u in units]
-    for unit in chosen:
-        _checked_layer(run, layer, unit)
-    if not chosen:
-        raise UnitvisError("no unit was named for the sheet")
-    return chosen
-
-
-MAX_LISTED_UNITS = 100_000  # in one range of `parse_units`
-
-
-def parse_units(text: str) -> list[int]:
-    """Parse numbers and inclusive ranges: "0-8,12" is 0 to 8 and 12; raises UnitvisError for anything else."""
-    units: list[int] = []
-    for item in text.split(","):
-        first, dash, last = item.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UnitvisError(f"units {text!r} cannot be read; write numbers and ranges, such as 0-8,12")
-        end = int(last if dash else first) + 1
-        if end - int(first) > MAX_LISTED_UNITS:
-            raise UnitvisError(f"units {text!r} are more than the {MAX_LISTED_UNITS:,} that a sheet can hold")
-        units.extend(range(int(first), end))
-    return units

@@ -14,16 +14,15 @@ from torch import nn
 from unitvis import models
 from unitvis.drawing.patches import crop_of
 from unitvis.drawing.sheets import drawable
+from unitvis.drawing.units import Units, units_by_layer
 from unitvis.errors import UnitvisError
 from unitvis.files import make_folder, replacing
-from unitvis.network.network import Network
-from unitvis.pages import earlier, facts, pictures, sprites
+from unitvis.pages import earlier, facts, pictures, projections, sprites
 from unitvis.results.data import RunData
 from unitvis.results.folder import holds_run
-from unitvis.state.partial import refuse_another_model
+from unitvis.results.same_model import checked_network
 
 MAX_UNITS = 200_000  # in all layers: each has its own tile on a page
-ANOTHER_MODEL = "the model is not the one that was scanned (then and now)"
 _HERE = Path(__file__).parent
 
 
@@ -32,18 +31,21 @@ def gallery(
     path: str | Path,
     model: nn.Module | str | models.Loaded | None = None,
     *,
-    project: bool = False,
+    project: bool | str = False,
+    units: Units = None,
     crop: str | None = None,
     device: torch.device | str | None = None,
 ) -> Path:
     """Write a gallery into a folder (a new one, the run's own, or one with a gallery); returns the path of index.html.
 
     model: needed to draw the winners' response maps, the first layer's filters and, with `project`, projections;
-    without it, those in the run's own folder are kept. crop: see `Run.patch`. Raises UnitvisError for a folder that
-    holds anything else, for another model than was scanned, and for images that have changed since.
+    without it, those in the run's own folder are kept. project: "deconvnet" (or True) or "guided", see
+    `unitvis.project`. units: of which projections are drawn: numbers, for every layer, or {layer: numbers}; None: all.
+    The run's own folder keeps them, so that none is computed twice. crop: see `Run.patch`. Raises UnitvisError for a
+    folder that holds anything else, for another model than was scanned, and for images that have changed since.
     """
     try:
-        return draw(run, Path(path), model, project=project, crop=crop, device=device)[0]
+        return draw(run, Path(path), model, project=project, units=units, crop=crop, device=device)[0]
     except OSError as error:
         raise UnitvisError(f"the gallery could not be written into {path}: {error}; give another path") from error
 
@@ -54,7 +56,8 @@ def draw(
     path: Path,
     model: nn.Module | str | models.Loaded | None = None,
     *,
-    project: bool = False,
+    project: bool | str = False,
+    units: Units = None,
     crop: str | None = None,
     device: torch.device | str | None = None,
     with_sheets: bool = False,
@@ -64,17 +67,22 @@ def draw(
     Returns the path of index.html and those of the sheets.
     """
     run.need_winners()
-    units = sum(len(top) for top in run.tops.values())
-    if units > MAX_UNITS:
+    number = sum(len(top) for top in run.tops.values())
+    if number > MAX_UNITS:
         raise UnitvisError(
-            f"a gallery of {units:,} units would be too large (more than {MAX_UNITS:,}); name fewer layers"
+            f"a gallery of {number:,} units would be too large (more than {MAX_UNITS:,}); name fewer layers"
         )
-    if project and model is None:
+    method = projections.method_asked_for(project)
+    if method and model is None:
         raise UnitvisError("projections need the model; give it")
+    if units is not None and not method:
+        raise UnitvisError("units are chosen for projections alone; ask for them (project=, --project)")
+    every = {layer: range(len(run[layer])) for layer in run}
+    chosen = units_by_layer({layer: len(own) for layer, own in every.items()}, every if units is None else units)
     network = None
     if model is not None:
         model, _, _ = models.resolved(model)
-        network = _checked_network(run, model, device)
+        network = checked_network(run, model, device)
     run = drawable(run)
     folder = _prepare_folder(run, path)
     drawn = _earlier_drawings(run, folder, crop)
@@ -84,24 +92,11 @@ def draw(
     if model is not None:
         for layer in pictures.draw_filters(model, run, folder):
             drawn[layer]["filters"] = True
-        if project:
-            for layer, method in pictures.draw_projections(model, run, folder, crop, device).items():
-                drawn[layer]["projections"] = method
+        if method:
+            found = projections.draw_projections(run, folder, chosen, method, crop, model, device)
+            for layer in run:
+                drawn[layer] |= found.get(layer, {"projections": None, "projected": None})
     return _write_pages(run, folder, drawn), written
-
-
-def _checked_network(run: RunData, model: nn.Module, device: torch.device | str | None) -> Network:
-    """The network of a model; UnitvisError for another than was scanned: other tensors, modules, or responses."""
-    network = Network(model, device=device, transform=run.source.transform)
-    then = run.manifest["model"]
-    refuse_another_model(ANOTHER_MODEL, then, network.description)
-    channels, height, width = run.manifest["input"]
-    network.examine((channels, height, width), run.layers, run.manifest["unit"])
-    now = dict(network.description)
-    if run.manifest["fingerprint"]["torch"] != torch.__version__:
-        del now["modules"]  # PyTorch may print them in other words
-    refuse_another_model(ANOTHER_MODEL, then, now)
-    return network
 
 
 def _prepare_folder(run: RunData, folder: Path) -> Path:
@@ -135,7 +130,7 @@ def _earlier_drawings(run: RunData, folder: Path, crop: str | None) -> dict[str,
         drawn[layer] = before.get(layer, {})
         new_crop = crop_of(run, layer, crop)
         if drawn[layer].get("crop") != new_crop:
-            drawn[layer].pop("projections", None)  # a projection is cut to the same box as its patch
+            drawn[layer] |= {"projections": None, "projected": None}  # a projection is cut to the same box as its patch
         drawn[layer]["crop"] = new_crop
     return drawn
 

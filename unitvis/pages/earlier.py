@@ -17,13 +17,11 @@ from PIL import Image
 
 from unitvis.decoding.contents import FileContents
 from unitvis.decoding.decode import decode
-from unitvis.drawing.sheets import PATCH_SIZE
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.files import is_linked, read_json, unoccupied
 from unitvis.pages.sprites import (
     BY_MODEL,
     FILTERS,
-    PROJECTIONS,
     Place,
     layer_folder,
     layer_path,
@@ -31,7 +29,6 @@ from unitvis.pages.sprites import (
     sprite_name,
     sprite_names,
     sprite_tiles,
-    tile_cells,
 )
 from unitvis.results.data import RunData
 from unitvis.results.schemas import DRAWN
@@ -66,21 +63,6 @@ def drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
 def described(run: RunData, layers: Mapping[str, Any]) -> dict[str, Any]:
     """The content of drawn.json. layers: {layer: {"crop", "filters", ...}}."""
     return {"run": run_digest(run), "sprite": list(sprite_tiles(run.manifest["k"])), "layers": layers}
-
-
-def projections_of(run: RunData, layer: str, unit: int, crop: str) -> list[Image.Image] | None:
-    """Read a unit's projections from the run's own folder, `PATCH_SIZE` pixels wide; None without any for this crop."""
-    drawn = _own_drawings(run, layer)
-    if run.folder is None or not drawn.get("projections") or drawn.get("crop") != crop:
-        return None
-    path, place = _sprite_of(run, layer, unit, PROJECTIONS)
-    sprite, (across, down) = _read_picture(run.folder, path), tile_cells(k := run.manifest["k"])
-    wanted = place.columns * across * PATCH_SIZE, place.rows * down * PATCH_SIZE
-    if sprite.size != wanted:
-        raise _unusable(run.folder / path, f"{_extent(sprite.size)} pixels, not {_extent(wanted)}")
-    left, upper = place.column * across, place.row * down
-    cells = [(left + rank % across, upper + rank // across) for rank in range(k)]
-    return [sprite.crop((PATCH_SIZE * x, PATCH_SIZE * y, PATCH_SIZE * (x + 1), PATCH_SIZE * (y + 1))) for x, y in cells]
 
 
 def filter_of(run: RunData, layer: str, unit: int) -> Image.Image | None:
@@ -145,9 +127,7 @@ def _read_picture(folder: Path, path: Path) -> Image.Image:
 
 
 def _unusable(path: Path, reason: str) -> UnitvisError:
-    return UnitvisError(
-        f"the picture {path} cannot be used: {reason}; draw it again: unitvis render RUN --model MODEL --project"
-    )
+    return UnitvisError(f"the picture {path} cannot be used: {reason}; draw it again: unitvis render RUN --model MODEL")
 
 
 def _extent(size: tuple[int, int]) -> str:

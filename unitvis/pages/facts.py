@@ -95,6 +95,7 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         "effective": _frame_side(top),
         "answers": answers(run, name, drawn),
         "projections": drawn.get("projections"),
+        "projected": drawn.get("projected") or [],
         "responses": _response_area(run, name, drawn["responses"]) if drawn.get("responses") else None,
         "filters": drawn.get("filters", False),
         "images": {image: run.records[image]["name"] if image in run.records else f"image {image}" for image in images},

@@ -129,6 +129,8 @@ const unitvis = (() => {
       el("img", { src: `gallery/images/${image}.jpg`, alt, loading: "lazy" }), ...over);
   }
 
+  const isProjected = (data, unit) => data.projected.includes(unit);
+
   function winner(layer, unit, rank) {
     const data = layer.data, [value, image, row, column, left, top, right, bottom] = data.winners[unit][rank];
     const name = data.images[image], side = data.effective;
@@ -138,7 +140,7 @@ const unitvis = (() => {
       boxes.push(frame("effective", [x, y, x + side, y + side], data));
     }
     const pictures = [named("patch: " + data.shows, cell(layer, unit, "patches", rank, `Patch of ${name}`))];
-    if (data.projections) pictures.push(named("projection",
+    if (isProjected(data, unit)) pictures.push(named("projection",
       cell(layer, unit, "projections", rank, `Projection of the response to ${name}`)));
     pictures.push(named("whole image", scene(data, image, `Whole image ${name}`, ...boxes)));
     if (data.responses) {
@@ -168,7 +170,7 @@ const unitvis = (() => {
       fired ? el("p", { class: "legend" }, data.boxes ? el("span", { class: "field" }, "box: the receptive field") : "", " ",
         data.effective ? el("span", { class: "effective" }, "effective box: holds 90% of a response's squared gradient") : "",
         data.responses ? el("span", { class: "map" }, "response map: clear at 0, yellow where largest") : "",
-        data.projections ? `projection: grey is 0; ${data.projections}` : "") : "",
+        isProjected(data, unit) ? `projection: grey is 0; ${data.projections}` : "") : "",
       el("ol", { class: "winners" }, ...Array.from({ length: fired }, (_, rank) => winner(layer, unit, rank))),
       notFired.length ? el("p", {}, `Did not fire: ${notFired.map(([value, image]) => `${data.images[image]} (${number(value)})`).join(", ")}.`) : ""];
   }

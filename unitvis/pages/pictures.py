@@ -10,26 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from unitvis.attribution.deconvnet import project
 from unitvis.attribution.filters import first_filters
-from unitvis.decoding.mosaic import cell_scan
 from unitvis.drawing import sheets
 from unitvis.drawing.colours import signed
 from unitvis.drawing.hands import Hands
-from unitvis.drawing.patches import Scans, crop_of, cut_layers, drawn_box
-from unitvis.drawing.sheets import PATCH_SIZE
+from unitvis.drawing.patches import cut_layers
 from unitvis.files import make_folder, unoccupied
 from unitvis.network.network import Network
 from unitvis.pages import sprites
 from unitvis.pages.facts import strip
 from unitvis.pages.maps import ResponseMaps, map_size
 from unitvis.results.data import RunData
-
-Device = torch.device | str | None
 
 
 def draw_run(
@@ -61,7 +55,7 @@ def draw_run(
                 if with_sheets:
                     sheet_paths += sheets.write_sheet(run, layer, folder, wanted[layer].crop, patches, hands)
                 target = sprites.layer_folder(folder, layer)
-                sprites.write_cells(run[layer], target, sprites.PATCHES, scans, sprites.PATCH_CELL)
+                sprites.write_patches(run[layer], target, scans)
                 sprites.write_strip(run[layer], target, strip(run[layer]), scans)
             for layer, levels in {} if maps is None else maps.finish():
                 sprites.write_responses(levels, sprites.layer_folder(folder, layer))
@@ -82,23 +76,6 @@ class _Taker:
         unoccupied(self._folder / f"{image}.jpg").write_bytes(whole)
         if self._maps is not None and model_input is not None:
             self._maps.add(image, model_input)
-
-
-def draw_projections(model: nn.Module, run: RunData, folder: Path, crop: str | None, device: Device) -> dict[str, str]:
-    """Write sprites of projections, cut to the patches' boxes; returns {layer: method in words}."""
-    methods = {}
-    for layer in run:
-        kind, top = crop_of(run, layer, crop), run[layer]
-        scans: Scans = {}
-        for projection in project(model, run, layer, device=device):
-            unit, rank = projection.unit, projection.rank
-            assert rank is not None  # noqa: S101 - for mypy: projections of a run have a rank
-            box = drawn_box(top, unit, rank, kind, run.input_size)
-            scans[unit, rank] = cell_scan(projection.picture(box, PATCH_SIZE), sprites.PROJECTION_CELL)
-            methods[layer] = projection.method
-        target = sprites.layer_folder(folder, layer)
-        sprites.write_cells(top, target, sprites.PROJECTIONS, scans, sprites.PROJECTION_CELL)
-    return methods
 
 
 def draw_filters(model: nn.Module, run: RunData, folder: Path) -> list[str]:

@@ -7,7 +7,8 @@ strongest first, row by row. A sprite is named by what it shows and by its first
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ _ENDINGS = {PATCHES: ".jpg", PROJECTIONS: ".jpg", RESPONSES: ".png", FILTERS: ".
 BY_MODEL = (PROJECTIONS, RESPONSES, FILTERS)  # what only the model can draw
 PATCH_CELL = Encoding(82, subsampled=True)
 PROJECTION_CELL = Encoding(85, subsampled=False)  # because projections consist of single coloured pixels
+_NO_UNIT = -1  # in the place of a unit's tile
 
 
 class Place(NamedTuple):
@@ -86,44 +88,69 @@ def sprite_names(kind: str, units: int, k: int) -> list[str]:
     return [sprite_name(kind, first) for first in range(0, units, math.prod(sprite_tiles(k)))]
 
 
-def write_cells(top: LayerArrays, folder: Path, kind: str, scans: Scans, encoding: Encoding) -> None:
-    """Write a layer's sprites of cells that are encoded; placeholders are drawn for those that are missing."""
-    units, k = top.values.shape
-    step = math.prod(sprite_tiles(k))
-    cells = _with_placeholders(top, scans, encoding)
-    for first in range(0, units, step):
-        _write_tiles(folder / sprite_name(kind, first), range(first, min(first + step, units)), k, cells, encoding)
+def write_patches(top: LayerArrays, folder: Path, scans: Scans) -> None:
+    """Write a layer's sprites of patches, given as cells; placeholders are drawn of winners that did not fire."""
+    for first, block in _blocks(top):
+        unoccupied(folder / sprite_name(PATCHES, first)).write_bytes(_tiles(top, block, scans, PATCH_CELL))
+
+
+def write_projections(top: LayerArrays, folder: Path, scans: Scans) -> None:
+    """Write those of a layer's sprites of projections in which a unit has any; the tiles of other units are empty."""
+    projected = {unit for unit, _ in scans}
+    for first, block in _blocks(top):
+        if own := projected.intersection(block):
+            places = [unit if unit in own else _NO_UNIT for unit in block]
+            data = _tiles(top, places, scans, PROJECTION_CELL)
+            unoccupied(folder / sprite_name(PROJECTIONS, first)).write_bytes(data)
 
 
 def write_strip(top: LayerArrays, folder: Path, units: Sequence[int], scans: Scans) -> None:
     """Write strip.jpg, with the patches of a few units that the first page shows; nothing without units."""
     if units:
-        cells = _with_placeholders(top, scans, PATCH_CELL)
-        _write_tiles(folder / "strip.jpg", units, top.values.shape[1], cells, PATCH_CELL)
+        unoccupied(folder / "strip.jpg").write_bytes(_tiles(top, units, scans, PATCH_CELL))
 
 
-def _with_placeholders(top: LayerArrays, scans: Scans, encoding: Encoding) -> Scans:
-    """Cells of all winners of a layer, with placeholders for those that did not fire."""
-    blank = np.argwhere(~top.fired).tolist()
-    drawn: dict[bool, bytes] = {}  # by whether there is an image
-    for unit, rank in blank:
-        if (exists := bool(top.images[unit, rank] >= 0)) not in drawn:
-            drawn[exists] = cell_scan(sheets.placeholder(top, unit, rank, PATCH_SIZE), encoding)
-    return scans | {(unit, rank): drawn[bool(top.images[unit, rank] >= 0)] for unit, rank in blank}
+def projections_of(top: LayerArrays, unit: int, scans: Scans) -> bytes:
+    """Make a JPEG file of the tile of one unit's projections, given as cells."""
+    return _tiles(top, [unit], scans, PROJECTION_CELL)
 
 
-def _write_tiles(path: Path, units: Sequence[int], k: int, cells: Scans, encoding: Encoding) -> None:
-    """Write a sprite of some units."""
+def _blocks(top: LayerArrays) -> Iterator[tuple[int, range]]:
+    """The units of each sprite of a layer, with the first of them."""
+    units, k = top.values.shape
+    step = math.prod(sprite_tiles(k))
+    for first in range(0, units, step):
+        yield first, range(first, min(first + step, units))
+
+
+def _tiles(top: LayerArrays, units: Sequence[int], scans: Scans, encoding: Encoding) -> bytes:
+    """Make a JPEG file of the tiles of some units, each a number or `_NO_UNIT`, with placeholders."""
+    k = top.values.shape[1]
     across, down = tile_cells(k)
     columns = min(sprite_tiles(k)[0], len(units))
-    places = [*units, *[-1] * (-len(units) % columns)]  # no unit is -1
+    places = [*units, *[_NO_UNIT] * (-len(units) % columns)]
+    cells = _with_placeholders(top, [unit for unit in units if unit != _NO_UNIT], scans, encoding)
     empty = cell_scan(Image.new("RGB", (PATCH_SIZE, PATCH_SIZE), sheets.EMPTY), encoding)
     rows = [
         [cells.get((unit, row * across + column), empty) for unit in line for column in range(across)]
         for line in np.reshape(places, (-1, columns)).tolist()
         for row in range(down)
     ]
-    unoccupied(path).write_bytes(joined(rows, PATCH_SIZE, encoding))
+    return joined(rows, PATCH_SIZE, encoding)
+
+
+def _with_placeholders(top: LayerArrays, units: Sequence[int], scans: Scans, encoding: Encoding) -> Scans:
+    """Cells of all winners of some units, with placeholders for those that have none: they did not fire."""
+    drawn: dict[bool, bytes] = {}  # by whether there is an image
+    cells: Scans = {}
+    for unit, rank in product(units, range(top.values.shape[1])):
+        if (unit, rank) in scans:
+            cells[unit, rank] = scans[unit, rank]
+            continue
+        if (exists := bool(top.images[unit, rank] >= 0)) not in drawn:
+            drawn[exists] = cell_scan(sheets.placeholder(top, unit, rank, PATCH_SIZE), encoding)
+        cells[unit, rank] = drawn[exists]
+    return cells
 
 
 def write_responses(levels: NDArray[np.uint8], folder: Path) -> None:

@@ -11,6 +11,7 @@ gallery/               script, style and data of the page
   layers/LAYER/        patches-UNIT.jpg: the patches of some dozen units from this one on as one picture, see
                        pages/sprites.py; with the model also projections-UNIT.jpg, responses-UNIT.png and
                        filters-UNIT.png; strip.jpg: those of a few units, for the first page
+projections/           projections that were computed, see pages/projections.py
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FORMAT = 1  # version of the folder's format, in the manifest
 _HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
 _MAX_LINE = 2**20  # bytes of a line of images.jsonl: the longest path of a text list, six characters a byte, twice over
 _FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", "index.html")  # that a run may replace or remove
-_FOLDERS = ("sheets", "gallery")  # of pictures of a run, which are removed with it
+_FOLDERS = ("sheets", "gallery", "projections")  # of pictures of a run, which are removed with it
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
 _Data = TypeVar("_Data", bound=RunData)
 

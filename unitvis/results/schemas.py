@@ -87,7 +87,9 @@ DRAWN = {
             "crop?": choice("rf", "effective", "image"),
             "filters?": FLAG,
             "projections?": Optional(TEXT),
+            "projected?": Optional([COUNT]),
             "responses?": Optional((_SIDE, _SIDE, _SIDE)),
         }
     ),
 }
+LABEL = {"of": TEXT, "method": TEXT, "hash": TEXT}  # of projections that are kept

@@ -1,12 +1,14 @@
-"""Projections against a deconvnet written out by hand, whatever way the network's ReLUs are written."""
+"""Projections against both methods written out by hand, whatever way the network's ReLUs are written."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +16,7 @@ import unitvis
 from support import brute
 from unitvis import UnitvisError
 from unitvis.attribution import deconvnet
-from unitvis.drawing import colours
+from unitvis.drawing import colours, patches
 
 SIZE = 33
 
@@ -50,8 +52,11 @@ def unpool(signal: Tensor, switches: Tensor, size: torch.Size) -> Tensor:
     return out.scatter_add_(2, switches.flatten(2), signal.flatten(2)).view(size)
 
 
-def by_hand(net: Net, image: Tensor, neuron: tuple[int, int, int]) -> Tensor:
-    """Zeiler & Fergus, section 2.1, in float64: unpool, rectify, transposed filters; no bias."""
+def by_hand(net: Net, image: Tensor, neuron: tuple[int, int, int], *, guided: bool = False) -> Tensor:
+    """Zeiler & Fergus, section 2.1, in float64: unpool, rectify, transposed filters; no bias.
+
+    guided: Springenberg et al., figure 1c: the signal is also dropped where the forward pass had nothing positive.
+    """
     x = image[None].double()
     w1, w2, w3 = (conv.weight.detach().double() for conv in (net.conv1, net.conv2, net.conv3))
     a1 = F.conv2d(x, w1, net.conv1.bias.detach().double(), 2, 2).clamp(min=0)
@@ -64,8 +69,9 @@ def by_hand(net: Net, image: Tensor, neuron: tuple[int, int, int]) -> Tensor:
     p2, s2 = F.max_pool2d(a2.clamp(min=0), 3, 2, return_indices=True)
     top = torch.zeros_like(F.conv2d(p2, w3, None, 1, 1))
     top[0][neuron] = 1
-    signal = unpool(F.conv_transpose2d(top, w3, None, 1, 1), s2, a2.shape).clamp(min=0)
-    signal = unpool(F.conv_transpose2d(signal * scale, w2, None, 1, 1, 0, 2), s1, a1.shape).clamp(min=0)
+    mask1, mask2 = ((a > 0).double() if guided else 1 for a in (a1, a2))
+    signal = unpool(F.conv_transpose2d(top, w3, None, 1, 1), s2, a2.shape).clamp(min=0) * mask2
+    signal = unpool(F.conv_transpose2d(signal * scale, w2, None, 1, 1, 0, 2), s1, a1.shape).clamp(min=0) * mask1
     return F.conv_transpose2d(signal, w1, None, 2, 2)[0]
 
 
@@ -88,6 +94,55 @@ def test_winners_are_projected_as_by_hand() -> None:
         assert one.method == "deconvnet"
     assert {p.layer for p in unitvis.project(net, run)} == {"conv2", "conv3"}
     assert {p.unit for p in unitvis.project(net, run, "conv3", [2, 5])} <= {2, 5}
+
+
+@pytest.mark.parametrize("way", ["F.relu", "one module, reused", "in place, reused", "clamp", "threshold"])
+def test_guided_backpropagation_is_as_by_hand(way: str) -> None:
+    """Tolerance as above."""
+    net, pixels = Net(WAYS[way]() if way in WAYS else F.relu).eval(), images(20)
+    run = unitvis.scan(net, pixels, ["conv3"], k=2, progress=False)
+    plain = {(p.unit, p.rank): p.signal for p in unitvis.project(net, run)}
+    found = list(unitvis.project(net, run, method="guided"))
+    differ = 0
+    for one in found:
+        want = by_hand(net, pixels[one.image], one.neuron, guided=True).numpy()
+        np.testing.assert_allclose(one.signal, want, rtol=0, atol=2e-5 * np.abs(want).max())
+        assert one.method == "guided backpropagation"
+        differ += not np.allclose(one.signal, plain[one.unit, one.rank], atol=0.05 * np.abs(want).max())
+    assert differ >= len(found) - 2 > 10
+
+
+def test_projections_come_in_order_and_only_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, pixels = Net().eval(), images(30)
+    run = unitvis.scan(net, pixels, ["conv2", "conv3"], k=4, progress=False)
+    fired = {layer: np.argwhere(run[layer].fired).tolist() for layer in run}
+    whole = list(unitvis.project(net, run))
+    assert [[p.layer, p.unit, p.rank] for p in whole] == [[name, *one] for name in run for one in fired[name]]
+    seeds = []
+    passes = deconvnet._ForwardPass.signals
+    monkeypatch.setattr(deconvnet._ForwardPass, "signals", lambda *a, **k: seeds.extend(a[1]) or passes(*a, **k))
+    monkeypatch.setattr(deconvnet, "_WINNERS_TOGETHER", 5)
+    some = list(unitvis.project(net, run, units={"conv3": [7, 2, 7], "conv2": [1]}))
+    assert [p.unit for p in some] == [7] * 4 + [2] * 4 + [1] * 4
+    assert len(seeds) == 12
+    known = {(p.layer, p.unit, p.rank): p for p in whole}
+    for one in some:
+        np.testing.assert_array_equal(one.signal, known[one.layer, one.unit, one.rank].signal)
+    for units, message in (({"conv3": [10]}, "'conv3' has no unit 10; it has 10"), ({"c": [0]}, "no layer 'c'")):
+        with pytest.raises(UnitvisError, match=message):
+            list(unitvis.project(net, run, units=units))
+    with pytest.raises(UnitvisError, match="leave out layers="):
+        unitvis.project(net, run, "conv3", {"conv3": [1]})
+    with pytest.raises(UnitvisError, match="one of deconvnet, guided, not 'gradient'"):
+        unitvis.project(net, run, method="gradient")
+
+
+def test_images_that_changed_since_are_not_projected() -> None:
+    net, pixels = Net().eval(), images(6)
+    run = unitvis.scan(net, pixels, ["conv3"], k=1, progress=False)
+    pixels[int(run["conv3"].images[3, 0])] += 1
+    with pytest.raises(UnitvisError, match="its content has changed"):
+        list(unitvis.project(net, run, "conv3", 3))
 
 
 def test_winners_of_one_image_go_back_together_and_do_not_mix() -> None:
@@ -175,6 +230,26 @@ def test_a_bound_above_changes_nothing(activation: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU(), nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(0, 0.1), nn.Threshold(0, 0, inplace=True)],
+)
+def test_guided_signals_depend_on_the_image_where_nothing_is_pooled(activation: nn.Module) -> None:
+    net, pixels = straight(activation), 20 * images(2)
+    signals = []
+    for one in unitvis.project(net, pixels, "2", 3, method="guided"):
+        top = torch.zeros(1, 4, SIZE - 4, SIZE - 4, dtype=torch.float64)
+        top[0][one.neuron] = 1
+        first, second = (net[number].weight.detach().double() for number in (0, 2))
+        fires = F.conv2d(pixels[one.image : one.image + 1].double(), first, net[0].bias.detach().double()) > 0
+        signal = F.conv_transpose2d(F.conv_transpose2d(top, second).clamp(min=0) * fires, first)
+        np.testing.assert_allclose(one.signal, signal[0], rtol=0, atol=1e-6)
+        assert one.method == "guided backpropagation"
+        left, upper = one.neuron[2], one.neuron[1]
+        signals.append(one.signal[:, upper : upper + 5, left : left + 5])
+    assert not np.allclose(*signals, atol=1e-3)
+
+
+@pytest.mark.parametrize(
     ("activation", "said"),
     [
         (nn.Sigmoid(), "the ordinary gradient through Sigmoid"),
@@ -191,8 +266,11 @@ def test_other_activations_have_their_gradient_and_it_is_said(activation: nn.Mod
     net, pixels = straight(activation), images(1)
     (one,) = unitvis.project(net, pixels, "2", 0)
     assert one.method == said
+    (guided,) = unitvis.project(net, pixels, "2", 0, method="guided")
+    assert guided.method == said.replace("deconvnet", "guided backpropagation")
     if "deconvnet, but" in said:
         return
+    np.testing.assert_array_equal(guided.signal, one.signal)
     leaf = pixels.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(net(leaf)[0][one.neuron], leaf)
     np.testing.assert_allclose(one.signal, gradient[0], rtol=0, atol=1e-6)
@@ -268,7 +346,7 @@ def test_what_cannot_be_projected_says_why() -> None:
 def test_pictures_have_grey_at_zero_and_one_scale_for_all_colours() -> None:
     signal = np.zeros((3, 6, 6), np.float32)
     signal[0, 1, 1], signal[1, 1, 1], signal[2, 4, 4] = 2.0, -1.0, -0.5
-    one = deconvnet.Projection("conv", 0, 0, 0, (0, 0, 0), signal, "deconvnet")
+    one = deconvnet.Projection("conv", 0, 0, 0, (0, 0, 0), (0, 0, 6, 6), signal, "deconvnet")
     picture = np.asarray(one.picture(size=6))
     assert picture[1, 1].tolist() == [255, 64, 128]
     assert picture[4, 4].tolist() == [128, 128, 96]
@@ -276,3 +354,42 @@ def test_pictures_have_grey_at_zero_and_one_scale_for_all_colours() -> None:
     beside = np.asarray(one.picture((3, 3, 9, 9), size=6))  # of a box that leaves the image
     assert beside[1, 1].tolist() == [128, 128, 0]  # the largest in the box is black
     assert (beside[3:] == colours.GREY).all()
+    np.testing.assert_array_equal(np.asarray(one.picture((0, 0, 6, 6), 6)), picture)
+
+
+def test_the_strongest_hundredth_of_a_signal_is_black_or_white() -> None:
+    """The percentile written out: the smallest magnitude that at least 99% of those in the box do not exceed."""
+    signal = np.random.default_rng(0).normal(size=(3, 20, 20)).astype(np.float32)
+    signal[1, 2, 2], signal[:, :, 10:] = 1000, 0
+    one = deconvnet.Projection("conv", 0, 0, 0, (0, 0, 0), (0, 0, 20, 20), signal, "deconvnet")
+    magnitudes = np.sort(np.abs(signal[signal != 0]))
+    scale = magnitudes[int(np.ceil(0.99 * (len(magnitudes) - 1)))]
+    assert scale < 10
+    want = np.clip(np.rint(127.5 + 127.5 * (signal / scale)), 0, 255).transpose(1, 2, 0)
+    want[(signal == 0).all(axis=0)] = 128
+    np.testing.assert_array_equal(np.asarray(one.picture(size=20)), want)
+    largest = np.array(one.picture(size=20, percentile=100))
+    assert largest[2, 2, 1] == 255
+    largest[2, 2, 1] = 128
+    assert abs(largest.astype(int) - 128).max() <= 1  # one pixel took all the contrast
+    with pytest.raises(UnitvisError, match="percentile=0; it must be above 0"):
+        one.picture(percentile=0)
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv3"])
+def test_a_projection_s_own_picture_lies_beside_its_patch(layer: str) -> None:
+    """Of a box that is smaller than half of the image, and of an effective one."""
+    net, pixels = Net().eval(), images(12)
+    run = unitvis.scan(net, pixels, ["conv1", "conv3"], k=2, progress=False)
+    crop = patches.crop_of(run, layer, None)
+    assert crop == {"conv1": "rf", "conv3": "effective"}[layer]
+    for one in unitvis.project(net, run, layer, [1, 2]):
+        assert one.box == patches.drawn_box(run[layer], one.unit, one.rank, crop, (SIZE, SIZE))
+        assert np.array_equal(np.asarray(one.picture()), np.asarray(one.picture(one.box)))
+        shown = Image.open(io.BytesIO(one._repr_png_()))
+        assert shown.size == (224, 224)
+        assert np.array_equal(np.asarray(shown), np.asarray(one.picture(size=224)))
+        assert len(repr(one)) < 300
+    field = unitvis.receptive_field(net, layer, SIZE)
+    for one in unitvis.project(net, pixels[:1], layer, 1):  # without a run nothing tells an effective box
+        assert one.box == (tuple(field.boxes(*one.neuron)[0]) if layer == "conv1" else (0, 0, SIZE, SIZE))

@@ -73,7 +73,7 @@ def test_what_is_refused() -> None:
     found = unitvis.feature_maps(network(), torch.randn(3, 15, 15), "2")
     with pytest.raises(UnitvisError, match="unit"):
         found.page([4])
-    with pytest.raises(UnitvisError, match="no units to draw"):
+    with pytest.raises(UnitvisError, match="no unit was named"):
         found.page([])
     with pytest.raises(UnitvisError, match="no layer 'x'"):
         unitvis.feature_maps(network(), torch.randn(3, 15, 15), "x")
@@ -86,6 +86,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0
     with Image.open(tmp_path / "maps.png") as page:
         assert printed == f"{tmp_path / 'maps.png'}: {page.width} x {page.height} pixels\n"
+    whole = (tmp_path / "maps.png").read_bytes()
+    named = ["--units", "0/0", "--units", "0/1-2"]
+    assert call(capsys, "maps", model, picture, "0", "-o", tmp_path / "maps.png", *SIZE, *named)[0] == 0
+    assert (tmp_path / "maps.png").read_bytes() == whole
+    code, _, said = call(capsys, "maps", model, picture, "0", "-o", tmp_path / "maps.png", *SIZE, "--units", "2/1")
+    assert code == 2
+    assert "units are chosen of layer '2', which is not drawn here; drawn are 0" in said
     code, _, said = call(capsys, "maps", model, tmp_path / "none.png", "0", "-o", tmp_path / "maps.png", *SIZE)
     assert code == 2
     assert "none.png" in said

@@ -150,15 +150,6 @@ def test_a_stream_needs_its_images_again_to_cut_patches() -> None:
     assert recorder.result(images=pixels).patch("0", 0, 0).size == (96, 96)
 
 
-def test_units_are_read_from_text() -> None:
-    assert sheets.parse_units("0-3,7, 9") == [0, 1, 2, 3, 7, 9]
-    for text in ("", "a", "1-", "-3", "1,,2", "²"):
-        with pytest.raises(UnitvisError, match="cannot be read; write numbers and ranges"):
-            sheets.parse_units(text)
-    with pytest.raises(UnitvisError, match="more than the 100,000 that a sheet can hold"):
-        sheets.parse_units("0-999999999999")
-
-
 def test_neuron_names() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3)).eval()
     run = unitvis.scan(model, torch.rand(4, 3, 5, 7), unit="neuron", progress=False)

@@ -272,3 +272,13 @@ def test_a_layer_of_2048_units_loads_what_is_looked_at(browser: sync_api.Browser
     visit.page.wait_for_function("document.querySelector('#unit-2047 img').naturalWidth > 0")
     visit.check()
     visit.context.close()
+
+
+def test_units_without_projections_have_no_place_for_them(browser: sync_api.Browser, tmp_path: Path) -> None:
+    page = unitvis.gallery(scanned(tmp_path), tmp_path / "some", network(), project=True, units={"first": [3]})
+    visit = Visit(browser, page.parent)
+    for link, captions in (("first/3", 4), ("first/5", 3), (f"{ODD_LINK}/3", 3)):
+        visit.open(link)
+        sync_api.expect(visit.page.locator(".winners li").first.locator("figcaption")).to_have_count(captions)
+    visit.check()
+    visit.context.close()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import os
+import re
 import shutil
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +13,12 @@ from PIL import Image
 from torch import nn
 
 import unitvis
+from support.foreign import FOREIGN, put, refusal
 from support.galleries import twelve_images
 from unitvis import UnitvisError, cli
 from unitvis.drawing import colours, patches
+from unitvis.drawing.sheets import PATCH_SIZE
 from unitvis.pages import figures
-from unitvis.pages.pictures import PATCH_SIZE
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def test_the_papers_figure_has_filters_and_projections_left_of_the_patches(shown
     side = run.tile("0", 0, size=PATCH_SIZE).width
     weights = colours.signed(model[0].weight.detach()[3].numpy()).resize((side, side), Image.Resampling.NEAREST)
     assert holds(pixels, weights)
-    beside = np.asarray(figures._left_tile(run, run["2"], 5, patches.crop_of(run, "2", None))).astype(int)
+    beside = np.asarray(figures._left_halves(run, {"2": [5]}, None, None, "deconvnet", None)["2"].tiles[5]).astype(int)
     assert holds(pixels, Image.fromarray(beside.astype(np.uint8)))
     for one in unitvis.project(model, run, "2", 5):
         box = patches.drawn_box(run["2"], 5, one.rank, patches.crop_of(run, "2", None), (24, 24))
@@ -98,65 +96,20 @@ def copy(shown: tuple[nn.Module, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(shown[1], tmp_path / "run"))
 
 
-def encoded(width: int, height: int, kind: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, height)).save(file, kind)
-    return file.getvalue()
-
-
-def with_text(text: bytes) -> bytes:
-    """A PNG of one pixel with a compressed text that is a million times as long."""
-    png = encoded(1, 1, "PNG")
-    chunk = b"zTXt" + b"Comment\0\0" + zlib.compress(text)
-    return png[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
-
-
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
-FOREIGN = {
-    "a program": (POSTSCRIPT, r"not an image"),
-    "too many pixels": (encoded(1, 1, "PPM").replace(b"1 1", b"60000 60000"), "60000 x 60000 pixels; more than"),
-    "a bomb of text": (with_text(bytes(2**26)), "broken PNG"),
-    "long and thin": (encoded(1, 5000, "PNG"), r"1 x 5000 pixels, (not 2016 x 672|more than 30 x 10)"),
-    "too small": (encoded(29, 10, "PNG"), r"29 x 10 pixels, not (2016 x 672|6 x 2 filters)"),
-    "damaged": (encoded(5, 5, "PNG")[:45], "broken PNG"),
-    "none": (None, "No such file or directory"),
-}
-
-
-@pytest.mark.parametrize(("layer", "name"), [("0", "filters-0.png"), ("2", "projections-0.jpg")])
-@pytest.mark.parametrize("what", [*FOREIGN, "a pipe", "a folder", "a link"])
+@pytest.mark.parametrize("what", FOREIGN)
 def test_pictures_that_the_gallery_never_drew_are_refused(
-    what: str, layer: str, name: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'executed'}\n")  # what opens EPS starts Ghostscript
-    (tmp_path / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    picture = copy / "gallery" / "layers" / layer / name
-    content = picture.read_bytes()
-    picture.unlink()
-    data, reason = FOREIGN.get(what, (None, ""))
-    if data is not None:
-        picture.write_bytes(data)
-    elif what == "a pipe":
-        os.mkfifo(picture)
-        reason = "not a regular file"
-    elif what == "a folder":
-        picture.mkdir()
-        reason = "Is a directory"
-    elif what == "a link":
-        (tmp_path / "elsewhere").write_bytes(content)
-        picture.symlink_to(tmp_path / "elsewhere")
-        reason = "it is reached through a link"
-    with pytest.raises(
-        UnitvisError, match=rf"{name} cannot be used: {reason}.*; draw it again: unitvis render"
-    ) as told:
-        figures.figure(unitvis.load(copy), [layer], "paper", [3])
-    assert "\n" not in str(told.value)
+    reason = put(what, picture := copy / "gallery" / "layers" / "0" / "filters-0.png", tmp_path, monkeypatch)
+    told = refusal(lambda: figures.figure(unitvis.load(copy), ["0"], "paper", [3]))
+    assert re.search(
+        rf"^the picture \S*{picture.name} cannot be used: {reason}.*; draw it again: unitvis render RUN --model", told
+    )
     assert not (tmp_path / "executed").exists()
 
 
 def test_pictures_of_another_run_are_not_shown(copy: Path, tmp_path: Path) -> None:
-    """Where somebody put the files of a run beside the gallery of another one."""
+    """Where somebody put the files of a run beside the gallery and the projections of another one."""
     torch.manual_seed(1)
     other = nn.Sequential(nn.Conv2d(3, 12, 5), nn.ReLU(), nn.Conv2d(12, 10, 3)).eval()
     source = unitvis.load(copy).manifest["source"]["path"]
