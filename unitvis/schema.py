@@ -53,6 +53,7 @@ def either(*schemas: Schema) -> Is:
 # Characters that stand for bytes of a path that are not UTF-8, or for nothing: neither UTF-8 nor a page can hold them.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 COUNT = whole(0, 2**62)
+BATCH_SIZE = whole(1, 2**40)
 NUMBER = Is("a finite number", lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max)
 SECONDS = Is("a number of seconds", lambda v: type(v) in (int, float) and abs(v) <= 1e12)
 TEXT = Is("text", lambda v: isinstance(v, str))  # with lone surrogates where it is a path

@@ -108,7 +108,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-k", type=int, default=9, help="patches a unit (9)")
     reading_options(sub)
     value_options(sub)
-    sub.add_argument("--batch-size", type=int, metavar="N", help="images read at once; does not change the result")
+    sub.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images read, and in half precision computed, at once (64, on a GPU 256); halved where memory runs out",
+    )
     sub.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
     sub.add_argument("--unit", choices=UNITS, default="channel", help="what is ranked")

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from unitvis.errors import error_text
+from unitvis.network.memory import shortage
 from unitvis_kernels.layout import memory_format
 
 
@@ -81,6 +82,8 @@ class Replay:
     def _capture(self) -> str | None:
         """Capture the step once for each slot; returns the error where that fails, else None.
 
+        A lack of memory is raised: a smaller batch may be captured.
+
         The step is run with the id -1 for every image, so the top-k does not change.
         """
         current, capture_stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
@@ -97,6 +100,8 @@ class Replay:
                     with torch.cuda.graph(graph, pool=pool, stream=capture_stream, capture_error_mode="thread_local"):
                         self._step(slot.images, slot.ids)
         except Exception as error:
+            if shortage(error) is not None:
+                raise
             return error_text(root_cause(error))
         finally:
             current.wait_stream(capture_stream)

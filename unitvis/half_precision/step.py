@@ -17,6 +17,7 @@ from unitvis.network.attributes import kept_attributes
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.copies import copied
 from unitvis.network.forward import COMPUTE_BATCH, Hooks, Rectangle, compute_batch
+from unitvis.network.memory import let_go
 from unitvis.network.network import Network
 from unitvis.sources.transform import Transform
 from unitvis.state.magnitudes import magnitudes, merge_magnitudes
@@ -117,18 +118,38 @@ class Step:
             not_finite = (keys == uk.NAN_KEY) | ((keys >> 32) == MINUS_INFINITY_HIGH_WORD)
             self.topk.merge(keys.masked_fill_(not_finite, INFINITY_KEY), ids)
 
-    def responses(self, images: Tensor) -> NDArray[np.float64]:
-        """Responses in half precision, float64 [N, units], of images as they were read."""
-        return uk.unpack(self.keys(images))[0].cpu().double().numpy()
+    def resize(self, size: int) -> None:
+        """Merge batches of at most another number of images from now on; buffers and graphs are made anew for it."""
+        self.size = size
+        self.release()
+        let_go(self._device)
 
-    def magnitudes(self, images: Tensor) -> NDArray[np.float64]:
-        """How large the inputs are, float64 [N, SCALES], of images as they were read; see `state.magnitudes`."""
+    def release(self) -> None:
+        """Give the memory of buffers and graphs back to a GPU; the next batch makes them again."""
+        if self._replay is not None:
+            torch.cuda.synchronize(self._device)  # a graph may still be running
+            self._replay = None
+            let_go(self._device)
+
+    def responses(self, images: Tensor, size: int | None = None) -> NDArray[np.float64]:
+        """Responses in half precision, float64 [N, units], of images as they were read; size: see `keys`."""
+        return uk.unpack(self.keys(images, size))[0].cpu().double().numpy()
+
+    def magnitudes(self, images: Tensor, size: int | None = None) -> NDArray[np.float64]:
+        """How large the inputs are, float64 [N, SCALES], of images as they were read; see `state.magnitudes`.
+
+        size: see `keys`.
+        """
+        images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)), size)
         with torch.no_grad():
-            return magnitudes(self._input(images.to(self._device))).cpu().double().numpy()
+            return magnitudes(self._input(images))[:count].cpu().double().numpy()
 
-    def keys(self, images: Tensor) -> Tensor:
-        """Keys, int64 [N, units], of at most `size` images as they are given to the step; nothing is merged."""
-        images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)))
+    def keys(self, images: Tensor, size: int | None = None) -> Tensor:
+        """Keys, int64 [N, units], of images as they are given to the step; nothing is merged.
+
+        size: as how many images they are computed, with zeros for those that are missing; None: the step's own.
+        """
+        images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)), size)
         self._threshold.values = None
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return self._keys(self._input(images))[:count]
@@ -139,9 +160,9 @@ class Step:
             return self._transform.normalize(images, self._dtype, channels=self._channels)
         return images.to(self._dtype, memory_format=torch.channels_last, copy=True)  # a model may overwrite it
 
-    def _padded(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _padded(self, images: Tensor, ids: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Pad a batch to `size` images with zeros and ids of -1: another batch size may give other last bits."""
-        missing = self.size - len(ids)
+        missing = (self.size if size is None else size) - len(ids)
         if not missing:
             return images, ids
         return torch.cat([images, images.new_zeros((missing, *images.shape[1:]))]), torch.cat(

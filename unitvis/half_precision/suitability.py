@@ -28,6 +28,7 @@ from unitvis.half_precision.step import HALF
 from unitvis.network.borrowing import Tensors
 from unitvis.network.copies import copied
 from unitvis.network.forward import COMPUTE_BATCH, Hooks
+from unitvis.network.memory import place, shortage
 from unitvis.network.network import Network
 from unitvis.network.operators import CONVOLUTIONS_AND_NORMS, names
 from unitvis.network.receptive_fields.calls import READ_OUTSIDE
@@ -159,7 +160,11 @@ def _in_half(network: Network, batches: Sequence[Tensor], precision: str) -> tup
             return [], f"{name!r} holds {largest:.3g}, and {NAMES[precision]} ends at {finfo.max:.3g}"
     try:
         return _half_values(network, batches, dtype), None
-    except UnitvisError as error:
+    except Exception as error:
+        if shortage(error) is not None:
+            return [], f"a copy of the model in {NAMES[precision]} does not fit into {place(network.device)} beside it"
+        if not isinstance(error, UnitvisError):
+            raise
         return [], f"it does not compute in {NAMES[precision]} ({error})"
 
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from unitvis.errors import UnitvisError
 from unitvis.network.copies import copied
+from unitvis.network.memory import holding
 
 
 def unwrapped(model: object) -> nn.Module:
@@ -73,13 +74,19 @@ def on_device(model: nn.Module, device: torch.device | str | None) -> tuple[nn.M
         wanted = torch.device("cuda", torch.cuda.current_device())
     if all(t.device == wanted and t.dtype == _single_precision(t) for t in tensors):
         return model, wanted
-    move: Any = copied(model)._apply  # what to() calls, which would give all tensors one type, complex ones too
-    return move(lambda tensor: tensor.to(wanted, _single_precision(tensor))), wanted
+    with holding("the model in float32", wanted):
+        move: Any = copied(model)._apply  # what to() calls, which would give all tensors one type, complex ones too
+        return move(lambda tensor: tensor.to(wanted, _single_precision(tensor))), wanted
 
 
 def _single_precision(tensor: Tensor) -> torch.dtype:
     """float32 for a tensor of real numbers, complex64 for one of complex numbers, and its own type for any other."""
     return torch.float32 if tensor.is_floating_point() else torch.complex64 if tensor.is_complex() else tensor.dtype
+
+
+def default_batch(device: torch.device) -> int:
+    """How many images are read, and in half precision computed, at once if nobody says another number."""
+    return 256 if device.type == "cuda" else 64
 
 
 def free_memory(device: torch.device) -> float:

@@ -16,6 +16,7 @@ from unitvis.errors import UnitvisError, closest_names, error_text, first_line
 from unitvis.network.bits import Bits, ReadMap, computing_threads, examine_bits
 from unitvis.network.borrowing import Tensors
 from unitvis.network.canonical import canonical_settings, refuse_other_arithmetic
+from unitvis.network.memory import holding
 from unitvis.sources.transform import Transform
 
 COMPUTE_BATCH = 16  # images of a canonical forward pass
@@ -280,8 +281,12 @@ class CanonicalPass:
             threads = self.bits.threads[here] if known else 1
         self._passes += 1
         used = nullcontext() if threads is None else computing_threads(threads)
-        with self._tensors.kept(), torch.no_grad(), canonical_settings(self._device), used:
+        with self._fitting(), self._tensors.kept(), torch.no_grad(), canonical_settings(self._device), used:
             yield
+
+    def _fitting(self) -> AbstractContextManager[None]:
+        """Context of passes that fewer images would give other bits."""
+        return holding(f"a compute batch of {COMPUTE_BATCH} images in float32", self._device)
 
     def check(self, images: Tensor) -> Bits:
         """Find out what the layers' bits depend on, by passes of at most `COMPUTE_BATCH` images and of noise.
@@ -293,7 +298,7 @@ class CanonicalPass:
             with self._tensors.kept(), torch.no_grad():
                 self._hooks.run(compute_batch(batch), read)  # a copy: a model may overwrite its input
 
-        with canonical_settings(self._device):
+        with self._fitting(), canonical_settings(self._device):
             with torch.inference_mode():
                 batch = self._compute_batch(_beside_noise(images))
             found = examine_bits(self._names, run, batch)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unitvis.errors import first_line
 from unitvis.network.canonical import canonical_settings
+from unitvis.network.memory import let_go, shortage
 from unitvis.network.network import Network
 
 MAX_TOGETHER = 8  # neurons whose gradients are found in one pass; all their activations are in memory at once
@@ -78,18 +79,36 @@ def _layer_shares(
     pixels = network.normalise(torch.stack([images[image] for image, _, _ in neurons_of_all]))
     neurons = {name: [neuron for _, neuron, _ in own] for name, own in chosen.items()}
     try:
-        squares = iter(_squared_gradients(network, neurons, pixels))
+        found = _squares(network, neurons, pixels)
     except Exception as error:  # a model may raise anything; only drawings use the box, so the scan goes on
-        if len(chosen) > 1:  # the others may have gradients
-            alone = [_layer_shares(network, {name: own}, images) for name, own in chosen.items()]
-            return {name: shares for one in alone for name, shares in one.items()}
-        (name,) = chosen
-        warnings.warn(f"layer {name!r} has no effective box, for want of gradients ({first_line(error)})")
-        return {name: None}
-    return {
-        name: _shares_inside(np.stack([next(squares) for _ in own]), np.array([centre for *_, centre in own]))
-        for name, own in chosen.items()
-    }
+        wanting, reason = "gradients" if shortage(error) is None else "memory", first_line(error)
+    else:
+        squares = iter(found)
+        return {
+            name: _shares_inside(np.stack([next(squares) for _ in own]), np.array([centre for *_, centre in own]))
+            for name, own in chosen.items()
+        }
+    if len(chosen) > 1:  # the others may have gradients; outside of the handler, which holds what the pass computed
+        alone = [_layer_shares(network, {name: own}, images) for name, own in chosen.items()]
+        return {name: shares for one in alone for name, shares in one.items()}
+    (name,) = chosen
+    warnings.warn(f"layer {name!r} has no effective box, for want of {wanting} ({reason})")
+    return {name: None}
+
+
+def _squares(
+    network: Network, neurons: Mapping[str, list[tuple[int, int, int]]], images: Tensor
+) -> NDArray[np.float64]:
+    """Like `_squared_gradients`, and in halves where memory runs out over the images of one layer."""
+    try:
+        return _squared_gradients(network, neurons, images)
+    except Exception as error:
+        if len(neurons) > 1 or len(images) == 1 or shortage(error) is None:
+            raise
+    let_go(network.device)  # outside of the handler, which holds what the pass computed
+    ((name, own),) = neurons.items()
+    halves = slice(len(own) // 2), slice(len(own) // 2, None)
+    return np.concatenate([_squares(network, {name: own[half]}, images[half].detach()) for half in halves])
 
 
 def _squared_gradients(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unitvis.errors import UnitvisError
@@ -44,8 +45,9 @@ class Recorder(Recording):
     inside: rank only positions whose drawn boxes lie in the image, see `inside.rank_inside`.
     device: None is the model's own. transform: normalises pixels, which must come resized and cropped as it would.
     precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what a copy of the model gives in
-    half precision, in batches of batch_size. weights: "fixed" refuses, at `result`, weights that were written to
-    between calls; "moving" ranks each image by the weights that it met, in float32, and no unit is separated.
+    half precision, in batches of batch_size (None: 64, on a GPU 256), which is halved where memory runs out. weights:
+    "fixed" refuses, at `result`, weights that were written to between calls; "moving" ranks each image by the weights
+    that it met, in float32, and no unit is separated.
 
     State on the device is O(units x k); nothing is copied to the host before `result`. A GPU that scans in half
     precision fetches a pinned batch after the call: write into one only two calls later. The model is left as it was
@@ -104,6 +106,8 @@ class Recorder(Recording):
     def _ranked(self, source: Source | None) -> Run:
         """The run of the top-k as it is. source: after half precision, to compute again what can win."""
         if self.precision != "fp32" and source is not None:
+            if self._begun:
+                self._step.release()
             return reranked_run(self.network, self.scanned, source, self._manifest("exact"))
         decided = np.full(self.network.units, self.precision == "fp32" and self._weights == "fixed")
         return ranked_run(self.network, self.topk, self.k, decided, self._manifest(self.precision))
@@ -134,14 +138,31 @@ class Recorder(Recording):
             responses=self._half_responses,
             magnitudes=self._magnitudes,
             precision=self.precision,
+            batch_sizes=sorted(self.batch_sizes or {self._size}),
         )
 
-    def _half_responses(self, images: Tensor) -> Any:
-        step = self._begun_step(images)
-        return np.concatenate([step.responses(part) for part in torch.split(images, self._size)])
+    def _half_responses(self, images: Tensor, size: int | None = None) -> NDArray[np.float64]:
+        """Responses in half precision, float64 [N, units], of images as they were read.
 
-    def _magnitudes(self, images: Tensor) -> Any:
-        return self._begun_step(images).magnitudes(images)
+        size: as how many images they are computed at once, RuntimeError where memory runs out over them; None: as many
+        as the scan does, and fewer where they do not fit.
+        """
+        step = self._begun_step(images)
+
+        def compute() -> NDArray[np.float64]:
+            now = size or self._size
+            return np.concatenate([step.responses(part, now) for part in torch.split(images, now)])
+
+        if size:
+            return compute()
+        responses = self._halving(compute)
+        self._tell_of_halving()
+        return responses
+
+    def _magnitudes(self, images: Tensor, size: int) -> NDArray[np.float64]:
+        """How large the inputs are, float64 [N, SCALES], of images as they were read; size: see `_half_responses`."""
+        step = self._begun_step(images)
+        return np.concatenate([step.magnitudes(part, size) for part in torch.split(images, size)])
 
     def _begun_step(self, images: Tensor) -> Step:
         if not self._begun:  # the scan was another process's
@@ -164,6 +185,8 @@ class Recorder(Recording):
         how: dict[str, Any] = {"precision": self.precision, "batch_size": self._size}
         if self.precision != "fp32":
             how |= {"candidates": self.k + EXTRA_CANDIDATES, **(self._step.how if self._begun else {})}
+            if self.batch_sizes - {self._size}:
+                how["batch_sizes"] = sorted(self.batch_sizes)
         manifest = scan_manifest(self.network, self.k, self.precision, how)
         if self._origin["spec"] is not None:
             manifest["model"] |= self._origin
@@ -174,6 +197,7 @@ class Recorder(Recording):
 
         seconds: of scanning. read_from: source of the images. entries: of the manifest, in place of a recorder's own.
         """
+        self.flush()
         manifest = self.about() | {"partial": True, "shard": None, "failures": []} | entries
         failures = {failure["id"]: failure["reason"] for failure in manifest["failures"]}
         part = self.snapshot(identity(manifest), failures, seconds, read_from)
@@ -198,10 +222,20 @@ class Recorder(Recording):
             self._watch.refuse(hashes=False)
         topk = self.topk.to("cpu")
         seen = np.zeros(0, SEEN) if read_from is None else read_from.noted(topk.images())
-        return Partial(identity, topk, self.largest_inputs.to("cpu"), self.coverage.copy(), failures, seconds, seen)
+        return Partial(
+            identity,
+            topk,
+            self.largest_inputs.to("cpu"),
+            frozenset(self.batch_sizes),
+            self.coverage.copy(),
+            failures,
+            seconds,
+            seen,
+        )
 
     def restore(self, part: Partial) -> None:
         """Go on from a snapshot; only before the first image, after `prepare`."""
         self.topk, self.largest_inputs = part.topk.to(self.network.device), part.largest_inputs.to(self.network.device)
         self.coverage = part.coverage.copy()
         self.images, self._settled = len(self.coverage), True
+        self.batch_sizes = set(part.batch_sizes)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from unitvis.errors import UnitvisError, error_text
 from unitvis.half_precision.candidates import EXTRA_CANDIDATES
 from unitvis.half_precision.step import HALF, Step
 from unitvis.half_precision.suitability import NAMES, suitable_precision
-from unitvis.network.device import refuse_state, unwrapped
+from unitvis.network.device import default_batch, refuse_state, unwrapped
 from unitvis.network.forward import COMPUTE_BATCH, CanonicalPass
 from unitvis.network.inside import rank_inside
+from unitvis.network.memory import TooLargeError, holding, may_fit_in_parts, shortage, too_large
 from unitvis.network.network import Network, Shape
 from unitvis.ranking.batches import check_coverage, checked_ids, checked_images, some_values
 from unitvis.ranking.watch import WeightsWatch
@@ -27,6 +29,9 @@ from unitvis.state.interval_set import IntervalSet
 from unitvis.state.magnitudes import ranked_magnitudes
 from unitvis.state.partial import differences
 from unitvis.state.topk import TopK
+
+logger = logging.getLogger("unitvis")
+Result = TypeVar("Result")
 
 
 class Recording:
@@ -49,7 +54,7 @@ class Recording:
         device: torch.device | str | None = None,
         transform: Transform | None = None,
         precision: str = "fp32",
-        batch_size: int = 4 * COMPUTE_BATCH,
+        batch_size: int | None = None,
         weights: str = "fixed",
     ) -> None:
         if not isinstance(k, int) or k < 1:
@@ -70,6 +75,7 @@ class Recording:
             )
         self.k, self.images = k, 0  # images: how many are in the top-k
         self.coverage = IntervalSet()  # the ids in the top-k, where they came on the CPU
+        self.batch_sizes: set[int] = set()  # in which half precision computed the images of the top-k
         self.topk: TopK  # made with the first batch
         self.largest_inputs: TopK  # images by the magnitudes of their inputs, in half precision; made with it
         self._layers, self._exclude, self._unit, self._weights = layers, exclude, unit, weights
@@ -109,13 +115,16 @@ class Recording:
                 self._lost = waiting + (0 if error is None else self._raised)
                 self._waiting, self._raised = None, 0
 
-    def set_precision(self, precision: str, batch_size: int) -> None:
-        """Choose how the images are computed, before the first one is."""
+    def set_precision(self, precision: str, batch_size: int | None) -> None:
+        """Choose how the images are computed, before the first one is. batch_size: None is `default_batch`."""
         if precision != "fp32" and precision not in HALF:
             raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
         if precision != "fp32" and self._weights == "moving":
             raise UnitvisError(f"weights='moving' needs precision='fp32': {precision} ranks with a copy of the weights")
-        self.precision, self._size = precision, COMPUTE_BATCH if precision == "fp32" else batch_size
+        self.precision, self._asked_size = precision, batch_size
+        wanted = default_batch(self.network.device) if batch_size is None else batch_size
+        self._size = COMPUTE_BATCH if precision == "fp32" else wanted  # images that are computed at once
+        self._told_size = self._size  # that the user knows of
 
     @torch.inference_mode(False)
     def settle_precision(self, images: Tensor) -> str | None:
@@ -129,7 +138,7 @@ class Recording:
                 self.prepare(self.network.input_shape_of(images))
             with self.network.turn(), self.network.evaluating():
                 precision, reason = suitable_precision(self.network, images, self.precision)
-            self.set_precision(precision, self._size)
+            self.set_precision(precision, self._asked_size)
         self._settled = True
         return reason
 
@@ -139,7 +148,7 @@ class Recording:
 
         All that can fail because of the model fails here, before the first image is computed.
         """
-        with self.network.turn():
+        with self.network.turn(), holding("a forward pass of one image", self.network.device):
             self._prepare(shape)
 
     def _prepare(self, shape: Shape) -> None:
@@ -179,6 +188,7 @@ class Recording:
                         self._first_raised = some_values(images)
                 raise
             self._raised = 0
+            self._tell_of_halving()
 
     def _take(self, batch: Tensor, ids: Tensor | Sequence[int] | None) -> None:
         if not self._open:
@@ -188,18 +198,28 @@ class Recording:
             self._watch = WeightsWatch(self._given)
         if not self._settled and len(given) and (reason := self.settle_precision(given)):
             warnings.warn(f"{reason}; the images are scanned in {NAMES[self.precision]}")
-        images = given.to(self.network.device) if self.precision == "fp32" else given
+        images = self._moved(given) if self.precision == "fp32" else given
         if ids is None:
             ids = torch.arange(self._next_id, self._next_id + len(given), device="cpu")
         ids = checked_ids(ids, len(given))
         if self._waiting is not None:
-            images, ids = torch.cat([self._waiting[0], images]), torch.cat([self._waiting[1], ids])
+            images = torch.cat([self._waiting[0].to(images.device), images])
+            ids = torch.cat([self._waiting[1], ids])
         now = len(images) if self._weights == "moving" else len(images) - len(images) % self._size
         waiting = (images[now:].clone(), ids[now:].clone()) if now < len(images) else None
         if now:
             self._rank(images[:now], ids[:now])
         self._waiting, self._like = waiting, given.new_empty((0, *given.shape[1:]))
         self._next_id += len(given)
+
+    def _moved(self, images: Tensor) -> Tensor:
+        """Images on the device, or as they came where it has no room for all, and each compute batch is moved alone."""
+        try:
+            return images.to(self.network.device)
+        except RuntimeError as error:
+            if shortage(error) is None:
+                raise
+        return images
 
     @torch.inference_mode(False)
     def flush(self) -> None:
@@ -209,6 +229,7 @@ class Recording:
             if self._waiting is not None:
                 self._rank(*self._waiting)
                 self._waiting = None
+            self._tell_of_halving()
 
     def _tell_of_missing_images(self, images: Tensor) -> None:
         """Warn where a call without ids raised, and its images are not those that come now."""
@@ -234,18 +255,59 @@ class Recording:
             if not self._begun:
                 with self._passes():
                     self._begin(images[: self._size])
-            states = self.topk.tensor, self.largest_inputs.tensor
-            before = [state.clone() for state in states]
-            try:
-                for start in range(0, len(ids), self._size):
-                    self._fold(images[start : start + self._size], ids[start : start + self._size])
-            except BaseException:
-                for state, copy in zip(states, before, strict=True):
-                    state.copy_(copy)  # in place: the step, and a graph that was captured, write to it
-                raise
+            self._halving(lambda: self._fold_all(images, ids))
         self.images += len(ids)
+        if self.precision != "fp32":
+            self.batch_sizes.add(self._size)
         if ids.device.type == "cpu":  # ids that came on a GPU stay unknown
             self.coverage.add(ids.numpy().copy())
+
+    def _halving(self, compute: Callable[[], Result]) -> Result:
+        """Call `compute`, which computes `_size` images at once, again with half of them while memory runs out.
+
+        In float32 the number is part of the canonical response; it stays, and `TooLargeError` tells of it.
+        """
+        asked = self._size
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                if self.precision == "fp32" or self._size == 1 or not may_fit_in_parts(error):
+                    what = "one image" if self._size == 1 else f"a compute batch of {self._size} images"
+                    if self._size < asked:  # a later call may find more memory
+                        self._resize(asked)
+                    if (cause := shortage(error)) is None or isinstance(cause, TooLargeError):
+                        raise
+                    raise too_large(f"{what} in {NAMES[self.precision]}", self.network.device, cause) from error
+            self._resize(self._size // 2)  # outside of the handler, which holds what the batch computed
+
+    def _resize(self, size: int) -> None:
+        """Compute so many images at once from now on, in half precision."""
+        self._size = size
+        self._step.resize(size)
+
+    def _tell_of_halving(self) -> None:
+        """Say once that batches are smaller now: a warning where the user chose their size, else a line in the log."""
+        if self._size == self._told_size:
+            return
+        before, self._told_size = self._told_size, self._size
+        said = f"batch {before} did not fit on {self.network.device}, went on with {self._size}"
+        if self._asked_size is None:
+            logger.info("%s", said)
+        else:
+            warnings.warn(said)
+
+    def _fold_all(self, images: Tensor, ids: Tensor) -> None:
+        """Fold images into the top-k, as many at a time as are computed at once; where one raises, none."""
+        states = self.topk.tensor, self.largest_inputs.tensor
+        before = [state.clone() for state in states]
+        try:
+            for start in range(0, len(ids), self._size):
+                self._fold(images[start : start + self._size], ids[start : start + self._size])
+        except BaseException:
+            for state, copy in zip(states, before, strict=True):
+                state.copy_(copy)  # in place: the step, and a graph that was captured, write to it
+            raise
 
     def _fold(self, images: Tensor, ids: Tensor) -> None:
         """Compute at most as many images as are computed at once, and fold them into the top-k."""
@@ -264,6 +326,10 @@ class Recording:
 
     def _begin(self, images: Tensor) -> None:
         """Find the layers by the first images, and see that their responses can be ranked."""
+        with holding(f"what is computed of the first {COMPUTE_BATCH} images", self.network.device):
+            self._begin_with(images)
+
+    def _begin_with(self, images: Tensor) -> None:
         shape = self.network.input_shape_of(images)
         # Images of another size may have raised before, and none was taken.
         if not self.network.layers or (self.images == 0 and self.network.input_shape != shape):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 import unitvis_kernels as uk
 from unitvis.half_precision.step import HALF
 from unitvis.half_precision.suitability import unsuitable_layers
+from unitvis.network.memory import let_go, may_fit_in_parts
 from unitvis.network.network import Network
 from unitvis.reranking.bound import upper_bound
 from unitvis.reranking.outlying import outlying_inputs, outlying_responses
@@ -27,7 +29,6 @@ from unitvis.reranking.pairs import ResponsePairs
 from unitvis.reranking.rereading import read_again
 from unitvis.sources import Source
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.magnitudes import SCALES
 from unitvis.state.sampling import sample
 from unitvis.state.topk import TopK
 
@@ -45,9 +46,17 @@ class Scanned:
     candidates: TopK  # more than k places a unit, ranked by half precision
     largest_inputs: TopK  # the images whose inputs are largest, see `state.magnitudes`
     coverage: IntervalSet  # the ids that were scanned
-    responses: Callable[[Tensor], Floats]  # images as they were read -> float64 [N, units] in half precision
-    magnitudes: Callable[[Tensor], Floats]  # images as they were read -> float64 [N, SCALES], of their inputs
+    responses: Callable[[Tensor, int], Floats]  # images as read, and how many at once -> half precision [N, units]
+    magnitudes: Callable[[Tensor, int], Floats]  # the same -> [N, SCALES], of their inputs
     precision: str  # of the scan, a name in `HALF`
+    batch_sizes: Sequence[int]  # how many images were computed at once: half precision errs otherwise in each
+
+
+class HalfSample(NamedTuple):
+    """Images of the sample in half precision, as of one batch size."""
+
+    responses: Floats  # [images, units]
+    magnitudes: Floats  # [images, SCALES], of their inputs
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,8 @@ class Reranking:
         self.decided = np.zeros(network.units, bool)
         self.layer_of = network.layer_of
         self.computed, self._depth = np.zeros(0, np.int64), np.zeros(0, np.int64)  # ids, and of how many layers
-        self._half_sample = self._canonical_sample = np.zeros((0, network.units))
-        self._sampled_magnitudes = np.zeros((0, SCALES))
+        self._canonical_sample = np.zeros((0, network.units))
+        self._half_samples: list[HalfSample] = []  # the same images in half precision, for each batch size
         # [layers]: how many times as large as those of the sample the numbers that a layer is computed from may be.
         self._stretch = np.ones(len(network.layers))
         self.outlying = 0  # images outside of what the sample spans
@@ -128,7 +137,7 @@ class Reranking:
     @property
     def sampled(self) -> int:
         """How many images the sample has."""
-        return len(self._half_sample)
+        return len(self._canonical_sample)
 
     def compute(self, ids: Ids, depths: NDArray[np.int64]) -> list[Floats]:
         """Canonical responses of images in their first layers, as many as `depths`; never one twice.
@@ -164,14 +173,17 @@ class Reranking:
         """
         ids = sample(self._scanned.coverage.ranges)
         self._canonical_sample = np.concatenate(self.compute(ids, np.full(len(ids), len(self._network.layers))))
-        half, magnitudes, found = [], [], dict[str, str]()
+        half, found = {size: list[HalfSample]() for size in self._scanned.batch_sizes}, dict[str, str]()
         for batch in read_again(self._source, ids):
-            half.append(self._scanned.responses(batch.pixels))
-            magnitudes.append(self._scanned.magnitudes(batch.pixels))
+            for size in list(half):
+                if (sampled := self._half(batch.pixels, size)) is None:
+                    del half[size]
+                else:
+                    half[size].append(sampled)
             found |= unsuitable_layers(self._network, batch.pixels, self._scanned.precision)
-        self._half_sample, self._sampled_magnitudes = np.concatenate(half), np.concatenate(magnitudes)
+        self._half_samples = [HalfSample(*map(np.concatenate, zip(*own, strict=True))) for own in half.values()]
         for layer, own in zip(self._network.layers, self._network.columns, strict=True):
-            self.unsuitable[own] = layer.name in found
+            self.unsuitable[own] = layer.name in found or len(half) < len(self._scanned.batch_sizes)
         if found:
             reason, last = (
                 next(iter(found.values())),
@@ -179,31 +191,58 @@ class Reranking:
             )
             warnings.warn(f"{reason}; all images are computed again in float32 up to layer {last.name!r}")
 
+    def _half(self, images: Tensor, size: int) -> HalfSample | None:
+        """What half precision makes of so many images at once; None, with a warning, if those do not fit now."""
+        try:
+            return HalfSample(self._scanned.responses(images, size), self._scanned.magnitudes(images, size))
+        except Exception as error:
+            if not may_fit_in_parts(error):
+                raise
+        let_go(self._network.device)  # outside of the handler, which holds what the batch computed
+        warnings.warn(
+            f"batch {size} fitted on {self._network.device} in the scan and does not now, so its errors in half "
+            "precision cannot be measured; all images are computed again in float32"
+        )
+        return None
+
     def compute_outlying(self) -> None:
         """The images outside of what the sample spans, in all layers, as many as the scan kept.
 
+        Those count that are outside in any of the batch sizes, as nothing tells in which one an image was computed.
         Where others may lie outside, their rounding errors are larger than the sample's in proportion, and so are the
         margins from here on.
         """
         network, kept, candidates = self._network, self._scanned.largest_inputs.read(), self._scanned.candidates.read()
-        outside, self._stretch[:] = outlying_inputs(kept, self._sampled_magnitudes)
-        ids = kept.images[outside]
-        closed = np.maximum(self._canonical_sample, self._half_sample).max(axis=0) <= 0
-        closed &= np.array([layer.feeds_relu for layer in network.layers])[self.layer_of]
-        outside, times = outlying_responses(candidates, self._half_sample, network.columns, closed, self.margins())
-        outside[network.columns[-1]] = False  # no layer reads the last one's responses
-        ids = np.union1d(ids, candidates.images[outside])
+        read_by_relu = np.array([layer.feeds_relu for layer in network.layers])[self.layer_of]
+        margins, ids, stretch = self.margins(), np.zeros(0, np.int64), np.ones(len(network.layers))
+        for sampled in self._half_samples:
+            outside, largest_input = outlying_inputs(kept, sampled.magnitudes)
+            ids = np.union1d(ids, kept.images[outside])
+            closed = read_by_relu & (np.maximum(self._canonical_sample, sampled.responses).max(axis=0) <= 0)
+            outside, times = outlying_responses(candidates, sampled.responses, network.columns, closed, margins)
+            outside[network.columns[-1]] = False  # no layer reads the last one's responses
+            ids = np.union1d(ids, candidates.images[outside])
+            before = np.maximum.accumulate([largest_input, *times[:-1]])  # [layers]: of what lies before each
+            stretch = np.maximum(stretch, before)
         self.compute(ids, np.full(len(ids), len(network.layers)))
-        self.outlying = len(ids)
-        self._stretch[1:] = np.maximum(self._stretch[1:], np.maximum.accumulate(times)[:-1])
+        self.outlying, self._stretch = len(ids), stretch
 
     def margins(self) -> Floats:
-        """float64 [units]: how far an outsider's response may lie above its value in half precision."""
+        """float64 [units]: how far an outsider's response may lie above its value in half precision.
+
+        It may have been computed in any of the batch sizes, so the one that errs most counts.
+        """
+        if self.unsuitable.all():
+            return np.full(len(self.half), np.inf)
+        return np.max([self._margins(sampled.responses) for sampled in self._half_samples], axis=0)
+
+    def _margins(self, half_sample: Floats) -> Floats:
+        """Like `margins`, for one batch size. half_sample: float64 [images, units]."""
         with np.errstate(invalid="ignore"):
-            sampled = self._canonical_sample - self._half_sample  # [images, units]
+            sampled = self._canonical_sample - half_sample  # [images, units]
             error = self.pairs.values - self.half[self.rows, self.ranks]
         # Infinite in float32 where half precision is finite: nothing bounds that. The other way round is a candidate.
-        boundless = self.unsuitable | (np.isposinf(self._canonical_sample) & np.isfinite(self._half_sample)).any(axis=0)
+        boundless = self.unsuitable | (np.isposinf(self._canonical_sample) & np.isfinite(half_sample)).any(axis=0)
         sampled[~np.isfinite(sampled)] = 0
         usable = np.isfinite(error)
         unit, error = self.rows[usable], error[usable].astype(np.float64)
@@ -224,7 +263,7 @@ class Reranking:
             bound = math.inf if boundless[own].any() else upper_bound(pooled, draws)
             least = largest[own] * self._resolution / 2  # a rounding
             margins[own] = np.maximum(stretch * bound * scale[own], least)
-        margins[_rarely_varies(self._half_sample)] = np.inf
+        margins[_rarely_varies(half_sample)] = np.inf
         return margins
 
     def outsiders(self) -> Floats:

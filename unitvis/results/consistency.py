@@ -10,7 +10,7 @@ import numpy as np
 from unitvis.results.arrays import ARRAYS, SEPARATED, TIED, UNSEPARATED, LayerArrays
 from unitvis.results.nonfinite import infinite_info
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.partial import Partial
+from unitvis.state.partial import Partial, batch_sizes
 
 HALF = ("fp16", "bf16")  # precisions whose responses are not canonical
 _DTYPES = {"values": "<f4", "images": "<i8", "positions": "<i4", "boxes": "<i4"}
@@ -71,6 +71,8 @@ def _precision_problem(manifest: Mapping[str, Any]) -> str | None:
     asked, scanned = manifest["precision"], manifest["scan"]["precision"]
     if asked == "fp32" and scanned != "fp32":
         return f"precision is fp32 and scan.precision {scanned}"
+    if sizes := None if scanned in HALF else manifest["scan"].get("batch_sizes"):
+        return f"scan.batch_sizes is {sizes}, and scan.precision {scanned}, which has one batch size"
     again = manifest.get("rescored")
     if manifest.get("partial") is True:
         return None
@@ -224,6 +226,8 @@ def state_problem(tops: Mapping[str, LayerArrays], partial: Partial, manifest: M
     """What of the state that `merge` reads is not that of the run; None if all is."""
     if partial.coverage.ranges.tolist() != manifest["coverage"]:
         return f"its coverage is {partial.coverage}, and that of the run {IntervalSet(manifest['coverage'])}"
+    if partial.batch_sizes and sorted(partial.batch_sizes) != (sizes := batch_sizes(manifest["scan"])):
+        return f"its batch sizes are {sorted(partial.batch_sizes)}, and those of the run {sizes}"
     if failed := partial.failures.keys() - {failure["id"] for failure in manifest["failures"]}:
         return f"image {min(failed)} failed there, and not in the run"
     if not tops or partial.identity["precision"] != "fp32":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unitvis.decoding.options import SCHEMA as DECODING
 from unitvis.schema import (
+    BATCH_SIZE,
     COUNT,
     FLAG,
     NUMBER,
@@ -62,7 +63,12 @@ _MANIFEST: dict[str, Schema] = SHARED | {
     "precision": choice("exact", "fp32", "fp16", "bf16"),
     "plan": TEXT,
     "source": _SOURCE,
-    "scan": {"precision": choice("fp32", "fp16", "bf16"), "batch_size": whole(1, 2**40), "by_slot?": [TEXT]},
+    "scan": {
+        "precision": choice("fp32", "fp16", "bf16"),
+        "batch_size": BATCH_SIZE,
+        "batch_sizes?": [BATCH_SIZE],
+        "by_slot?": [TEXT],
+    },
     "images": COUNT,
     "coverage": [(COUNT, COUNT)],
     "failures": [{"id": COUNT, "name": TEXT, "reason": TEXT}],

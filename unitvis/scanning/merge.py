@@ -123,7 +123,7 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
     first = order[0]
     merged, seconds = parts[first], parts[first].seconds
     topk, largest_inputs, coverage = merged.topk.to("cpu"), merged.largest_inputs.to("cpu"), merged.coverage
-    failures, seen = dict(merged.failures), merged.seen
+    batch_sizes, failures, seen = merged.batch_sizes, dict(merged.failures), merged.seen
     for name in order[1:]:
         part = parts[name]
         refuse_differences(f"{first} and {name} cannot be merged", merged.identity, part.identity)
@@ -145,11 +145,12 @@ def merge_partials(parts: Mapping[str, Partial]) -> Partial:
         topk.merge_all(part.topk)
         largest_inputs.merge_all(part.largest_inputs)
         coverage, seconds = coverage | part.coverage, seconds + part.seconds
+        batch_sizes |= part.batch_sizes
     failed = np.array(sorted(failures), np.int64)
     # An image that one run could not read and another one could is no failure.
     failures = {id: failures[id] for id in failed[~coverage.holds(failed)].tolist()}
     seen = seen[np.isin(seen["id"], topk.images())]
-    return Partial(merged.identity, topk, largest_inputs, coverage, failures, seconds, seen)
+    return Partial(merged.identity, topk, largest_inputs, batch_sizes, coverage, failures, seconds, seen)
 
 
 def _refuse_contradiction(what: str, scanned: Identity, one: TopK, other: TopK, shared: IntervalSet) -> None:
@@ -183,6 +184,8 @@ def missing_ids(part: Partial, images: int | None) -> IntervalSet:
 def _partial_run(part: Partial, manifest: dict[str, Any], failures: list[dict[str, Any]]) -> Run:
     """Make a run without winners from a part, to be merged again."""
     found = {"failures": failures, "images": len(part.coverage), "coverage": part.coverage.ranges.tolist()}
+    if part.batch_sizes - {manifest["scan"]["batch_size"]}:
+        found["scan"] = manifest["scan"] | {"batch_sizes": sorted(part.batch_sizes)}
     return Run({}, manifest | found | {"shard": None, "partial": True}, {}, partial=part)
 
 

@@ -17,6 +17,7 @@ from unitvis.half_precision.step import HALF
 from unitvis.half_precision.suitability import NAMES
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.memory import holding
 from unitvis.sources import Source
 from unitvis.state.sampling import SIZE, sample
 
@@ -49,7 +50,8 @@ def speed(device: torch.device, precision: str) -> float:
             best = min(best, time.perf_counter() - start)
         return best
 
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+    timed = holding(f"a convolution of {images} maps, which is timed,", device)
+    with timed, torch.inference_mode(), torch.autocast(device.type, enabled=False):
         with canonical_settings(device):
             full = seconds(torch.float32)
         return full / seconds(HALF[precision])

@@ -73,7 +73,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._signals.__exit__()
 
-    def resume(self, batch_size: int, precisions: Sequence[str]) -> Run | None:
+    def resume(self, batch_size: int | None, precisions: Sequence[str]) -> Run | None:
         """Continue from the folder's checkpoint, if there is one; returns the run if the folder holds it finished.
 
         The scan continues in the precision that it began with, where that is one of `precisions`. Raises UnitvisError

@@ -21,7 +21,7 @@ from unitvis.choices import CHECKPOINT_SECONDS, PRECISIONS
 from unitvis.errors import UnitvisError
 from unitvis.files import only_writer
 from unitvis.half_precision.suitability import NAMES, fallbacks
-from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.device import default_batch
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import check_output
@@ -78,7 +78,8 @@ def scan(
         exclude: names or shell patterns of layers to leave out.
         out: folder to write the run and its checkpoints into; None: the run is only returned.
         transform: turns images into the model's input; None: the preprocessing of the spec's weights.
-        batch_size: images read and scanned at once (64); it does not change a float32 result.
+        batch_size: images read, and in half precision computed, at once (None: 64, on a GPU 256), halved where memory
+            runs out; it does not change a float32 result.
         device: where the model runs; None: the model's own device.
         precision: "exact" may find candidates in half precision and decides by canonical float32 responses, "fp32"
             computes only those, "fp16" and "bf16" rank responses in half precision.
@@ -103,8 +104,7 @@ def scan(
     """
     if precision not in PRECISIONS:
         raise UnitvisError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    batch_size = 4 * COMPUTE_BATCH if batch_size is None else batch_size
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UnitvisError(f"batch_size must be at least 1, not {batch_size}")
     own_shard = parse_shard(shard)
     folder = None if out is None else check_output(out, overwrite=overwrite, resume=resume)
@@ -140,7 +140,8 @@ def scan(
                 finished = tracker.resume(batch_size, fallbacks(precision))
                 if finished is not None:  # and not "if finished": the run of a shard has no layers
                     return finished
-            batches = source.batches(batch_size, workers=workers, ids=tracker.unread_ids())
+            together, gpu = batch_size or default_batch(recorder.network.device), recorder.network.device.type == "cuda"
+            batches = source.batches(together, workers=workers, ids=tracker.unread_ids(), pinned=gpu)
             first = [batch for batch in [next(batches, None)] if batch is not None]
             chosen_plan = Plan(recorder.precision, "as the scan began" if recorder.images else "as asked")
             if precision == "exact" and first and not recorder.images:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -107,19 +107,25 @@ class Source(ABC):
         self._first_image: tuple[int, tuple[int, ...], torch.dtype] | None = None  # id, shape, dtype
 
     def batches(
-        self, batch_size: int, *, workers: int | None = None, ids: Iterable[int] | None = None
+        self,
+        batch_size: int,
+        *,
+        workers: int | None = None,
+        ids: Iterable[int] | None = None,
+        pinned: bool = False,
     ) -> Generator[Batch]:
         """Read all images in the order of their ids, or those of `ids` in that order, each once.
 
         Every batch but the last has `batch_size` images, even if some fail. Files and arrays are read by `workers`
         threads, or many image files by as many processes (None: one a core, 0: the caller's thread), about two batches
-        ahead; results do not depend on it.
+        ahead; results do not depend on it. pinned: gather images in pinned memory, which a GPU copies from while the
+        host goes on; in ordinary memory where none can be had.
         """
         if batch_size < 1:
             raise UnitvisError(f"batch_size={batch_size}; at least 1 is needed")
         if ids is not None and not self.rereadable:
             raise UnitvisError(f"the {self.kind} can be read once only, so no image can be asked for by its id")
-        return self._batches(batch_size, usable_cores() if workers is None else workers, ids)
+        return self._batches(batch_size, usable_cores() if workers is None else workers, ids, pinned=pinned)
 
     @property
     def failures(self) -> list[Failure]:
@@ -233,7 +239,7 @@ class Source(ABC):
         """Read as much of an image as tells whether it is the one that was noted; UnitvisError if it is not."""
         return self.read(id)
 
-    def _batches(self, batch_size: int, workers: int, ids: Iterable[int] | None) -> Generator[Batch]:
+    def _batches(self, batch_size: int, workers: int, ids: Iterable[int] | None, *, pinned: bool) -> Generator[Batch]:
         """Regroup the images of `_chunks` into batches; a chunk that is a whole batch is not copied."""
         found, filled = False, 0
         for numbers, pixels in self._chunks(ids, batch_size, workers):
@@ -245,7 +251,7 @@ class Source(ABC):
             done = 0
             while done < len(numbers):
                 if not filled:
-                    buffer = _room_for(batch_size, pixels)
+                    buffer = _room_for(batch_size, pixels, pinned=pinned)
                     order = torch.empty(batch_size, dtype=torch.int64, device="cpu")
                 take = min(batch_size - filled, len(numbers) - done)
                 _copy_pixels(buffer[filled : filled + take], pixels[done : done + take])
@@ -467,10 +473,18 @@ def id_groups(ids: Iterable[int], size: int) -> Iterator[list[int]]:
         yield group
 
 
-def _room_for(images: int, like: Tensor) -> Tensor:
-    """An uninitialised batch of so many images like these; UnitvisError where memory does not hold it."""
+def _room_for(images: int, like: Tensor, *, pinned: bool) -> Tensor:
+    """An uninitialised batch of so many images like these; UnitvisError where memory does not hold it.
+
+    pinned: in pinned memory if it can be had. PyTorch gives that of a batch which was dropped to nobody else before the
+    copies from it have ended.
+    """
+    shape = (images, *like.shape[1:])
+    if pinned and like.device.type == "cpu":
+        with suppress(RuntimeError):  # there is no GPU, or the system pins no more
+            return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=True)
     try:
-        return torch.empty((images, *like.shape[1:]), dtype=like.dtype, device=like.device)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
     except RuntimeError as error:
         size = images * like[0].numel() * like.element_size() / 2**30
         raise UnitvisError(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from unitvis.errors import UnitvisError, abridged
 from unitvis.files import parsed_json, read_arrays, write_arrays
 from unitvis.schema import (
+    BATCH_SIZE,
     COUNT,
     NUMBER,
     OBJECT,
@@ -58,7 +59,13 @@ _IDENTITY = SHARED | {
     "source": {"kind": TEXT, "images?": Optional(COUNT)},
     "shard?": Optional(TEXT),
 }
-_ABOUT = {"format?": COUNT, "identity": _IDENTITY, "reasons": [TEXT], "seconds": SECONDS}
+_ABOUT = {
+    "format?": COUNT,
+    "identity": _IDENTITY,
+    "batch_sizes": [BATCH_SIZE],
+    "reasons": [TEXT],
+    "seconds": SECONDS,
+}
 FORMAT = 3  # version of the arrays
 OTHER_POSITIONS = "the positions whose boxes lie in the image are not those that were ranked (then and now)"
 PARTIAL_ARRAYS = ("about", "state", "largest_inputs", "coverage", "failed", "reason", "seen")  # their names
@@ -74,6 +81,7 @@ class Partial:
     identity: Identity  # what must be equal for two of them to be parts of one scan; JSON
     topk: TopK  # on the CPU
     largest_inputs: TopK  # on the CPU: images by the magnitudes of their inputs, see `ranked_magnitudes`
+    batch_sizes: frozenset[int]  # in which half precision computed the images, and on which its bits depend
     coverage: IntervalSet  # ids whose responses are in the top-k
     failures: Mapping[int, str]  # ids that could not be used, with the reason
     seconds: float  # of scanning so far
@@ -108,7 +116,13 @@ class Partial:
         """Everything as arrays, for an npz file without pickle."""
         reasons = sorted(set(self.failures.values()))
         number = {reason: n for n, reason in enumerate(reasons)}
-        about = {"format": FORMAT, "identity": self.identity, "reasons": reasons, "seconds": self.seconds}
+        about = {
+            "format": FORMAT,
+            "identity": self.identity,
+            "batch_sizes": sorted(self.batch_sizes),
+            "reasons": reasons,
+            "seconds": self.seconds,
+        }
         return {
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
             "state": self.topk.tensor.numpy(),
@@ -129,13 +143,19 @@ class Partial:
             raise UnitvisError(f"has format {version}, and this version of unitvis reads format {FORMAT}")
         if arrays["seen"].dtype != SEEN or arrays["seen"].ndim != 1:
             raise ValueError(f"the table of images is {arrays['seen'].dtype}")
-        if wrong := problem(about, _ABOUT) or _arrays_problem(about["identity"], arrays):
+        if wrong := problem(about, _ABOUT) or _arrays_problem(about, arrays):
             raise ValueError(wrong)
+        half, scanned = about["identity"]["precision"] != "fp32", len(arrays["coverage"])
+        if bool(about["batch_sizes"]) != (half and scanned > 0):
+            raise ValueError(
+                f"batch_sizes is {about['batch_sizes']}, and the precision {about['identity']['precision']}"
+            )
         reasons = [about["reasons"][number] for number in arrays["reason"].tolist()]
         failures = dict(zip(arrays["failed"].tolist(), reasons, strict=True))
         topk, largest_inputs = (TopK(torch.from_numpy(arrays[name])) for name in ("state", "largest_inputs"))
         coverage = IntervalSet(arrays["coverage"])
-        return cls(about["identity"], topk, largest_inputs, coverage, failures, about["seconds"], arrays["seen"])
+        sizes = frozenset(about["batch_sizes"])
+        return cls(about["identity"], topk, largest_inputs, sizes, coverage, failures, about["seconds"], arrays["seen"])
 
     def write(self, path: Path) -> None:
         """As an npz file, on the disk when this returns."""
@@ -152,8 +172,9 @@ def read_partial(path: Path) -> Partial:
         raise UnitvisError(f"{path} is damaged ({' '.join(str(error).split())})") from error
 
 
-def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> str | None:
-    """What of the arrays does not fit together; None if all does."""
+def _arrays_problem(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str | None:
+    """What of the arrays does not fit together, or not to what `about` says; None if all does."""
+    identity: Identity = about["identity"]
     units = sum(units_of_layers(identity))
     state = arrays["state"]
     wide = 2 * (identity["k"] + 1) + 2  # see `TopK`; half precision keeps more places
@@ -169,6 +190,8 @@ def _arrays_problem(identity: Identity, arrays: Mapping[str, NDArray[Any]]) -> s
     for name, shape in lists.items():
         if arrays[name].dtype != np.int64 or arrays[name].shape != shape:
             return f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}"
+    if bool(about["batch_sizes"]) != (half and len(arrays["coverage"]) > 0):
+        return f"batch_sizes is {about['batch_sizes']}, and the precision {identity['precision']}"
     coverage = arrays["coverage"].ravel()
     if (coverage < 0).any() or (np.diff(coverage) <= 0).any():
         return "the coverage is no list of ranges"
@@ -214,6 +237,11 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
         shared["inside"] = inside
     source = same_images(manifest["source"])
     return json.loads(json.dumps({"model": model, "layers": layers, **shared, "source": source}))  # tuples are lists
+
+
+def batch_sizes(scan: Mapping[str, Any]) -> list[int]:
+    """In which batch sizes half precision computed the images, as a manifest's entry `scan` says; ascending."""
+    return scan.get("batch_sizes", [scan["batch_size"]])
 
 
 def ranked_inside(manifest: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -54,6 +54,26 @@ def test_a_pass_over_several_layers_gives_each_layer_the_gradients_of_its_own_wi
         assert top.info["effective_box"] == want, name
 
 
+@pytest.mark.parametrize("fit", [0, 2])
+def test_gradients_that_do_not_fit_into_memory_are_found_in_halves(fit: int) -> None:
+    model, pixels = tiny_net(), images(30, size=20)
+    want = scan(model, pixels)
+
+    def allocate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].requires_grad and len(args[0]) > fit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model[0].register_forward_pre_hook(allocate)
+    if fit:
+        run = scan(model, pixels)
+    else:
+        with pytest.warns(UserWarning, match="has no effective box, for want of memory") as told:
+            run = scan(model, pixels)
+        assert len(told) == len(run.layers)
+    sides = {name: top.info["effective_box"] if fit else None for name, top in want.tops.items()}
+    assert {name: top.info["effective_box"] for name, top in run.tops.items()} == sides
+
+
 @pytest.mark.filterwarnings("ignore:the model's code could not be followed")
 def test_where_boxes_are_unknown_there_is_no_effective_box() -> None:
     class Branches(nn.Module):

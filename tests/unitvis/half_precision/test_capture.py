@@ -11,38 +11,38 @@ import torch
 from torch import Tensor
 
 import unitvis
-from unitvis.half_precision.capture import ForbidHostSync
+from unitvis.half_precision.capture import ForbidHostSync, Replay
+from unitvis.network.memory import may_fit_in_parts
 
 
-def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the buffers of one are made of ordinary memory, and capturing fails as CUDA's does."""
-    from unitvis.half_precision import capture
+class Nothing:
+    """Stands for what CUDA makes: does nothing."""
 
-    class Nothing:
-        def __init__(self, *_: object, **__: object) -> None:
-            pass
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
 
-        def __enter__(self) -> None:
-            pass
+    def __enter__(self) -> None:
+        pass
 
-        def __exit__(self, *_: object) -> None:
-            pass
+    def __exit__(self, *_: object) -> None:
+        pass
 
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *_, **__: None
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Buffers are made of ordinary memory, and capturing fails as CUDA's does; not empty while a step is captured."""
+    now: list[bool] = []
 
     class Refuses(Nothing):
         def __enter__(self) -> None:
-            capturing.append(True)
+            now.append(True)
 
         def __exit__(self, *_: object) -> None:
-            capturing.clear()
+            now.clear()
             raise RuntimeError("operation failed due to a previous error during capture")
-
-    def one_step(x: Tensor, ids: Tensor) -> None:
-        seen.append((x.clone(), ids.clone()))
-        if capturing:
-            raise unitvis.UnitvisError("not permitted while capturing")
 
     for name in ("Event", "Stream", "CUDAGraph", "device", "stream"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
@@ -51,10 +51,18 @@ def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "graph", Refuses)
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, functools.partial(_plain, getattr(torch, name)))
+    return now
+
+
+def test_a_step_that_cannot_be_captured_says_why(capturing: list[bool]) -> None:
+    def one_step(x: Tensor, ids: Tensor) -> None:
+        seen.append((x.clone(), ids.clone()))
+        if capturing:
+            raise unitvis.UnitvisError("not permitted while capturing")
+
     seen: list[tuple[Tensor, Tensor]] = []
-    capturing: list[bool] = []
     images = torch.arange(10.0)[:, None].expand(10, 4)
-    replay = capture.Replay(one_step, 4, images, torch.device("cpu"))
+    replay = Replay(one_step, 4, images, torch.device("cpu"))
     assert replay.capture_error == "UnitvisError: not permitted while capturing"
     assert all((ids == -1).all() for _, ids in seen)  # warming up changes no state
     seen.clear()
@@ -66,6 +74,19 @@ def test_a_step_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch
         [4, 5, 6, 7],
         [8, 9],
     ]
+
+
+@pytest.mark.parametrize("failing", ["warm-up", "capture"])
+def test_a_lack_of_memory_is_no_reason_to_run_eagerly(failing: str, capturing: list[bool]) -> None:
+    """A smaller batch may be captured."""
+
+    def one_step(x: Tensor, ids: Tensor) -> None:
+        if failing == "warm-up" or capturing:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(RuntimeError) as caught:
+        Replay(one_step, 4, torch.zeros(4, 4), torch.device("cpu"))
+    assert may_fit_in_parts(caught.value)
 
 
 ITEM = r"aten\.(item|_local_scalar_dense)\.default"  # in inference mode `item` is seen whole, elsewhere its part

@@ -331,6 +331,16 @@ def test_a_model_that_half_precision_cannot_compute_is_scanned_in_float32(monkey
     )
 
 
+def test_a_copy_in_half_precision_that_does_not_fit_into_memory_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halves(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("unitvis.half_precision.suitability._half_values", halves)
+    with Recorder(tiny_net(), precision="fp16") as recorder:
+        reason = recorder.settle_precision(pictures(16))
+    assert (recorder.precision, reason) == ("fp32", "a copy of the model in float16 does not fit into memory beside it")
+
+
 def test_a_scan_asked_for_in_half_precision_is_resumed(tmp_path: Path) -> None:
     model, images = tiny_net(), pictures(60) * 1e6
     with pytest.warns(UserWarning, match="scanned in bfloat16"):

@@ -27,6 +27,20 @@ def test_a_device_that_nothing_runs_on_is_refused() -> None:
         scan(small_net(), images(5), device="meta")
 
 
+def test_a_model_that_does_not_fit_on_its_device_is_refused_in_a_line() -> None:
+    class Huge(nn.Conv2d):
+        def _apply(self, *args: object, **options: object) -> nn.Module:
+            if self.weight.dtype == torch.float64:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 GiB.\nmore")
+            return super()._apply(*args, **options)
+
+    model = nn.Sequential(Huge(3, 4, 3))
+    model.double()
+    said = r"^the model in float32 does not fit into memory \(CUDA out of memory. Tried to allocate 90.00 GiB.\); free"
+    with pytest.raises(UnitvisError, match=said):
+        scan(model, images(5))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of torch.compile's own imports
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m))])
 def test_layers_have_their_own_names_inside_wrappers(wrap: Callable[[nn.Module], nn.Module]) -> None:

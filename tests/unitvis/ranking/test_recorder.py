@@ -232,19 +232,19 @@ def check_recorded(run: Run, ids: Tensor, pixels: Tensor) -> None:
 def test_a_call_that_raised_may_be_made_again(
     precision: str, weights: str, given: bool, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a loop does that catches an error for want of memory."""
-    pixels, merge = images(90, 12), FailingMerge(MemoryError())
+    """As a loop does that catches an error."""
+    pixels, merge = images(90, 12), FailingMerge(OSError())
     ids = 200 - torch.arange(90) if given else torch.arange(90)
     merge.install(monkeypatch)
     with Recorder(two_convolutions(), ["0", "2"], 4, precision=precision, batch_size=16, weights=weights) as recorder:
         for part in torch.arange(90).split(40):
             merge.left = left
             for _ in range(2):
-                with suppress(MemoryError):
+                with suppress(OSError):
                     recorder(pixels[part], *((ids[part],) if given else ()))
                     break
         merge.left = 0
-        with suppress(MemoryError):
+        with suppress(OSError):
             recorder.flush()
         merge.left = sys.maxsize
     assert merge.raised >= 2
@@ -266,7 +266,7 @@ class Flaky(nn.Sequential):
         self.calls += 1
         if Flaky.armed:
             Flaky.armed = False
-            raise MemoryError
+            raise OSError
         return super().forward(x)
 
 
@@ -296,7 +296,7 @@ def test_images_that_a_loop_without_ids_leaves_out_are_told(given: bool) -> None
     with Recorder(model, ["0", "2"], 4) as recorder:
         recorder(pixels[:16], *((range(16),) if given else ()))
         Flaky.armed = True
-        with pytest.raises(UnitvisError, match="the model raised MemoryError"):
+        with pytest.raises(UnitvisError, match="the model raised OSError"):
             recorder(pixels[16:32], *((range(16, 32),) if given else ()))
         if given:
             recorder(pixels[32:], range(32, 64))

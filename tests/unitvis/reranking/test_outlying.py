@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.brute import wrong
-from support.scans import by_half
+from support.scans import by_half, two_convolutions
+from unitvis import Recorder
 from unitvis.reranking.outlying import outlying_inputs, outlying_responses
+from unitvis.reranking.rerank import rerank
 from unitvis.results.arrays import UNSEPARATED
 from unitvis.run import Run
+from unitvis.sources import open_source
 from unitvis.state import magnitudes
 from unitvis.state.sampling import sample
 from unitvis.state.topk import Ranked
@@ -152,3 +159,24 @@ def test_responses_beyond_the_sample() -> None:
         [False, True, True],  # infinite: a candidate in the later layers too
     ]
     assert times == pytest.approx([1.0, 1.1])
+
+
+def test_what_no_batch_size_of_the_scan_spans(emulated_half: None) -> None:
+    """An image may have been computed in any: the one in which the sample spans least counts."""
+    images = torch.randn(300, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    with Recorder(two_convolutions(), k=2, precision="fp16", batch_size=16) as recorder:
+        recorder(images, range(300))
+    scanned, source = recorder.scanned, open_source(images, None)
+
+    def outlying(**changes: object) -> int:
+        with recorder.network.evaluating():
+            return rerank(recorder.network, replace(scanned, **changes), source).outlying
+
+    usual = outlying()
+    for what, weak in itertools.product(("responses", "magnitudes"), (8, 16)):
+        computed = getattr(scanned, what)
+
+        def weaker(images: Tensor, size: int, computed: Any = computed, weak: int = weak) -> np.ndarray:
+            return computed(images, size) * (0.5 if size == weak else 1)
+
+        assert outlying(batch_sizes=[8, 16], **{what: weaker}) > usual + 100

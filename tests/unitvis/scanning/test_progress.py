@@ -91,9 +91,9 @@ def test_a_scan_that_crashed_goes_on_to_the_same_bytes(
     asked: list[list[int]] = []
     real = FileSource.batches
 
-    def batches_of(self: FileSource, size: int, *, workers: int | None = None, ids: object = None) -> object:
+    def batches_of(self: FileSource, size: int, *, ids: object = None, **options: object) -> object:
         asked.append(list(range(COUNT) if ids is None else ids))
-        return real(self, size, workers=workers, ids=asked[-1])
+        return real(self, size, ids=asked[-1], **options)
 
     monkeypatch.setattr(FileSource, "batches", batches_of)
     run = scan(folder, tmp_path / "run", resume=True, batch_size=16)

@@ -157,3 +157,25 @@ def test_an_image_smaller_than_the_crop_is_a_failure(tmp_path):
     assert source.failures == [Failure(1, "b.png", reason)]
     with pytest.raises(UnitvisError, match=f"'b.png' cannot be used: {reason}"):
         source.read(1)
+
+
+def test_batches_are_pinned_where_memory_can_be_pinned(tmp_path):
+    for seed in range(20):
+        write(tmp_path / f"{seed:02}.png", seed)
+    plain, pinned = (list(open_source(tmp_path, PLAIN).batches(8, pinned=pinned)) for pinned in (False, True))
+    assert [batch.ids.tolist() for batch in plain] == [batch.ids.tolist() for batch in pinned]
+    assert all(torch.equal(one.pixels, other.pixels) for one, other in zip(plain, pinned, strict=True))
+    assert all(batch.pixels.is_pinned() == torch.cuda.is_available() for batch in pinned)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_pinned_batch_is_given_to_nobody_else_before_it_is_copied(tmp_path):
+    for seed in range(64):
+        write(tmp_path / f"{seed:02}.png", seed)
+    source, copies = open_source(tmp_path, PLAIN), []
+    want = torch.cat([batch.pixels for batch in source.batches(8)])
+    torch.cuda._sleep(10**9)  # the copies wait while the host reads on
+    for batch in source.batches(8, pinned=True):
+        copies.append(batch.pixels.cuda(non_blocking=True))
+    assert torch.equal(torch.cat(copies).cpu(), want)

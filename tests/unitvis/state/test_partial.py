@@ -23,9 +23,10 @@ def seen(ids: tuple[int, ...] = (2, 7), digest: bytes = bytes(range(16))) -> np.
 
 def test_state_and_coverage_are_read_as_they_were_written(tmp_path: Path) -> None:
     images = torch.zeros(12, 3, 12, 12)
-    part = unitvis.scan(two_convolutions(), images, shard="1/3", progress=False).partial
+    part = unitvis.scan(two_convolutions(), images, precision="fp16", shard="1/3", progress=False).partial
+    sizes = frozenset({16, 64})
     part = Partial(
-        part.identity, part.topk, part.largest_inputs, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5, seen((0, 3))
+        part.identity, part.topk, part.largest_inputs, sizes, part.coverage, {3: "x", 9: "y", 1: "x"}, 2.5, seen((0, 3))
     )
     part.write(tmp_path / "a.npz")
     again = read_partial(tmp_path / "a.npz")
@@ -33,6 +34,7 @@ def test_state_and_coverage_are_read_as_they_were_written(tmp_path: Path) -> Non
     assert torch.equal(again.topk.tensor, part.topk.tensor)
     assert again.seen.tobytes() == part.seen.tobytes()
     assert (again.failures, again.seconds, again.coverage) == (part.failures, 2.5, part.coverage)
+    assert again.batch_sizes == sizes
 
 
 def test_state_of_an_older_version_is_refused(tmp_path: Path) -> None:
