@@ -1,6 +1,7 @@
 """Benchmarks.
 
-`python -m benchmarks` runs the suite; `benchmarks.convolutions` fills measured.json. Started by hand: `.long` and
+`python -m benchmarks` runs the suite; `benchmarks.convolutions` fills measured.json, and
+`benchmarks.steps` times the steps alone. Started by hand: `.long` and
 `.crp`, which write into the suite's results file, and `.exactness`, `.million`, `.processes` and `.start`, which write
 into results/long.
 """

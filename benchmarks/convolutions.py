@@ -25,7 +25,8 @@ from benchmarks import machine, results
 from benchmarks.naive import network
 from benchmarks.timing import copies, rotating
 from unitvis.bench.bench import synchronise
-from unitvis.half_precision.rewrite import Chain, Threshold, rewritten
+from unitvis.half_precision.parts import Chain, Taps
+from unitvis.half_precision.rewrite import rewritten
 from unitvis.network.network import Network
 from unitvis_kernels.choice import layer_key
 
@@ -52,7 +53,7 @@ def layers(model: nn.Module, side: int) -> dict[str, Layer]:
     """Find the different convolutions for which a scan chooses between fused and separate, by their float16 keys."""
     examined = Network(model)
     examined.examine((3, side, side))
-    copied = rewritten(model, {layer.name: slice(0) for layer in examined.layers}, Threshold(), one_pass=False)
+    copied = rewritten(model, {layer.name: slice(0) for layer in examined.layers}, Taps(), one_pass=False)
     found: dict[str, Layer] = {}
 
     def see(chain: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -11,3 +12,9 @@ def require_tensors(operator: str, **arguments: object) -> None:
         if value is not None and not isinstance(value, Tensor):
             how = "torch.from_numpy" if type(value).__name__ == "ndarray" else "torch.tensor"
             raise TypeError(f"{operator} takes {name} as a tensor, not {type(value).__name__}; convert it: {how}(...)")
+
+
+def check_floor(x: Tensor, floor: Tensor | None) -> None:
+    """Raise ValueError unless floor is None or float32, one a channel of x [N, C, H, W]."""
+    if floor is not None and (floor.shape != x.shape[1:2] or floor.dtype != torch.float32):
+        raise ValueError(f"floor must be float32 [{x.shape[1]}], not {floor.dtype} {list(floor.shape)}")

@@ -27,9 +27,9 @@ from torch import Tensor
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, constexpr, jit, next_power_of_2, tl
 from unitvis_kernels.arguments import require_tensors
-from unitvis_kernels.epilogue import ACTIVATIONS, _activate
 from unitvis_kernels.geometry import ConvGeometry
-from unitvis_kernels.keys import BLANK, POSITION_MASK, TL_NAN_KEY, TL_POSITION_MASK
+from unitvis_kernels.keys import POSITION_MASK, TL_NAN_KEY, TL_POSITION_MASK, new_keys
+from unitvis_kernels.residual import ACTIVATIONS, activate
 
 TL_MAGNITUDE_BITS = constexpr(0x7FFFE000)
 TL_LARGEST_RANK_OF_INF = constexpr(0x7F801FFF)  # the bits of +inf, 0x7f800000, over the largest pixel field
@@ -54,12 +54,13 @@ def _conv_argmax_kernel(
     x,  # [N, H, W, G * C], float16 | bfloat16, contiguous
     weight,  # [G * D, KH, KW, C], as x
     bias,  # [G * D], float32 | float16 | bfloat16; any pointer without HAS_BIAS
-    keys,  # [N, G * D], int64; holds BLANK where SPLIT
+    keys,  # [N, G * D], int64, rows keys_n apart; holds BLANK where SPLIT
     y,  # [N, P, G * D], as x; any pointer without STORE
     H,
     W,
     OW,
     P,  # OH * OW
+    keys_n,
     steps,  # cdiv(K, BK); no constexpr, because a small constant is unrolled, and 9 steps then spill on sm_80
     G: tl.constexpr,
     C: tl.constexpr,
@@ -126,7 +127,7 @@ def _conv_argmax_kernel(
     if HAS_BIAS:
         acc += tl.load(bias + i_g * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     v = acc.to(x.dtype.element_ty).to(tl.float32)
-    z = _activate(v, ACTIVATION)
+    z = activate(v, ACTIVATION)
     if STORE:
         p_y = y + i_n * P * (G * D) + i_g * D
         p_y += (i_m * BM + lane)[:, None] * (G * D) + o_d[None, :]  # [BM, BN]
@@ -142,7 +143,7 @@ def _conv_argmax_kernel(
     high = (best & (-2 * BM)) + (best >> 63)  # `ordered32` of the value, see `keys`
     found = (high << 32) | (TL_POSITION_MASK - LAST - i_m * BM + (best >> 1 & LAST))
     found = tl.where(best > TL_LARGEST_RANK_OF_INF, TL_NAN_KEY, found)
-    p_keys = keys + i_n * (G * D) + i_g * D + o_d
+    p_keys = keys + i_n * keys_n + i_g * D + o_d
     if SPLIT:
         tl.atomic_max(p_keys, found, mask=m_d, sem="relaxed")
     else:
@@ -193,6 +194,8 @@ def plan(
     """The launch that fills `keys` and `y`; None where there is no kernel for x and weight."""
     if x.dtype == torch.float32 or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
         return None
+    if keys.stride(1) != 1:
+        return None
     (SH, SW), (PH, PW), (DH, DW), G = geometry
     x, weight = whole_vectors(x, weight, G)
     (N, C, H, W), (D, _, KH, KW) = x.shape, weight.shape
@@ -211,13 +214,25 @@ def plan(
         options["maxnreg"] = 128  # so that two programs fit, one computing while one stores; other chips spill
     steps = -(-(KH * KW * C // G) // options["BK"])
     programs = N * -(-P // options["BM"]) * G * -(-options["D"] // options["BN"])
-    args = (x, weight, x if bias is None else bias.contiguous(), keys, y if store else x, H, W, OW, P, steps)
+    args = (
+        x,
+        weight,
+        x if bias is None else bias.contiguous(),
+        keys,
+        y if store else x,
+        H,
+        W,
+        OW,
+        P,
+        keys.stride(0),
+        steps,
+    )
     return Launch(_conv_argmax_kernel, (programs,), args, options)
 
 
 # A schema holds no ConvGeometry and no optional result: the operator takes seven integers, and without `store` an empty
 # tensor stands for y.
-@torch.library.custom_op("unitvis::conv_argmax", mutates_args=())
+@torch.library.custom_op("unitvis::conv_argmax", mutates_args=("keys",))
 def _conv_argmax(
     x: Tensor,
     weight: Tensor,
@@ -226,23 +241,24 @@ def _conv_argmax(
     activation: str | None,
     store: bool,
     key_after: bool,
-) -> tuple[Tensor, Tensor]:
-    return cpu.conv_argmax(x, weight, bias, ConvGeometry.from_ints(geometry), activation, store, key_after)
+    keys: Tensor,
+) -> Tensor:
+    found, y = cpu.conv_argmax(x, weight, bias, ConvGeometry.from_ints(geometry), activation, store, key_after)
+    keys.copy_(found)
+    return y
 
 
 @_conv_argmax.register_fake
-def _(x, weight, bias, geometry, activation, store, key_after):
-    return outputs(x, weight, ConvGeometry.from_ints(geometry), store)
+def _(x, weight, bias, geometry, activation, store, key_after, keys):
+    return new_map(x, weight, ConvGeometry.from_ints(geometry), store)
 
 
-def outputs(x: Tensor, weight: Tensor, geometry: ConvGeometry, store: bool) -> tuple[Tensor, Tensor]:
-    """(keys, y) to be filled; y is empty without `store`."""
-    N, D = x.shape[0], weight.shape[0]
-    keys = x.new_empty((N, D), dtype=torch.int64)
+def new_map(x: Tensor, weight: Tensor, geometry: ConvGeometry, store: bool) -> Tensor:
+    """The map to be filled; empty without `store`."""
     if not store:
-        return keys, x.new_empty(0)
-    shape = (N, D, *geometry.output_size(x.shape[2:], weight.shape[2:]))
-    return keys, torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        return x.new_empty(0)
+    shape = (x.shape[0], weight.shape[0], *geometry.output_size(x.shape[2:], weight.shape[2:]))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def launch(
@@ -253,17 +269,18 @@ def launch(
     activation: str | None,
     store: bool,
     key_after: bool,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(keys, y) by the kernel, into `out` if given; by `cpu.conv_argmax` where there is no kernel."""
-    keys, y = outputs(x, weight, geometry, store) if out is None else out
+    keys: Tensor,
+    y: Tensor | None = None,
+) -> Tensor:
+    """Fill `keys` and y, a new map if None, by the kernel, and return y; by `cpu.conv_argmax` where there is none."""
+    y = new_map(x, weight, geometry, store) if y is None else y
     planned = plan(x, weight, bias, geometry, activation, store, key_after, keys, y)
     if planned is None:
-        return cpu.conv_argmax(x, weight, bias, geometry, activation, store, key_after)
-    if planned.options["SPLIT"]:
-        keys.fill_(BLANK)
-    planned.run()
-    return keys, y
+        found, y = cpu.conv_argmax(x, weight, bias, geometry, activation, store, key_after)
+        keys.copy_(found)
+    else:
+        planned.run()
+    return y
 
 
 if HAS_TRITON:
@@ -285,17 +302,18 @@ def conv_argmax(
     activation: str | None = None,
     store: bool = True,
     key_after: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(keys int64 [N, D], y [N, D, OH, OW]) of `F.conv2d(x, weight, bias, stride, padding, dilation, groups)`.
 
     x [N, C, H, W] and weight [D, C / groups, KH, KW] are both float16, bfloat16 or float32. v = products + bias[d],
     summed in float32 and rounded once to x's dtype; y = activation(v), in x's dtype and channels_last, or None with
-    store=False; keys are those of v, or with `key_after` those of y; see `epilogue`. On a GPU half precision in
+    store=False; keys are those of v, or with `key_after` those of y; `out`: see `epilogue`. On a GPU half precision in
     channels_last takes one pass, in which a map that is not stored is never written; anything else runs in PyTorch. The
     one pass copies a weight that is not channels_last, and x and the weight if C is no multiple of 4 (groups 1), at
     each call; pad both with channels of zeros to save the copies. Raises ValueError for anything else.
     """
-    require_tensors("conv_argmax", x=x, weight=weight, bias=bias)
+    require_tensors("conv_argmax", x=x, weight=weight, bias=bias, out=out)
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"conv_argmax takes float32, float16 or bfloat16 [N, C, H, W], not {x.dtype} {tuple(x.shape)}")
     if weight.ndim != 4 or weight.dtype != x.dtype or not weight.numel():
@@ -310,5 +328,6 @@ def conv_argmax(
     size = geometry.output_size(x.shape[2:], weight.shape[2:])
     if min(size) < 1 or size[0] * size[1] > POSITION_MASK:
         raise ValueError(f"a map of {size[0]} x {size[1]} from {tuple(x.shape[2:])}: it needs 1 to 2^31 - 1 positions")
-    keys, y = _conv_argmax(x, weight, bias, geometry.as_ints(), activation, store, key_after)
+    keys = new_keys(x, weight.shape[0], out)
+    y = _conv_argmax(x, weight, bias, geometry.as_ints(), activation, store, key_after, keys)
     return keys, y if store else None

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unitvis_kernels.geometry import ConvGeometry
-from unitvis_kernels.keys import BLANK, NAN_KEY, POSITION_MASK, pack
+from unitvis_kernels.geometry import Blocks, ConvGeometry
+from unitvis_kernels.keys import BLANK, INF_KEY, MINUS_INF_HIGH, NAN_KEY, POSITION_MASK, pack
 from unitvis_kernels.layout import memory_format
 
 # Below a floor: up to this share of the maps, looking for the position in each is faster than one pass over all.
@@ -47,10 +47,18 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None, inside: Sequence[int]
     return keys_of(*x.flatten(2).max(dim=2))
 
 
-def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
+def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor, overflows: bool = False, clear: bool = False) -> None:
+    _fold(state, keys, ids, overflows)
+    if clear:
+        keys.fill_(BLANK)
+
+
+def _fold(state: Tensor, keys: Tensor, ids: Tensor, overflows: bool) -> None:
     k = (state.shape[1] - 2) // 2
     ids = ids.expand(keys.shape[1], -1) if ids.ndim == 1 else ids.T  # [C, N]
     keys = torch.where(ids < 0, BLANK, keys.T)  # [C, N]
+    if overflows:
+        keys = torch.where((keys == NAN_KEY) | ((keys >> 32) == MINUS_INF_HIGH), INF_KEY, keys)
 
     is_nan = keys == NAN_KEY
     if is_nan.any():
@@ -88,17 +96,44 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     return x.clamp_max(6) if activation == "relu6" else x
 
 
+def biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """What a convolution with a bias would have stored: the sum in float32, rounded once to the map's own dtype."""
+    return x if bias is None else (x.float() + bias.float()[:, None, None]).to(x.dtype)
+
+
 def epilogue(
-    x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    pool: Sequence[int],
+    key_after: bool,
+    floor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # What a convolution with a bias would have stored: the sum in float32, rounded once to the map's own dtype.
-    v = x if bias is None else (x.float() + bias.float()[:, None, None]).to(x.dtype)
+    v = biased(x, bias)
     y = activate(v, activation)
-    keys = spatial_argmax(y if key_after else v)
+    keys = spatial_argmax(y if key_after else v, floor)
     if pool:
         window, stride, padding = pool
         y = F.max_pool2d(y, window, stride, padding) + 0.0  # which of two zeros `max_pool2d` returns is not defined
     return keys, torch.empty_like(y, memory_format=memory_format(x)).copy_(y)
+
+
+def residual(
+    x: Tensor,
+    shortcut: Tensor,
+    bias: Tensor | None,
+    shortcut_bias: Tensor | None,
+    activation: str | None,
+    keys: Sequence[Tensor | None],
+    floors: Sequence[Tensor | None],
+) -> Tensor:
+    v, s = biased(x, bias), biased(shortcut, shortcut_bias)
+    u = v + s  # rounded once: the sum of two half-precision numbers is taken in float32
+    y = activate(u, activation)
+    for one, floor, values in zip(keys, floors, (v, s, u, y), strict=True):
+        if one is not None:
+            one.copy_(spatial_argmax(values, floor))
+    return torch.empty_like(y, memory_format=memory_format(x)).copy_(y)
 
 
 def conv_argmax(
@@ -116,6 +151,14 @@ def conv_argmax(
     y = activate(v, activation)
     keys = spatial_argmax(y if key_after else v)
     return keys, torch.empty_like(y, memory_format=torch.channels_last).copy_(y) if store else x.new_empty(0)
+
+
+def arrange(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    (BH, BW), (top, left), (rows, columns), (height, width), channels = blocks
+    N, C = x.shape[:2]
+    x = F.pad(x[:, :, :height, :width], (left, columns * BW - left - width, top, rows * BH - top - height))
+    x = x.reshape(N, C, rows, BH, columns, BW).permute(0, 2, 4, 3, 5, 1).reshape(N, rows, columns, BH * BW * C)
+    return F.pad(x.to(dtype), (0, channels - BH * BW * C)).permute(0, 3, 1, 2)
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:

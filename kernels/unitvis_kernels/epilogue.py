@@ -5,116 +5,138 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unitvis_kernels import cpu
-from unitvis_kernels._triton import HAS_TRITON, Launch, jit, next_power_of_2, tl
-from unitvis_kernels.arguments import require_tensors
-from unitvis_kernels.keys import BLANK, POSITION_MASK, TL_BLANK, pack_block
+from unitvis_kernels._triton import HAS_TRITON, TARGET_PROGRAMS, Launch, jit, next_power_of_2, tl
+from unitvis_kernels.arguments import check_floor, require_tensors
+from unitvis_kernels.keys import TL_POSITION_MASK, new_keys
 from unitvis_kernels.layout import memory_format
-from unitvis_kernels.spatial_argmax import splits_for
+from unitvis_kernels.residual import (
+    ACTIVATIONS,
+    activate,
+    align,
+    check_map,
+    has_kernel,
+    larger,
+    largest_of,
+    load,
+    load_bias,
+    plan_pixels,
+    reaches,
+    store_keys,
+    stored,
+)
 
-ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
+LARGEST_KEPT_WINDOW = 3  # of a pool whose rows stay in registers for the window below; larger ones would spill
 
-# The tile is [BH * BW outputs, BC channels]. The input is cut into cells of stride x stride pixels, one an output. Each
-# output reads its whole window, but makes keys of the pixels of its own cell only, so that each pixel gets one key;
-# pixels that several windows share are read again, from the cache. The outputs are continued beyond the map's last one
-# until the cells cover the input. A lane goes down one column of outputs, so it sees its pixels in ascending order and
-# takes a value only if it is larger. Adding a bias, rounding and the activations keep the order of values, so a window
-# takes the maximum of the raw values and does the rest to that one value.
+# With a pool the tile is [BW columns of outputs, BC channels], and a program goes down rows of outputs. The maxima over
+# the columns of a row of the input stay in registers for the windows below that hold the row too, so a row is read
+# once. Where windows leave pixels out, rows and columns of outputs go on until each pixel is in one, for the keys.
 
 
 @jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION > 0:
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of -0.0 and +0.0 the latter
-    if ACTIVATION == 2:
-        x = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    return x
+def _pooled_row(p_x, row, o_w, H, W, C, m_c, shift, best, HAS_BIAS, WINDOW: tl.constexpr, SPAN: tl.constexpr):
+    """(maxima over each window's columns of a row of the input, `best` with all of the row)."""
+    o_h = tl.minimum(tl.maximum(row, 0), H - 1) * W
+    across = best
+    for j in tl.static_range(SPAN):
+        o = (o_h + tl.minimum(tl.maximum(o_w + j, 0), W - 1)).to(tl.int64)[:, None] * C
+        v = load(p_x, o, m_c, shift, HAS_BIAS)
+        best = larger(best, v)
+        if j == 0:
+            across = v
+        elif j < WINDOW:
+            across = larger(across, v)
+    return across, best
 
 
 @jit
-def _epilogue_kernel(
+def _pool_kernel(
     x,  # [N, H, W, C], float32 | float16 | bfloat16, contiguous
     bias,  # [C], float32 | float16 | bfloat16; any pointer without HAS_BIAS
-    keys,  # [N, C], int64; holds BLANK where SPLITS > 1
     y,  # [N, OH, OW, C], as x
+    keys,  # [N, C], int64, rows keys_n apart; holds BLANK where SHARED
+    floor,  # [C], float32; any pointer without HAS_FLOOR
     H,
     W,
     vectors,  # C // ALIGN, so that the compiler knows that ALIGN divides C
     OH,
     OW,
+    rows,  # of outputs, with those beyond OH that reach the last row of pixels
+    columns,  # likewise
+    keys_n,
     ALIGN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
     ACTIVATION: tl.constexpr,
     KEY_AFTER: tl.constexpr,
     WINDOW: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    KEPT: tl.constexpr,  # rows of a window that are kept for the one below: 0 to 2
     SPLITS: tl.constexpr,
-    BH: tl.constexpr,
+    SHARED: tl.constexpr,
     BW: tl.constexpr,
     BC: tl.constexpr,
 ):
     SPAN: tl.constexpr = WINDOW if WINDOW > STRIDE else STRIDE
+    dtype: tl.constexpr = x.dtype.element_ty
     C = vectors * ALIGN
-    blocks = tl.cdiv(C, BC)
-    i_s, i_c = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS % blocks
-    i_n = (tl.program_id(0) // SPLITS // blocks).to(tl.int64)
+    blocks, tiles = tl.cdiv(C, BC), tl.cdiv(columns, BW)
+    i_w, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles % SPLITS
+    i_c = tl.program_id(0) // (tiles * SPLITS) % blocks
+    i_n = (tl.program_id(0) // (tiles * SPLITS) // blocks).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)  # [BC]
     m_c = o_c < C
-    lane = tl.arange(0, BH * BW)  # [BH * BW]
+    column = i_w * BW + tl.arange(0, BW)  # [BW]
+    o_w = column * STRIDE - PADDING
     p_x, p_y = x + i_n * H * W * C + o_c[None, :], y + i_n * OH * OW * C + o_c[None, :]  # [1, BC]
-    shift = tl.zeros([BC], tl.float32)
-    if HAS_BIAS:
-        shift = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    shift = load_bias(bias, o_c, m_c, HAS_BIAS)
 
-    steps = tl.cdiv(tl.cdiv(H + PADDING, STRIDE), BH)
-    share = tl.cdiv(steps, SPLITS)
-    found = tl.full([BC], TL_BLANK, tl.int64)
-    for column in range(0, tl.cdiv(W + PADDING, STRIDE), BW):
-        o_w = column + lane % BW
-        best = tl.full([BH * BW, BC], -float("inf"), tl.float32)
-        step = tl.full([BH * BW, BC], -1, tl.int32)
-        for i in range(i_s * share, tl.minimum(i_s * share + share, steps)):
-            o_h = i * BH + lane // BW
-            pooled = tl.full([BH * BW, BC], -float("inf"), tl.float32)
+    share = tl.cdiv(rows, SPLITS)
+    first, last = i_s * share, tl.minimum(i_s * share + share, rows)
+    best = tl.full([BW, BC], -float("inf"), tl.float32)
+    kept, kept_below = best, best
+    if KEPT > 0:
+        top = first * STRIDE - PADDING
+        kept, best = _pooled_row(p_x, top, o_w, H, W, C, m_c, shift, best, HAS_BIAS, WINDOW, SPAN)
+        if KEPT > 1:
+            kept_below, best = _pooled_row(p_x, top + 1, o_w, H, W, C, m_c, shift, best, HAS_BIAS, WINDOW, SPAN)
+    for i in range(first, last):
+        pooled = kept
+        if KEPT > 1:
+            pooled = larger(pooled, kept_below)
+            kept = kept_below
+        for r in tl.static_range(KEPT, SPAN):
+            row = i * STRIDE - PADDING + r
+            across, best = _pooled_row(p_x, row, o_w, H, W, C, m_c, shift, best, HAS_BIAS, WINDOW, SPAN)
+            if r == 0:
+                pooled = across
+            elif r < WINDOW:
+                pooled = larger(pooled, across)
+            if KEPT > 0 and r == STRIDE:
+                kept = across
+            if KEPT > 1 and r == STRIDE + 1:
+                kept_below = across
+        pooled = activate(stored(pooled, dtype), ACTIVATION) + 0.0  # makes -0.0 into +0.0
+        m_y = ((i < OH) & (column < OW))[:, None] & m_c[None, :]
+        tl.store(p_y + (i * OW + column).to(tl.int64)[:, None] * C, pooled.to(dtype), mask=m_y)
+
+    AFTER: tl.constexpr = ACTIVATION if KEY_AFTER else 0
+    largest = largest_of(best, dtype, AFTER)
+    place = tl.full([BW, BC], TL_POSITION_MASK, tl.int32)
+    if reaches(largest, floor + o_c, m_c, HAS_FLOOR):
+        for i in range(first, last):
             for cell in tl.static_range(SPAN * SPAN):
-                h, w = o_h * STRIDE - PADDING + cell // SPAN, o_w * STRIDE - PADDING + cell % SPAN
-                m = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-                o_x = (h * W + w).to(tl.int64)[:, None] * C
-                v = tl.load(p_x + o_x, mask=m & m_c[None, :], other=-float("inf")).to(tl.float32)
-                if (cell // SPAN < WINDOW) & (cell % SPAN < WINDOW):
-                    pooled = tl.maximum(pooled, v, propagate_nan=tl.PropagateNan.ALL)
-                if (cell // SPAN < STRIDE) & (cell % SPAN < STRIDE):
-                    if HAS_BIAS:
-                        v = (v + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
-                    if KEY_AFTER:
-                        v = _activate(v, ACTIVATION)
-                    if HAS_BIAS or (KEY_AFTER and ACTIVATION > 0):  # which changed the -inf of the padding
-                        v = tl.where(m, v, -float("inf"))
-                    step = tl.where(v > best, i * (SPAN * SPAN) + cell, step)
-                    best = tl.maximum(best, v, propagate_nan=tl.PropagateNan.ALL)
-            if HAS_BIAS:
-                pooled = (pooled + shift[None, :]).to(x.dtype.element_ty).to(tl.float32)
-            pooled = _activate(pooled, ACTIVATION)
-            if WINDOW * STRIDE > 1:
-                pooled += 0.0  # makes -0.0 into +0.0
-            m_y = ((o_h < OH) & (o_w < OW))[:, None] & m_c[None, :]
-            tl.store(p_y + (o_h * OW + o_w).to(tl.int64)[:, None] * C, pooled.to(y.dtype.element_ty), mask=m_y)
-        cell = step % (SPAN * SPAN)
-        h = (step // (SPAN * SPAN) * BH + (lane // BW)[:, None]) * STRIDE - PADDING + cell // SPAN
-        position = h * W + (o_w * STRIDE - PADDING)[:, None] + cell % SPAN
-        lanes = pack_block(best, tl.where(step < 0, 0, position))  # step < 0: only -inf, see spatial_argmax
-        found = tl.maximum(found, tl.max(lanes, axis=0))
-    if SPLITS == 1:
-        tl.store(keys + i_n * C + o_c, found, mask=m_c)
-    else:
-        tl.atomic_max(keys + i_n * C + o_c, found, mask=m_c, sem="relaxed")
+                h = tl.minimum(tl.maximum(i * STRIDE - PADDING + cell // SPAN, 0), H - 1)
+                pixel = (h * W + tl.minimum(tl.maximum(o_w + cell % SPAN, 0), W - 1))[:, None]
+                v = activate(stored(load(p_x, pixel.to(tl.int64) * C, m_c, shift, HAS_BIAS), dtype), AFTER)
+                place = tl.minimum(place, tl.where(v == largest[None, :], pixel, TL_POSITION_MASK))
+    store_keys(keys + i_n * keys_n + o_c, largest, place, m_c, SHARED)
 
 
 def out_shape(x: Tensor, pool: Sequence[int]) -> list[int]:
@@ -131,55 +153,67 @@ def plan(
     activation: str | None,
     pool: Sequence[int],
     key_after: bool,
+    floor: Tensor | None,
     keys: Tensor,
     y: Tensor,
 ) -> Launch | None:
     """The launch that fills `keys` and `y`; None where there is no kernel for x."""
-    N, C, H, W = x.shape
-    if memory_format(x) != torch.channels_last or not x.numel() or H * W > 2**28:
-        return None  # positions, those of the padding included, are int32
-    OH, OW = y.shape[2:]
     if not pool:
-        H, W, OH, OW = H * W, 1, OH * OW, 1
-    window, stride, padding = pool or (1, 1, 0)
+        at = 3 if key_after else 0  # the activated value, or v
+        taps = [keys if i == at else None for i in range(4)], [floor if i == at else None for i in range(4)]
+        return plan_pixels(x, None, bias, None, activation, *taps, y)
+    if not has_kernel(x) or keys.stride(1) != 1:
+        return None
+    (N, C, H, W), (OH, OW), (window, stride, padding) = x.shape, y.shape[2:], pool
+    span = max(window, stride)
+    rows, columns = (max(o, -(-(i + padding - span) // stride) + 1) for o, i in ((OH, H), (OW, W)))
     BC = min(64, next_power_of_2(C))
-    lanes = 2048 // BC
-    columns = -(-(W + padding) // stride)  # outputs a row, including those beyond the map's last
-    widest = min(32, lanes, next_power_of_2(columns))
-    widths = (w for w in (32, 16, 8) if w <= widest)  # the one whose last tile wastes the fewest columns
-    BW = min(widths, key=lambda w: -(-columns // w) * w, default=widest)
-    BH = lanes // BW
-    programs = N * -(-C // BC)
-    vector = 16 // x.element_size() if x.data_ptr() % 16 == y.data_ptr() % 16 == 0 else 1
+    BW = 8 if columns <= 8 else 16
+    programs = N * -(-C // BC) * -(-columns // BW)
+    splits = max(1, min(-(-TARGET_PROGRAMS // programs), rows // 4))
+    kept = max(0, window - stride) if window <= LARGEST_KEPT_WINDOW else 0
     options: dict[str, Any] = {
-        "ALIGN": gcd(C, vector), "HAS_BIAS": bias is not None, "ACTIVATION": ACTIVATIONS[activation],
-        "KEY_AFTER": key_after, "WINDOW": window, "STRIDE": stride, "PADDING": padding,
-        "SPLITS": splits_for(programs, -(-(H + padding) // stride // BH)), "BH": BH, "BW": BW, "BC": BC,
-        "num_warps": 4, "num_stages": 1,
+        "ALIGN": align(C, x, y), "HAS_BIAS": bias is not None, "HAS_FLOOR": floor is not None,
+        "ACTIVATION": ACTIVATIONS[activation], "KEY_AFTER": key_after, "WINDOW": window, "STRIDE": stride,
+        "PADDING": padding, "KEPT": kept, "SPLITS": splits, "SHARED": splits > 1 or columns > BW, "BW": BW, "BC": BC,
+        "num_warps": BW // 4, "num_stages": 1,
     }  # fmt: skip
-    args = (x, x if bias is None else bias, keys, y, H, W, C // options["ALIGN"], OH, OW)
-    return Launch(_epilogue_kernel, (programs * options["SPLITS"],), args, options)
+    args = (x, x if bias is None else bias, y, keys, x if floor is None else floor)
+    sizes = (H, W, C // options["ALIGN"], OH, OW, rows, columns, keys.stride(0))
+    return Launch(_pool_kernel, (programs * splits,), args + sizes, options)
 
 
-@torch.library.custom_op("unitvis::epilogue", mutates_args=())
+@torch.library.custom_op("unitvis::epilogue", mutates_args=("keys",))
 def _epilogue(
-    x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
-) -> tuple[Tensor, Tensor]:
-    return cpu.epilogue(x, bias, activation, pool, key_after)
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    pool: Sequence[int],
+    key_after: bool,
+    floor: Tensor | None,
+    keys: Tensor,
+) -> Tensor:
+    found, y = cpu.epilogue(x, bias, activation, pool, key_after, floor)
+    keys.copy_(found)
+    return y
 
 
 @_epilogue.register_fake
 def _(
-    x: Tensor, bias: Tensor | None, activation: str | None, pool: Sequence[int], key_after: bool
-) -> tuple[Tensor, Tensor]:
-    return outputs(x, pool)
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    pool: Sequence[int],
+    key_after: bool,
+    floor: Tensor | None,
+    keys: Tensor,
+) -> Tensor:
+    return new_map(x, pool)
 
 
-def outputs(x: Tensor, pool: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(keys, y) to be filled."""
-    keys = x.new_empty(x.shape[:2], dtype=torch.int64)
-    y = torch.empty(out_shape(x, pool), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    return keys, y
+def new_map(x: Tensor, pool: Sequence[int]) -> Tensor:
+    """The map to be filled, in x's dtype and layout."""
+    return torch.empty(out_shape(x, pool), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def launch(
@@ -188,17 +222,19 @@ def launch(
     activation: str | None,
     pool: Sequence[int],
     key_after: bool,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(keys, y) by the kernel, into `out` if given; by `cpu.epilogue` where there is no kernel."""
-    keys, y = outputs(x, pool) if out is None else out
-    planned = plan(x, bias, activation, pool, key_after, keys, y)
+    floor: Tensor | None,
+    keys: Tensor,
+    y: Tensor | None = None,
+) -> Tensor:
+    """Fill `keys` and y, a new map if None, by the kernel, and return y; by `cpu.epilogue` where there is no kernel."""
+    y = new_map(x, pool) if y is None else y
+    planned = plan(x, bias, activation, pool, key_after, floor, keys, y)
     if planned is None:
-        return cpu.epilogue(x, bias, activation, pool, key_after)
-    if planned.options["SPLITS"] > 1:
-        keys.fill_(BLANK)
-    planned.run()
-    return keys, y
+        found, y = cpu.epilogue(x, bias, activation, pool, key_after, floor)
+        keys.copy_(found)
+    else:
+        planned.run()
+    return y
 
 
 if HAS_TRITON:
@@ -212,25 +248,23 @@ def epilogue(
     pool: tuple[int, int] | tuple[int, int, int] | None = None,
     *,
     key_after: bool = False,
+    floor: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(keys int64 [N, C], y [N, C, OH, OW]) of a convolution's raw output x [N, C, H, W], in x's dtype and layout.
 
     v = x + bias[c], summed in float32 and rounded to x's dtype; keys are those of v as it would have been stored, or
     with `key_after` those of the activated v; y = max_pool(activation(v)), a new tensor. `activation` is None, "relu"
     or "relu6" (their zero is +0.0; NaN stays); `pool` is (window, stride) or (window, stride, padding), rounded down,
-    NaN winning, its zero +0.0. On a GPU channels_last takes one pass; another layout runs in PyTorch, in several
-    passes. Raises ValueError for anything else.
+    NaN winning, its zero +0.0. `floor`: see `spatial_argmax`; where responses lie below it, the map is read once, else
+    twice. `out`: the keys to write, in place of new ones; they must hold `BLANK`. On a GPU channels_last takes one
+    pass; another layout runs in PyTorch, in several passes. Raises ValueError for anything else.
     """
-    require_tensors("epilogue", x=x, bias=bias)
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"epilogue takes float32, float16 or bfloat16 [N, C, H, W], not {x.dtype} {tuple(x.shape)}")
-    if not 0 < x.shape[2] * x.shape[3] <= POSITION_MASK:
-        raise ValueError(f"epilogue needs 1 to 2^31 - 1 positions, not {x.shape[2]} x {x.shape[3]}")
-    if bias is not None and (bias.shape != x.shape[1:2] or not bias.dtype.is_floating_point):
-        raise ValueError(f"bias must be one float a channel [{x.shape[1]}], not {bias.dtype} {tuple(bias.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None, 'relu' or 'relu6', not {activation!r}")
+    require_tensors("epilogue", x=x, bias=bias, floor=floor, out=out)
+    check_map("epilogue", x, activation, bias=bias)
+    check_floor(x, floor)
     window, stride, padding = pool = (*pool, 0)[:3] if pool else (1, 1, 0)
     if min(window, stride) < 1 or not 0 <= 2 * padding <= window or min(out_shape(x, pool)[2:]) < 1:
         raise ValueError(f"pool (window, stride, padding) = {pool} does not fit a map {tuple(x.shape[2:])}")
-    return _epilogue(x, bias, activation, pool if pool != (1, 1, 0) else (), key_after)
+    keys = new_keys(x, x.shape[1], out)
+    return keys, _epilogue(x, bias, activation, pool if pool != (1, 1, 0) else (), key_after, floor, keys)

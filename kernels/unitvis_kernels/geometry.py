@@ -1,9 +1,12 @@
-"""The geometry of a 2-D convolution."""
+"""The geometry of a 2-D convolution, and the layout of a first one's input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
 
 
 class ConvGeometry(NamedTuple):
@@ -40,6 +43,60 @@ class ConvGeometry(NamedTuple):
         """(OH, OW) for an input of `size` (H, W) under a `kernel` (KH, KW); below 1 where the kernel does not fit."""
         (H, W), (KH, KW), (SH, SW), (PH, PW), (DH, DW) = size, kernel, self.stride, self.padding, self.dilation
         return (H + 2 * PH - DH * (KH - 1) - 1) // SH + 1, (W + 2 * PW - DW * (KW - 1) - 1) // SW + 1
+
+
+class Blocks(NamedTuple):
+    """A layout of a first convolution's input: each block of pixels, with all their channels, is one pixel.
+
+    Channel (row * block columns + column) * C + c is channel c of that pixel of the block; those beyond are 0, as are
+    pixels outside the image. With a block as large as the stride the convolution has a stride of 1, a smaller kernel
+    and many input channels (space to depth); with blocks of one pixel only channels are added. Both are what matrix
+    units want: they read whole vectors of channels.
+    """
+
+    block: tuple[int, int]  # pixels: rows, columns
+    padding: tuple[int, int]  # pixels above the image and to its left that belong to the first blocks
+    size: tuple[int, int]  # blocks: rows, columns
+    used: tuple[int, int]  # pixels of the image that the convolution reads: rows, columns
+    channels: int
+
+    @classmethod
+    def of(cls, C: int, size: Sequence[int], kernel: Sequence[int], geometry: ConvGeometry) -> Blocks:
+        """The layout that suits a convolution of an image [C, H, W] of `size` (H, W) under a `kernel` (KH, KW)."""
+        if not _blocked(geometry):
+            return cls((1, 1), (0, 0), (size[0], size[1]), (size[0], size[1]), -(-C // 4) * 4)
+        out, stride, padding = geometry.output_size(size, kernel), geometry.stride, geometry.padding
+        axes = list(zip(out, stride, padding, kernel, size, strict=True))
+        rows, columns = (o - 1 + -(-k // s) for o, s, _, k, _ in axes)
+        height, width = (min(length, (o - 1) * s + k - p) for o, s, p, k, length in axes)
+        return cls(stride, padding, (rows, columns), (height, width), -(-stride[0] * stride[1] * C // 8) * 8)
+
+    @classmethod
+    def from_ints(cls, ints: Sequence[int]) -> Blocks:
+        """The layout from the nine integers of `as_ints`."""
+        BH, BW, top, left, rows, columns, height, width, channels = ints
+        return cls((BH, BW), (top, left), (rows, columns), (height, width), channels)
+
+    def as_ints(self) -> list[int]:
+        """Nine integers, which a `torch.library` schema can hold."""
+        return [*self.block, *self.padding, *self.size, *self.used, self.channels]
+
+    @staticmethod
+    def of_weight(weight: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+        """(weight, geometry) of the same convolution [D, C, KH, KW] for an input in the layout of `of`."""
+        D, C, KH, KW = weight.shape
+        SH, SW = geometry.stride
+        if not _blocked(geometry):
+            return F.pad(weight, (0, 0, 0, 0, 0, -C % 4)), geometry
+        whole = F.pad(weight, (0, -KW % SW, 0, -KH % SH))
+        split = whole.view(D, C, whole.shape[2] // SH, SH, whole.shape[3] // SW, SW).permute(0, 3, 5, 1, 2, 4)
+        blocks = split.reshape(D, SH * SW * C, *split.shape[4:])
+        return F.pad(blocks, (0, 0, 0, 0, 0, -blocks.shape[1] % 8)), ConvGeometry()
+
+
+def _blocked(geometry: ConvGeometry) -> bool:
+    """Whether blocks are larger than a pixel; those of 2 x 2 were slower than four channels on an H200."""
+    return min(geometry.stride) > 2
 
 
 def _pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:

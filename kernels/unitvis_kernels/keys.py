@@ -34,6 +34,8 @@ from unitvis_kernels.arguments import require_tensors
 POSITION_MASK = 2**31 - 1
 BLANK = -(2**63)
 NAN_KEY = (POSITION_MASK << 32) | POSITION_MASK
+INF_KEY = (0x7F800000 << 32) | POSITION_MASK  # of +inf, at position 0
+MINUS_INF_HIGH = 0x807FFFFF - 2**32  # as an int32
 
 # The same for kernels, which read a global only if it is a constexpr.
 TL_POSITION_MASK = constexpr(POSITION_MASK)
@@ -60,6 +62,29 @@ def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     positions = POSITION_MASK - (keys & POSITION_MASK)
     blank = keys == BLANK
     return values.masked_fill(blank | (keys == NAN_KEY), torch.nan), positions.masked_fill(blank, -1)
+
+
+def new_keys(x: Tensor, channels: int, out: Tensor | None) -> Tensor:
+    """`out`, or new keys of the maps x that hold `BLANK`; ValueError unless `out` is int64 [N, channels] beside x."""
+    if out is None:
+        return x.new_full((x.shape[0], channels), BLANK, dtype=torch.int64)
+    if out.shape != (x.shape[0], channels) or out.dtype != torch.int64 or out.device != x.device:
+        wanted = f"int64 [{x.shape[0]}, {channels}] on {x.device}"
+        raise ValueError(f"keys must be {wanted}, not {out.dtype} {list(out.shape)} on {out.device}")
+    return out
+
+
+@jit
+def order_block(values):
+    """The high words of float32 values inside a kernel; an int32 maximum of them lets NaN through."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(values != values, TL_NAN_HIGH, bits ^ ((bits >> 31) & TL_POSITION_MASK))
+
+
+@jit
+def value_block(high):
+    """The float32 values of high words inside a kernel."""
+    return (high ^ ((high >> 31) & TL_POSITION_MASK)).to(tl.float32, bitcast=True)
 
 
 @jit

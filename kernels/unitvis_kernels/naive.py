@@ -6,13 +6,14 @@ output (`geometry`). Arguments are those of the operators after their checks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unitvis_kernels.geometry import ConvGeometry
+from unitvis_kernels.geometry import Blocks, ConvGeometry
 from unitvis_kernels.keys import BLANK, NAN_KEY
 
 
@@ -74,6 +75,19 @@ def epilogue(
     return keys, y
 
 
+def residual(
+    x: Tensor, shortcut: Tensor, bias: Tensor | None, shortcut_bias: Tensor | None, activation: str | None
+) -> tuple[list[Tensor], Tensor]:
+    """(keys [N, C] of v, s, v + s and y; y [N, C, H, W]) of a sum with a shortcut."""
+    v, s = (
+        one if b is None else (one.float() + b.float()[:, None, None]).to(x.dtype)
+        for one, b in ((x, bias), (shortcut, shortcut_bias))
+    )
+    u = (v.float() + s.float()).to(x.dtype)
+    y = activate(u, activation)
+    return [spatial_argmax(one) for one in (v, s, u, y)], y
+
+
 def conv_argmax(
     x: Tensor,
     weight: Tensor,
@@ -90,6 +104,19 @@ def conv_argmax(
     v = (v if bias is None else v + bias.double()[:, None, None]).to(x.dtype)
     y = activate(v, activation)
     return spatial_argmax(y if key_after else v), y
+
+
+def arrange(x: Tensor, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """[N, channels, *size] of images [N, C, H, W], pixel by pixel."""
+    N, C = x.shape[:2]
+    y = torch.zeros(N, blocks.channels, *blocks.size, dtype=dtype, device=x.device)
+    for row, column in itertools.product(*(range(used) for used in blocks.used)):
+        (i, p), (j, q) = (
+            divmod(at + pad, b) for at, pad, b in zip((row, column), blocks.padding, blocks.block, strict=True)
+        )
+        first = (p * blocks.block[1] + q) * C
+        y[:, first : first + C, i, j] = x[:, :, row, column].to(dtype)
+    return y
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, TARGET_PROGRAMS, Launch, jit, next_power_of_2, tl
-from unitvis_kernels.arguments import require_tensors
-from unitvis_kernels.keys import BLANK, POSITION_MASK, pack_block
+from unitvis_kernels.arguments import check_floor, require_tensors
+from unitvis_kernels.keys import POSITION_MASK, new_keys, pack_block
 from unitvis_kernels.layout import memory_format
 
 # Both kernels keep, in every lane of a tile, the largest value and the step of the loop that brought it; keys are built
@@ -48,9 +48,11 @@ def _take_partial(p_x, o, head, L, stop, best, step, i):
 @jit
 def _rows_kernel(
     x,  # [R, L], float32 | float16 | bfloat16, contiguous; aligned to VECTOR elements
-    keys,  # [R], int64; holds BLANK where SPLITS > 1
+    keys,  # [N, C], int64, rows keys_n apart; holds BLANK where SPLITS > 1; R = N * C
     R,
     L,
+    C,
+    keys_n,
     VECTOR: tl.constexpr,
     SPLITS: tl.constexpr,
     BR: tl.constexpr,
@@ -80,7 +82,8 @@ def _rows_kernel(
         best, step = _take_partial(p_x + i * BL, o_l + i * BL, head, L, stop, best, step, i)
 
     position = tl.where(step < 0, 0, step * BL + o_l - head)
-    _store_keys(keys + o_r, tl.max(pack_block(best, position), axis=1), o_r < R, SPLITS)
+    p_keys = keys + o_r // C * keys_n + o_r % C
+    _store_keys(p_keys, tl.max(pack_block(best, position), axis=1), o_r < R, SPLITS)
 
 
 @jit
@@ -94,13 +97,14 @@ def _place(o, first, width, row, INSIDE: tl.constexpr):
 @jit
 def _pixels_kernel(
     x,  # [N, P, C], float32 | float16 | bfloat16, contiguous
-    keys,  # [N, C], int64; holds BLANK where SPLITS > 1
+    keys,  # [N, C], int64, rows keys_n apart; holds BLANK where SPLITS > 1
     P,
     vectors,  # C // ALIGN, so that the compiler knows that ALIGN divides C
     read,  # positions that are read: with INSIDE those of a rectangle, else P
     first,  # with INSIDE the position of the rectangle's first pixel
     width,  # with INSIDE the rectangle's
     row,  # with INSIDE the map's width
+    keys_n,
     ALIGN: tl.constexpr,
     INSIDE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -135,7 +139,7 @@ def _pixels_kernel(
         best, step = _take_larger(best, step, v, i)
 
     position = _place(tl.where(step < 0, 0, step * BP + o_p), first, width, row, INSIDE)
-    _store_keys(keys + i_n * C + o_c, tl.max(pack_block(best, position), axis=0), m_c, SPLITS)
+    _store_keys(keys + i_n * keys_n + o_c, tl.max(pack_block(best, position), axis=0), m_c, SPLITS)
 
 
 def splits_for(programs: int, steps: int) -> int:
@@ -149,7 +153,7 @@ def plan(x: Tensor, keys: Tensor, inside: Sequence[int] | None = None) -> Launch
     P = H * W
     vector = 16 // x.element_size() if x.data_ptr() % 16 == 0 else 1
     options: dict[str, Any] = {"num_warps": 4, "num_stages": 2}
-    if not x.numel() or P > 2**30:  # in-row offsets are int32
+    if not x.numel() or P > 2**30 or keys.stride(1) != 1:  # in-row offsets are int32
         return None
     if memory_format(x) == torch.channels_last or (inside and x.is_contiguous(memory_format=torch.channels_last)):
         top, bottom, left, right = inside or (0, H, 0, W)
@@ -159,45 +163,43 @@ def plan(x: Tensor, keys: Tensor, inside: Sequence[int] | None = None) -> Launch
         programs = N * -(-C // BC)
         options |= {"ALIGN": align, "INSIDE": bool(inside), "SPLITS": splits_for(programs, -(-read // BP))}
         options |= {"BP": BP, "BC": BC}
-        args = (x, keys, P, C // align, read, top * W + left, right - left, W)
+        args = (x, keys, P, C // align, read, top * W + left, right - left, W, keys.stride(0))
         return Launch(_pixels_kernel, (programs * options["SPLITS"],), args, options)
     if x.is_contiguous() and not inside:
         BL = 256 if P > 1024 else min(64, next_power_of_2(P + vector - 1))
         BR = 2048 // BL
         programs = -(-N * C // BR)
         options |= {"VECTOR": vector, "SPLITS": splits_for(programs, -(-P // BL)), "BR": BR, "BL": BL}
-        return Launch(_rows_kernel, (programs * options["SPLITS"],), (x, keys, N * C, P), options)
+        return Launch(_rows_kernel, (programs * options["SPLITS"],), (x, keys, N * C, P, C, keys.stride(0)), options)
     return None
 
 
-@torch.library.custom_op("unitvis::spatial_argmax", mutates_args=())
-def _spatial_argmax(x: Tensor, floor: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
-    return cpu.spatial_argmax(x, floor, inside)
+@torch.library.custom_op("unitvis::spatial_argmax", mutates_args=("keys",))
+def _spatial_argmax(x: Tensor, floor: Tensor | None, inside: Sequence[int] | None, keys: Tensor) -> None:
+    keys.copy_(cpu.spatial_argmax(x, floor, inside))
 
 
 @_spatial_argmax.register_fake
-def _(x: Tensor, floor: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=torch.int64)
+def _(x: Tensor, floor: Tensor | None, inside: Sequence[int] | None, keys: Tensor) -> None:
+    return None
 
 
-def launch(x: Tensor, keys: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
-    """Keys by the kernel, into `keys` if given; by `cpu.spatial_argmax` where there is no kernel."""
-    keys = x.new_empty(x.shape[:2], dtype=torch.int64) if keys is None else keys
+def launch(x: Tensor, floor: Tensor | None, inside: Sequence[int] | None, keys: Tensor) -> None:
+    """Fill the keys by the kernel, where positions cost nothing; by `cpu.spatial_argmax` where there is none."""
     planned = plan(x, keys, inside)
     if planned is None:
-        return cpu.spatial_argmax(x, None, inside)
-    if planned.options["SPLITS"] > 1:
-        keys.fill_(BLANK)
-    planned.run()
-    return keys
+        keys.copy_(cpu.spatial_argmax(x, None, inside))
+    else:
+        planned.run()
 
 
 if HAS_TRITON:
-    # Positions cost nothing in the kernel.
-    _spatial_argmax.register_kernel("cuda")(lambda x, floor=None, inside=None: launch(x, inside=inside))
+    _spatial_argmax.register_kernel("cuda")(launch)
 
 
-def spatial_argmax(x: Tensor, floor: Tensor | None = None, inside: Sequence[int] | None = None) -> Tensor:
+def spatial_argmax(
+    x: Tensor, floor: Tensor | None = None, inside: Sequence[int] | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Keys, int64 [N, C], of maps [N, C, H, W] in float32, float16 or bfloat16, any strides; see `unpack`.
 
     Of equal values the lowest flattened position (row * W + column) wins; -0.0 equals +0.0. A map with a NaN gets the
@@ -205,9 +207,10 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None, inside: Sequence[int]
     strides run in PyTorch. `floor`, float32 [C], saves time on a CPU: where a map's largest value lies below its
     channel's floor, the position may be given as 2^31 - 1 instead of being looked for; a floor of NaN is none.
     `inside`, (top, bottom, left, right): only rows top <= row < bottom and columns left <= column < right are read;
-    positions are those in the whole map. Raises ValueError for another dtype, rank or an empty map or rectangle.
+    positions are those in the whole map. `out`: keys to write, in place of new ones; they must hold `BLANK`. Raises
+    ValueError for another dtype, rank or an empty map or rectangle.
     """
-    require_tensors("spatial_argmax", x=x, floor=floor)
+    require_tensors("spatial_argmax", x=x, floor=floor, out=out)
     if x.ndim != 4:
         raise ValueError(f"spatial_argmax takes maps [N, C, H, W], not a tensor of shape {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -215,12 +218,13 @@ def spatial_argmax(x: Tensor, floor: Tensor | None = None, inside: Sequence[int]
     height, width = x.shape[2:]
     if not 0 < height * width <= POSITION_MASK:
         raise ValueError(f"spatial_argmax needs 1 to 2^31 - 1 positions, not {height} x {width}")
-    if floor is not None and (floor.shape != x.shape[1:2] or floor.dtype != torch.float32):
-        raise ValueError(f"floor must be float32 [{x.shape[1]}], not {floor.dtype} {list(floor.shape)}")
+    check_floor(x, floor)
     top, bottom, left, right = whole = (0, height, 0, width)
     if inside is not None:
         top, bottom, left, right = inside
         if not (0 <= top < bottom <= height and 0 <= left < right <= width):
             raise ValueError(f"inside {tuple(inside)} is no rectangle of a map of {height} x {width}")
     rectangle = (top, bottom, left, right)
-    return _spatial_argmax(x, floor, None if rectangle == whole else rectangle)
+    keys = new_keys(x, x.shape[1], out)
+    _spatial_argmax(x, floor, None if rectangle == whole else rectangle, keys)
+    return keys

@@ -27,11 +27,22 @@ from torch import Tensor
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, constexpr, jit, next_power_of_2, tl
 from unitvis_kernels.arguments import require_tensors
-from unitvis_kernels.keys import BLANK, TL_BLANK, TL_BLANK_HIGH, TL_NAN_HIGH, TL_NAN_KEY, unpack
+from unitvis_kernels.keys import (
+    BLANK,
+    INF_KEY,
+    MINUS_INF_HIGH,
+    TL_BLANK,
+    TL_BLANK_HIGH,
+    TL_NAN_HIGH,
+    TL_NAN_KEY,
+    unpack,
+)
 
 NO_ID = 2**63 - 1  # the first NaN id where there is none; above every id
 
 TL_NO_ID = constexpr(NO_ID)
+TL_INF_KEY = constexpr(INF_KEY)
+TL_MINUS_INF_HIGH = constexpr(MINUS_INF_HIGH)
 TL_KEY_ABOVE_ALL = constexpr(2**63 - 1)  # above NAN_KEY
 TL_ID_BELOW_ALL = constexpr(-2)  # below the -1 of a blank place
 
@@ -47,20 +58,23 @@ def _high_word(keys):
 
 
 @jit
-def _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN: tl.constexpr):
+def _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, OVERFLOWS: tl.constexpr, BN: tl.constexpr):
     o_n = n + tl.arange(0, BN)[:, None]  # [BN, 1]
     id = tl.load(p_ids + o_n.to(tl.int64) * ids_n, mask=o_n < N, other=-1)  # [BN, 1 or BC]
     m = (o_n < N) & (id >= 0) & m_c
-    return id, tl.load(p_keys + o_n.to(tl.int64) * keys_n, mask=m, other=TL_BLANK)  # [BN, BC]
+    key = tl.load(p_keys + o_n.to(tl.int64) * keys_n, mask=m, other=TL_BLANK)  # [BN, BC]
+    if OVERFLOWS:
+        key = tl.where((key == TL_NAN_KEY) | (_high_word(key) == TL_MINUS_INF_HIGH), TL_INF_KEY, key)
+    return id, key
 
 
 @jit
-def _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, BN: tl.constexpr, BC: tl.constexpr):
+def _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, OVERFLOWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     """(high word, id) of each channel's best key; a NaN is better than every value."""
     best = tl.full([BN, BC], TL_BLANK_HIGH, tl.int32)
     best_id = tl.full([BN, BC], TL_NO_ID, tl.int64)
     for n in range(0, N, BN):
-        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
+        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, OVERFLOWS, BN)
         high = _high_word(key)
         take = (high > best) | ((high == best) & (id < best_id) & (key != TL_BLANK))
         best, best_id = tl.where(take, high, best), tl.where(take, id, best_id)
@@ -69,12 +83,12 @@ def _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, BN: tl.constexpr, BC: tl.con
 
 
 @jit
-def _count_nan(p_keys, p_ids, m_c, keys_n, ids_n, N, BN: tl.constexpr, BC: tl.constexpr):
+def _count_nan(p_keys, p_ids, m_c, keys_n, ids_n, N, OVERFLOWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     """(number of NaN keys, their smallest id) of each channel."""
     count = tl.zeros([BN, BC], tl.int32)
     smallest = tl.full([BN, BC], TL_NO_ID, tl.int64)
     for n in range(0, N, BN):
-        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
+        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, OVERFLOWS, BN)
         is_nan = key == TL_NAN_KEY
         count += is_nan.to(tl.int32)
         smallest = tl.minimum(smallest, tl.where(is_nan, id, TL_NO_ID))
@@ -82,13 +96,15 @@ def _count_nan(p_keys, p_ids, m_c, keys_n, ids_n, N, BN: tl.constexpr, BC: tl.co
 
 
 @jit
-def _next_best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, last_id, last_key, BN: tl.constexpr, BC: tl.constexpr):
+def _next_best_key(
+    p_keys, p_ids, m_c, keys_n, ids_n, N, last_id, last_key, OVERFLOWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
     """(id, key) of each channel's best key that comes after the last one; an image's larger key comes first."""
     best = tl.full([BN, BC], TL_BLANK, tl.int64)
     best_id = tl.full([BN, BC], TL_NO_ID, tl.int64)
     last = _high_word(last_key)[None, :]
     for n in range(0, N, BN):
-        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, BN)
+        id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, OVERFLOWS, BN)
         high, best_high = _high_word(key), _high_word(best)
         behind = (id > last_id[None, :]) | ((id == last_id[None, :]) & (key < last_key[None, :]))
         ahead = (id < best_id) | ((id == best_id) & (key > best))
@@ -115,6 +131,8 @@ def _topk_merge_kernel(
     ids_c,
     k: tl.constexpr,
     ID_PER_IMAGE: tl.constexpr,
+    OVERFLOWS: tl.constexpr,
+    CLEAR: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
@@ -128,11 +146,11 @@ def _topk_merge_kernel(
 
     low = _high_word(tl.load(p_state + (k - 1), mask=m, other=TL_KEY_ABOVE_ALL))  # the last place
     low_id = tl.load(p_state + (2 * k - 1), mask=m, other=TL_ID_BELOW_ALL)
-    high, id = _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, BN, BC)
+    high, id = _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, OVERFLOWS, BN, BC)
     enters = (high > low) | ((high == low) & (id <= low_id))
     if tl.max(enters.to(tl.int32), axis=0) > 0:
         if tl.max(high, axis=0) == TL_NAN_HIGH:
-            count, smallest = _count_nan(p_keys, p_ids, m_c, keys_n, ids_n, N, BN, BC)
+            count, smallest = _count_nan(p_keys, p_ids, m_c, keys_n, ids_n, N, OVERFLOWS, BN, BC)
             count += tl.load(p_state + 2 * k, mask=m, other=0)
             smallest = tl.minimum(smallest, tl.load(p_state + 2 * k + 1, mask=m, other=TL_NO_ID))
             tl.debug_barrier()  # all threads that hold a copy read before one writes
@@ -148,7 +166,7 @@ def _topk_merge_kernel(
         key = tl.full([BC], TL_KEY_ABOVE_ALL, tl.int64)  # every value comes after it, but no NaN
         # `enters` must be read in the body too: Triton 3.7 fails on a while loop's flag that only the condition reads.
         while tl.max(enters.to(tl.int32), axis=0) > 0:
-            id, key = _next_best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, id, key, BN, BC)
+            id, key = _next_best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, id, key, OVERFLOWS, BN, BC)
             enters = enters & ((_high_word(key) > low) | ((_high_word(key) == low) & (id <= low_id)))
             same_image = place_ids == id[:, None]
             weakest = (_high_word(places) == low[:, None]) & (place_ids == low_id[:, None])
@@ -170,9 +188,15 @@ def _topk_merge_kernel(
         tl.debug_barrier()
         tl.store(p_state[:, None] + rank, places, mask=m_k)
         tl.store(p_state[:, None] + k + rank, place_ids, mask=m_k)
+    if CLEAR:
+        tl.debug_barrier()  # all threads have read the keys
+        for n in range(0, N, BN):
+            o_n = n + tl.arange(0, BN)[:, None]
+            blank = tl.full([BN, BC], TL_BLANK, tl.int64)
+            tl.store(p_keys + o_n.to(tl.int64) * keys_n, blank, mask=(o_n < N) & m_c)
 
 
-def plan(state: Tensor, keys: Tensor, ids: Tensor) -> Launch | None:
+def plan(state: Tensor, keys: Tensor, ids: Tensor, overflows: bool = False, clear: bool = False) -> Launch | None:
     """The launch that folds `keys` into `state`; None where there is no kernel for them."""
     (N, C), k = keys.shape, (state.shape[1] - 2) // 2
     if k > 1024 or state.stride(1) != 1 or not C:
@@ -182,27 +206,28 @@ def plan(state: Tensor, keys: Tensor, ids: Tensor) -> Launch | None:
     BN = 16 if N <= 16 else 64
     strides = (state.stride(0), *keys.stride(), ids.stride(0), ids.stride(1) if ids.ndim == 2 else 0)
     options: dict[str, Any] = {"k": k, "ID_PER_IMAGE": ids.ndim == 1, "BN": BN, "BC": BC, "BK": BK}
+    options |= {"OVERFLOWS": overflows, "CLEAR": clear}
     options |= {"num_warps": 8 if N > 16 else 4, "num_stages": 1}
     if not torch.version.hip:
         options["maxnreg"] = 128  # without it ptxas spills registers to raise an occupancy that does not help here
     return Launch(_topk_merge_kernel, (-(-C // BC),), (state, keys, ids, C, N, *strides), options)
 
 
-@torch.library.custom_op("unitvis::topk_merge_", mutates_args=("state",))
-def _topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
-    cpu.topk_merge_(state, keys, ids)
+@torch.library.custom_op("unitvis::topk_merge_", mutates_args=("state", "keys"))
+def _topk_merge_(state: Tensor, keys: Tensor, ids: Tensor, overflows: bool, clear: bool) -> None:
+    cpu.topk_merge_(state, keys, ids, overflows, clear)
 
 
 @_topk_merge_.register_fake
-def _(state: Tensor, keys: Tensor, ids: Tensor) -> None:
+def _(state: Tensor, keys: Tensor, ids: Tensor, overflows: bool, clear: bool) -> None:
     return None
 
 
-def launch(state: Tensor, keys: Tensor, ids: Tensor) -> None:
+def launch(state: Tensor, keys: Tensor, ids: Tensor, overflows: bool = False, clear: bool = False) -> None:
     """Fold by the kernel; by `cpu.topk_merge_` where there is none."""
-    planned = plan(state, keys, ids)
+    planned = plan(state, keys, ids, overflows, clear)
     if planned is None:
-        cpu.topk_merge_(state, keys, ids)
+        cpu.topk_merge_(state, keys, ids, overflows, clear)
     else:
         planned.run()
 
@@ -226,12 +251,14 @@ def topk_state(channels: int, k: int, device: torch.device | str | None = None) 
     return state
 
 
-def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
+def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor, *, overflows: bool = False, clear: bool = False) -> None:
     """Fold keys, int64 [N, C], of the images with ids, int64 [N] (or [N, C]), into the state, in place.
 
     Order: value descending, then id ascending. An id below 0 is padding and ignored; an id that is in the state
     already keeps its larger key, so that a repeated batch changes no place (its NaNs are counted again). A NaN takes
-    no place and is counted. Does not synchronise a GPU. Raises ValueError for shapes or dtypes that do not fit.
+    no place and is counted; with `overflows` it is taken for +inf at position 0, and so is -inf: half precision gives
+    both where float32 does not. With `clear` the keys hold `BLANK` afterwards. Does not synchronise a GPU. Raises
+    ValueError for shapes or dtypes that do not fit.
     """
     require_tensors("topk_merge_", state=state, keys=keys, ids=ids)
     for name, tensor in (("state", state), ("keys", keys), ("ids", ids)):
@@ -242,7 +269,7 @@ def topk_merge_(state: Tensor, keys: Tensor, ids: Tensor) -> None:
         shapes = [tuple(t.shape) for t in (state, keys, ids)]
         raise ValueError(f"state [C, 2k+2], keys [N, C] and ids [N] or [N, C] do not fit: {shapes}")
     if keys.shape[0]:
-        _topk_merge_(state, keys, ids)
+        _topk_merge_(state, keys, ids, overflows, clear)
 
 
 def topk_merge_states_(state: Tensor, other: Tensor) -> None:

@@ -66,15 +66,16 @@ def _reads_inside_the_operands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """(keys, y) that the kernel writes over poison; checks that it writes nothing before and after them."""
-    like_keys, like_y = conv.outputs(x, weight, case.geometry, store=rest[1])
-    around_keys = torch.full((like_keys.numel() + 2 * GUARD,), POISON)
+    like_y = conv.new_map(x, weight, case.geometry, store=rest[1])
+    shape = x.shape[0], weight.shape[0]
+    around_keys = torch.full((math.prod(shape) + 2 * GUARD,), POISON)
     around_y = torch.full((like_y.numel() + 2 * GUARD,), NAN, dtype=x.dtype)
-    keys = around_keys[GUARD:-GUARD].view(like_keys.shape)
+    keys = around_keys[GUARD:-GUARD].view(shape).fill_(uk.BLANK)
     y = around_y[GUARD:-GUARD]
     if like_y.ndim == 4:
         N, D, OH, OW = like_y.shape
         y = y.view(N, OH, OW, D).permute(0, 3, 1, 2)
-    assert conv.launch(x, weight, bias, case.geometry, *rest, out=(keys, y))[0] is keys  # no fallback
+    assert conv.launch(x, weight, bias, case.geometry, *rest, keys, y) is y  # no fallback
     for around, filler in ((around_keys, POISON), (around_y, NAN)):
         ends = torch.cat([around[:GUARD], around[-GUARD:]])
         assert torch.equal(ends.nan_to_num(7.0), torch.full_like(ends, filler).nan_to_num(7.0))
@@ -176,8 +177,9 @@ def test_conv_what_has_no_kernel() -> None:
     geometry = CASES["padding"].geometry
 
     def planned(x: Tensor, weight: Tensor, geometry: ConvGeometry = geometry) -> object:
-        out = conv.outputs(x, weight, geometry, store=True)
-        return conv.plan(x, weight, None, geometry, None, True, False, *out)
+        y = conv.new_map(x, weight, geometry, store=True)
+        keys = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.int64)
+        return conv.plan(x, weight, None, geometry, None, True, False, keys, y)
 
     assert planned(x, weight) is not None
     assert planned(x.float(), weight.float()) is None

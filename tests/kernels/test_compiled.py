@@ -27,9 +27,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-argmax, topk, epilogue, conv, normalize = (
+argmax, topk, epilogue, residual, conv, normalize = (
     sys.modules[f"unitvis_kernels.{name}"]
-    for name in ("spatial_argmax", "topk_merge", "epilogue", "conv_argmax", "normalize")
+    for name in ("spatial_argmax", "topk_merge", "epilogue", "residual", "conv_argmax", "normalize")
 )
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -59,18 +59,36 @@ def topk_launch(k: int, images: int, kind: str = "") -> Launch:
     if kind == "state":
         return topk.plan(state, state[:, :k].T, state[:, k : 2 * k].T)
     ids = state.new_empty((images, 1152) if kind == "ids [N, C]" else (images,))
-    return topk.plan(state, state.new_empty(images, 1152), ids)
+    return topk.plan(state, state.new_empty(images, 1152), ids, *(2 * [kind == "of a step"]))
 
 
 def epilogue_launch(dtype: torch.dtype, *pool: int, bias: bool = True, key_after: bool = False) -> Launch:
     x = empty_maps((256, 64, 56, 56), dtype, torch.channels_last)
     b = x.new_empty(64) if bias else None
-    return epilogue.plan(x, b, "relu", pool, key_after, *epilogue.outputs(x, pool))
+    keys = x.new_empty((256, 64), dtype=torch.int64)
+    floor = x.new_empty(64, dtype=torch.float32)
+    return epilogue.plan(x, b, "relu", pool, key_after, floor, keys, epilogue.new_map(x, pool))
+
+
+def residual_launch(dtype: torch.dtype, taps: str, shortcut_bias: bool = False, size: int = 56) -> Launch:
+    x = empty_maps((256, 256, size, size), dtype, torch.channels_last)
+    keys = [x.new_empty((256, 256), dtype=torch.int64) if tap == "1" else None for tap in taps]
+    bias, floors = x.new_empty(256), [x.new_empty(256, dtype=torch.float32)] * 4
+    return residual.plan_pixels(x, x, bias, bias if shortcut_bias else None, "relu", keys, floors, x)
 
 
 def normalize_launch(dtype: torch.dtype) -> Launch:
     x = torch.empty(256, 224, 224, 3, dtype=torch.uint8, device="meta")
     return normalize.plan(x, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), x.new_empty(x.shape, dtype=dtype))
+
+
+def blocks_launch(dtype: torch.dtype, kernel: int, stride: int, *, pixels: bool) -> Launch:
+    geometry = uk.ConvGeometry((stride, stride), (kernel // 5, kernel // 5))
+    blocks = uk.Blocks.of(3, (224, 224), (kernel, kernel), geometry)
+    x = torch.empty(256, 224, 224, 3, dtype=torch.uint8 if pixels else dtype, device="meta")
+    constants = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)) if pixels else (None, None)
+    y = x.new_empty((256, *blocks.size, blocks.channels), dtype=dtype)
+    return normalize.plan_blocks(x, *constants, blocks, y)
 
 
 # name: (launch, whether its loads must be 128 bits wide)
@@ -81,12 +99,18 @@ KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
     "argmax channels_last fp16, inside": (lambda: argmax_nhwc(HALF, 256, 64, 55, 55, inside=(3, 52, 3, 52)), True),
     "argmax channels_last fp32, 24 channels, split": (lambda: argmax_nhwc(FLOAT, 8, 24, 112, 112), True),
     "topk k=9": (lambda: topk_launch(9, 256), True),
+    "topk k=64, of a step": (lambda: topk_launch(64, 256, "of a step"), True),
     "topk k=32": (lambda: topk_launch(32, 256), True),
     "topk k=9, a state": (lambda: topk_launch(9, 9, "state"), False),
     "epilogue fp16": (lambda: epilogue_launch(HALF), True),
     "epilogue fp16 pool 2 2": (lambda: epilogue_launch(HALF, 2, 2, 0), True),
     "epilogue fp16 pool 3 2": (lambda: epilogue_launch(HALF, 3, 2, 0), True),
+    "epilogue fp16 pool 3 1 1": (lambda: epilogue_launch(HALF, 3, 1, 1), True),
+    "residual fp16": (lambda: residual_launch(HALF, "1000"), True),
+    "residual fp16 with a projection, all keys": (lambda: residual_launch(HALF, "1111", True), True),
     "normalize fp16": (lambda: normalize_launch(HALF), True),
+    "normalize fp16 into blocks of 4 x 4": (lambda: blocks_launch(HALF, 11, 4, pixels=True), False),
+    "arrange fp16 with a fourth channel": (lambda: blocks_launch(HALF, 3, 1, pixels=False), False),
 }
 # Tested with -m slow only.
 MORE_KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
@@ -98,9 +122,11 @@ MORE_KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
     "topk k=9, N=16": (lambda: topk_launch(9, 16), True),
     "topk k=9, ids [N, C]": (lambda: topk_launch(9, 64, "ids [N, C]"), False),
     **{f"epilogue {d} {p}": (lambda d=d, p=p: epilogue_launch(d, *p), True) for d in (HALF, BF16, FLOAT)
-       for p in ((), (2, 2, 0), (3, 2, 0), (3, 2, 1))},
+       for p in ((), (2, 2, 0), (3, 2, 0), (3, 2, 1), (2, 1, 0), (3, 1, 1), (4, 2, 1), (5, 1, 2))},
     **{f"epilogue {p}, key after": (lambda p=p: epilogue_launch(HALF, *p, key_after=True), True)
        for p in ((), (3, 2, 1))},
+    **{f"residual {d} {t} {s}": (lambda d=d, t=t, s=s: residual_launch(d, t, size=s), True)
+       for d in (HALF, BF16, FLOAT) for t in ("1000", "1001") for s in (56, 7)},
     **{f"normalize {d}": (lambda d=d: normalize_launch(d), True) for d in (BF16, FLOAT)},
 }  # fmt: skip
 
@@ -190,8 +216,9 @@ def conv_launch(name: str, dtype: torch.dtype, activation: str | None, store: bo
     x = empty_maps((256, C, size, size), dtype, torch.channels_last)
     weight = empty_maps((D, C, kernel, kernel), dtype, torch.channels_last)
     geometry = ConvGeometry((stride, stride), (padding, padding))
-    out = conv.outputs(x, weight, geometry, store)
-    return conv.plan(x, weight, x.new_empty(D), geometry, activation, store, key_after, *out)
+    keys = x.new_empty((256, D), dtype=torch.int64)
+    y = conv.new_map(x, weight, geometry, store)
+    return conv.plan(x, weight, x.new_empty(D), geometry, activation, store, key_after, keys, y)
 
 
 def check_convolution(

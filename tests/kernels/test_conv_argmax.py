@@ -111,7 +111,8 @@ def test_operator_is_registered_right() -> None:
         case = CASES[name]
         x, weight, bias = operands(case, torch.float32)
         for b, *rest in ((None, None, True, False), (bias, "relu", True, True), (bias, "relu6", False, False)):
-            arguments = (x, weight, b, case.geometry.as_ints(), *rest)
+            keys = torch.full((x.shape[0], weight.shape[0]), uk.BLANK)
+            arguments = (x, weight, b, case.geometry.as_ints(), *rest, keys)
             torch.library.opcheck(torch.ops.unitvis.conv_argmax.default, arguments)
 
 

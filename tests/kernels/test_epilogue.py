@@ -77,6 +77,94 @@ def test_epilogue_refuses(options: dict[str, object], value: str) -> None:
         uk.epilogue(conv_output().double())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_residual_is_the_chain_of_layers(dtype: torch.dtype, layout: str) -> None:
+    x, shortcut = conv_output(dtype, layout), conv_output(dtype, layout).flip(0, 2) * 0.75
+    bias, none = torch.tensor([0.3, -2.0, 1e-3, 0.0]).to(dtype), torch.zeros(4, dtype=dtype)
+    for activation, one, other in itertools.product((None, "relu", "relu6"), (None, bias), (None, bias.flip(0))):
+        v, s = (t if b is None else t + b[:, None, None] for t, b in ((x, one), (shortcut, other)))
+        u = v + s
+        want = {None: lambda t: t, "relu": F.relu, "relu6": F.relu6}[activation](u)
+        keys = [torch.full((2, 4), uk.BLANK) for _ in range(4)]
+        y = uk.residual(x, shortcut, one, other, activation, keys=keys)
+        assert torch.equal(y.nan_to_num(99), want.nan_to_num(99))
+        assert y.is_contiguous(memory_format=LAYOUTS[layout])
+        wanted, own = naive.residual(x, shortcut, one, other, activation)
+        assert torch.equal(y.nan_to_num(99), own.nan_to_num(99))
+        for found, own_keys, values in zip(keys, wanted, (v, s, u, want), strict=True):
+            assert torch.equal(found, naive.spatial_argmax(values))
+            assert torch.equal(found, own_keys)
+    assert torch.equal(uk.residual(x, shortcut, none).nan_to_num(99), (x + shortcut).nan_to_num(99))
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        ({"shortcut": torch.zeros(2, 4, 7, 1)}, r"\(2, 4, 7, 1\)"),
+        ({"shortcut": conv_output().half()}, "float16"),
+        ({"shortcut_bias": torch.zeros(3)}, r"shortcut_bias .*\(3,\)"),
+        ({"activation": "gelu"}, "'gelu'"),
+        ({"keys": [None]}, "1 and 4"),
+        ({"keys": [torch.zeros(2, 5, dtype=torch.int64), None, None, None]}, r"\[2, 5\]"),
+        ({"floors": [None, torch.zeros(4).double(), None, None]}, "float64"),
+    ],
+)
+def test_residual_refuses(options: dict[str, object], value: str) -> None:
+    with pytest.raises(ValueError, match=value):
+        uk.residual(**({"x": conv_output(), "shortcut": conv_output()} | options))
+
+
+def test_keys_go_where_they_are_wanted() -> None:
+    x, weight, bias = conv_output().nan_to_num(1.0), torch.randn(5, 4, 3, 3), torch.ones(4)
+    for call, channels in (
+        (lambda **given: uk.spatial_argmax(x, **given), 4),
+        (lambda **given: uk.epilogue(x, bias, "relu", (2, 2), **given)[0], 4),
+        (lambda **given: uk.conv_argmax(x, weight, **given)[0], 5),
+    ):
+        buffer = torch.full((2, 9), uk.BLANK)
+        out = buffer[:, 2 : 2 + channels]
+        assert call(out=out) is out
+        assert torch.equal(out, call())
+        assert (buffer[:, :2] == uk.BLANK).all()
+        assert (buffer[:, 2 + channels :] == uk.BLANK).all()
+        for bad, value in ((out[:1], r"\[1, "), (out.int(), "int32")):
+            with pytest.raises(ValueError, match=rf"keys must be int64 .*{value}"):
+                call(out=bad)
+
+
+def test_a_convolution_of_blocks_is_the_convolution() -> None:
+    g = torch.Generator().manual_seed(2)
+    for C, size, kernel, stride, padding in (
+        (3, (23, 30), (11, 11), (4, 4), (2, 2)), (3, (9, 8), (7, 7), (2, 2), (3, 3)),
+        (1, (17, 20), (5, 4), (3, 5), (1, 2)),
+        (3, (19, 17), (4, 4), (4, 4), (0, 0)), (2, (13, 13), (2, 3), (3, 3), (0, 2)),
+    ):  # fmt: skip
+        geometry = uk.ConvGeometry(stride, padding)
+        x = torch.randint(-9, 10, (2, C, *size), generator=g).float()
+        weight = torch.randint(-9, 10, (4, C, *kernel), generator=g).float()
+        blocks = uk.Blocks.of(C, size, kernel, geometry)
+        inside = uk.arrange(x, blocks, torch.float32)
+        assert inside.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(inside, naive.arrange(x, blocks, torch.float32))
+        split, simple = uk.Blocks.of_weight(weight, geometry)
+        assert inside.shape[1] == split.shape[1]
+        assert torch.equal(F.conv2d(inside, split, None, *simple), F.conv2d(x, weight, None, *geometry))
+        assert uk.Blocks.from_ints(blocks.as_ints()) == blocks
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    x, blocks = torch.zeros(1, 3, 9, 9), uk.Blocks.of(3, (9, 9), (3, 3), uk.ConvGeometry((3, 3)))
+    for bad in (blocks._replace(channels=26), blocks._replace(used=(10, 9)), blocks._replace(size=(2, 3))):
+        with pytest.raises(ValueError, match="do not fit images of 3 x 9 x 9"):
+            uk.arrange(x, bad, torch.float32)
+    for bad_x, value in ((x.to(torch.uint8), "uint8"), (x[0], r"\(3, 9, 9\)")):
+        with pytest.raises(ValueError, match=value):
+            uk.arrange(bad_x, blocks, torch.float32)
+    with pytest.raises(ValueError, match="float64"):
+        uk.arrange(x, blocks, torch.float64)
+
+
 def float32(value: float) -> float:
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
@@ -122,9 +210,17 @@ def test_operators_are_registered_right(layout: str) -> None:
     x, bias = conv_output(torch.float32, layout).nan_to_num(1.0), torch.ones(4)
     for pool in ((), (3, 2, 1)):
         for b, activation in ((None, None), (bias, "relu")):
-            torch.library.opcheck(torch.ops.unitvis.epilogue.default, (x, b, activation, pool, False))
+            arguments = x, b, activation, pool, False, None, torch.full((2, 4), uk.BLANK)
+            torch.library.opcheck(torch.ops.unitvis.epilogue.default, arguments)
+    keys = [torch.full((2, 4), uk.BLANK) for _ in range(3)]
+    arguments = x, x.flip(0), bias, None, "relu", [None, torch.zeros(4), None, None], keys[0], None, *keys[1:]
+    torch.library.opcheck(torch.ops.unitvis.residual.default, arguments)
     pixels = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8)
-    torch.library.opcheck(torch.ops.unitvis.normalize.default, (pixels, MEAN, STD, torch.float16))
+    blocks = uk.Blocks.of(3, (5, 4), (3, 3), uk.ConvGeometry((3, 3), (1, 1))).as_ints()
+    for layout_of_input in ([], blocks):
+        arguments = pixels, MEAN, STD, torch.float16, layout_of_input
+        torch.library.opcheck(torch.ops.unitvis.normalize.default, arguments)
+    torch.library.opcheck(torch.ops.unitvis.arrange.default, (x[:, :3, :5, :4], blocks, torch.float16))
 
 
 def step(pixels: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:

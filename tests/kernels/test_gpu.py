@@ -101,6 +101,32 @@ def test_epilogue(layout: torch.memory_format, dtype: torch.dtype) -> None:
             assert got[1].is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_epilogue_and_residual_under_floors(dtype: torch.dtype) -> None:
+    for turn, shape in enumerate(((2, 10, 13, 13), (8, 64, 55, 55), (3, 70, 9, 40), (1, 24, 112, 112))):
+        x, shortcut = (t.to(dtype).contiguous(memory_format=FORMATS[1]) for t in (maps(*shape), maps(*shape).flip(1)))
+        bias = torch.linspace(-1.3, 1.7, shape[1])
+        floor = torch.tensor([math.nan, math.inf, -math.inf, 6.0]).repeat(shape[1])[: shape[1]]
+        on_gpu = x.cuda(), shortcut.cuda(), bias.cuda(), floor.cuda()
+        pool, projection = ((3, 2, 1), None, (2, 2), (3, 1, 1))[turn], bias.flip(0) if turn % 2 else None
+        keys, y = uk.epilogue(on_gpu[0], on_gpu[2], "relu", pool, floor=on_gpu[3])
+        wanted, want = naive.epilogue(x, bias, "relu", () if pool is None else (*pool, 0)[:3], False)
+        assert same(y, want)
+        found = [keys]
+        wanted = [wanted]
+        buffer = torch.full((shape[0], 4 * shape[1]), uk.BLANK, device="cuda")
+        parts = list(buffer.split(shape[1], dim=1))
+        y = uk.residual(
+            *on_gpu[:3], None if projection is None else projection.cuda(), "relu", keys=parts, floors=[on_gpu[3]] * 4
+        )
+        more, want = naive.residual(x, shortcut, bias, projection, "relu")
+        assert same(y, want)
+        for own, one in zip([*found, *parts], [*wanted, *more], strict=True):
+            own, below = own.cpu(), uk.unpack(one)[0] < floor
+            assert torch.equal(own >> 32, one >> 32)
+            assert torch.equal(own[~below], one[~below])
+
+
 LARGE = {
     "AlexNet 1": Case((3, 3, 224, 224), 64, (11, 11), (4, 4), (2, 2)),
     "ResNet 1x1": Case((4, 64, 56, 56), 256, (1, 1)),
@@ -167,6 +193,23 @@ def test_normalize(dtype: torch.dtype) -> None:
         got = uk.normalize(pixels.cuda(), MEAN, STD, dtype)
         assert same(got, naive.normalize(pixels, MEAN, STD, dtype))
         assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_input_in_blocks(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(1)
+    for C, kernel, stride, padding in ((3, 11, 4, 2), (3, 7, 2, 3), (1, 3, 1, 1), (3, 16, 16, 0)):
+        pixels = torch.randint(0, 256, (5, 65, 71, C), dtype=torch.uint8, generator=g)
+        geometry = uk.ConvGeometry((stride, stride), (padding, padding))
+        blocks = uk.Blocks.of(C, (65, 71), (kernel, kernel), geometry)
+        x = naive.normalize(pixels, MEAN[:C], STD[:C], torch.float32)
+        want = naive.arrange(naive.normalize(pixels, MEAN[:C], STD[:C], dtype), blocks, dtype)
+        got = uk.normalize(pixels.cuda(), MEAN[:C], STD[:C], dtype, blocks)
+        assert same(got, want)
+        for layout in FORMATS:
+            got = uk.arrange(x.contiguous(memory_format=layout).cuda(), blocks, dtype)
+            assert same(got, naive.arrange(x, blocks, dtype))
+            assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 def step(x: Tensor, state: Tensor, ids: Tensor, weight: Tensor) -> Tensor:

@@ -212,6 +212,17 @@ def test_a_repeated_batch_changes_no_place_and_padding_is_ignored() -> None:
     assert all((row == ids[0]).sum() == 1 for row in found)
 
 
+def test_topk_merge_takes_overflows_for_infinity_and_clears_the_keys() -> None:
+    keys, ids = stream("nan and -inf", 37, 6)
+    values, positions = uk.unpack(keys)
+    lost = values.isnan() | (values == -INF)
+    want, got = uk.topk_state(6, 9), uk.topk_state(6, 9)
+    naive.topk_merge_(want, naive.pack(values.masked_fill(lost, INF), positions.masked_fill(lost, 0)), ids)
+    uk.topk_merge_(got, keys, ids, overflows=True, clear=True)
+    assert torch.equal(got, want)
+    assert (keys == uk.BLANK).all()
+
+
 def test_topk_merge_refuses_what_does_not_fit() -> None:
     state, keys, ids = uk.topk_state(4, 9), torch.zeros(2, 4, dtype=torch.int64), torch.arange(2)
     for bad, value in (
@@ -229,10 +240,16 @@ def test_topk_merge_refuses_what_does_not_fit() -> None:
 def test_operators_are_registered_right() -> None:
     x = torch.randn(2, 3, 4, 4)
     keys = uk.spatial_argmax(x)
-    torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, (x,))
-    torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, (x.contiguous(memory_format=torch.channels_last),))
-    torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, (x, None, (1, 3, 0, 2)))
-    torch.library.opcheck(torch.ops.unitvis.topk_merge_.default, (uk.topk_state(3, 2), keys, torch.arange(2)))
+    for maps, inside in (
+        (x, None),
+        (x.contiguous(memory_format=torch.channels_last), None),
+        (x, (1, 3, 0, 2)),
+    ):
+        arguments = maps, None, inside, torch.full((2, 3), uk.BLANK)
+        torch.library.opcheck(torch.ops.unitvis.spatial_argmax.default, arguments)
+    for flags in ((False, False), (True, True)):
+        arguments = uk.topk_state(3, 2), keys, torch.arange(2), *flags
+        torch.library.opcheck(torch.ops.unitvis.topk_merge_.default, arguments)
 
 
 def test_operators_compile_and_keep_to_fake_tensors() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import unitvis_kernels as uk
 from unitvis.half_precision.capture import Replay
-from unitvis.half_precision.rewrite import Chain, NotRewrittenError, Threshold, rewritten
+from unitvis.half_precision.parts import Blocked, Chain, Residual, Taps
+from unitvis.half_precision.rewrite import NotRewrittenError, rewritten
 from unitvis.network.attributes import kept_attributes
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.copies import copied
@@ -24,8 +25,6 @@ from unitvis.state.magnitudes import magnitudes, merge_magnitudes
 from unitvis.state.topk import TopK
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # half precisions by their names in options and manifests
-INFINITY_KEY = int(uk.pack(torch.tensor(torch.inf), torch.tensor(0)))
-MINUS_INFINITY_HIGH_WORD = int(uk.pack(torch.tensor(-torch.inf), torch.tensor(0))) >> 32
 REWRITING_TOLERANCE = 1e-4  # share of a layer's largest response by which rewriting may change a response in float32
 
 
@@ -63,7 +62,9 @@ class Step:
         self._layers, self._axes, self._shapes, self._neurons, self._to_end = layers, axes, shapes, neurons, to_end
         self._inside = inside or [None] * len(layers)
         self._dtype, self._transform, self._channels, self._device = dtype, transform, channels, sample.device
-        self._threshold = Threshold()
+        self._taps = Taps()
+        self._written: Tensor | None = None  # keys, int64 [size, units], that one step writes and clears
+        self._blocked = False  # whether the first convolution was rewritten to read blocks
         self.model = model  # replaced by the copy that computes the keys
         self._keys = self._prepare(model, sample, responses)
         self._replay: Replay | None = None
@@ -108,28 +109,33 @@ class Step:
 
     def _merge(self, images: Tensor, ids: Tensor) -> None:
         """Compute the keys of exactly `size` images and merge them; the part that a CUDA graph captures."""
-        if self._device.type == "cpu":  # the CPU finds positions only of responses that can enter the top-k
-            self._threshold.values = self.topk.threshold()
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            inputs = self._input(images)
-            merge_magnitudes(self.largest_inputs, inputs, ids)  # before the model, which may overwrite them
-            keys = self._keys(inputs)
-            # NaN and overflow rank first among the candidates, so that they are computed again in float32.
-            not_finite = (keys == uk.NAN_KEY) | ((keys >> 32) == MINUS_INFINITY_HIGH_WORD)
-            self.topk.merge(keys.masked_fill_(not_finite, INFINITY_KEY), ids)
+        if self._written is None:
+            shape = self.size, self.topk.units
+            self._written = torch.full(shape, uk.BLANK, dtype=torch.int64, device=self._device)
+        self._taps.thresholds, self._taps.keys = self.topk.threshold(), self._written  # of others no position is found
+        try:
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                inputs = self._input(images)
+                merge_magnitudes(self.largest_inputs, inputs, ids)  # before the model, which may overwrite them
+                # NaN and overflow rank first among the candidates, so that they are computed again in float32.
+                self.topk.merge(self._keys(inputs), ids, overflows=True, clear=True)
+        except BaseException:
+            self._written = None  # it may hold keys of this batch
+            raise
+        finally:
+            self._taps.thresholds = self._taps.keys = None
 
     def resize(self, size: int) -> None:
         """Merge batches of at most another number of images from now on; buffers and graphs are made anew for it."""
         self.size = size
         self.release()
-        let_go(self._device)
 
     def release(self) -> None:
         """Give the memory of buffers and graphs back to a GPU; the next batch makes them again."""
         if self._replay is not None:
             torch.cuda.synchronize(self._device)  # a graph may still be running
-            self._replay = None
-            let_go(self._device)
+        self._replay = self._written = None
+        let_go(self._device)
 
     def responses(self, images: Tensor, size: int | None = None) -> NDArray[np.float64]:
         """Responses in half precision, float64 [N, units], of images as they were read; size: see `keys`."""
@@ -150,7 +156,6 @@ class Step:
         size: as how many images they are computed, with zeros for those that are missing; None: the step's own.
         """
         images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)), size)
-        self._threshold.values = None
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return self._keys(self._input(images))[:count]
 
@@ -158,7 +163,8 @@ class Step:
         """The model's input in half precision, [N, C, H, W] in channels-last layout."""
         if images.dtype == torch.uint8 and self._transform is not None:
             return self._transform.normalize(images, self._dtype, channels=self._channels)
-        return images.to(self._dtype, memory_format=torch.channels_last, copy=True)  # a model may overwrite it
+        # A model may overwrite its input, but not one that it copies into blocks.
+        return images.to(self._dtype, memory_format=torch.channels_last, copy=not self._blocked)
 
     def _padded(self, images: Tensor, ids: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Pad a batch to `size` images with zeros and ids of -1: another batch size may give other last bits."""
@@ -179,7 +185,7 @@ class Step:
             fast = rewritten(
                 model,
                 self._layers,
-                self._threshold,
+                self._taps,
                 one_pass=self._device.type == "cuda",
                 axes=self._axes,
                 inside=dict(zip(self._layers, self._inside, strict=True)),
@@ -189,10 +195,18 @@ class Step:
         except NotRewrittenError as reason:
             self.how["rewritten"] = f"no: {reason}"
             return self._hooked(model)
-        chains = sum(isinstance(module, Chain) for module in fast.modules())
-        self.how["rewritten"] = f"{chains} chains of a convolution and what follows it"
+        chains, sums = (sum(isinstance(module, kind) for module in fast.modules()) for kind in (Chain, Residual))
+        self.how["rewritten"] = f"{chains} chains of a convolution and what follows it" + (
+            f", {sums} sums with a shortcut" if sums else ""
+        )
+        self._blocked = any(isinstance(module, Blocked) for module in fast.modules())
         self.model = fast.to(self._dtype)
-        return lambda batch: torch.cat(fast(batch), dim=1)
+
+        def keys(batch: Tensor) -> Tensor:
+            found = fast(batch)
+            return torch.cat(found, dim=1) if self._taps.keys is None else self._taps.keys
+
+        return keys
 
     def _differing_layer(self, fast: nn.Module, sample: Tensor, responses: Tensor) -> str | None:
         """The first layer whose responses the rewritten model changes by more than rounding; None without any."""
@@ -218,7 +232,7 @@ class Step:
 
         def keys(batch: Tensor) -> Tensor:
             with kept_attributes(self.model):  # the pass ends after the last layer
-                return hooks.keys(batch, units, self._threshold.values, neurons=self._neurons)
+                return hooks.keys(batch, units, self._taps.thresholds, neurons=self._neurons)
 
         return keys
 

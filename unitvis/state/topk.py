@@ -66,11 +66,13 @@ class TopK:
 
     def threshold(self, place: int | None = None) -> Tensor:
         """float32 [units]: the value at a place (the last), which a response must reach to enter; NaN if blank."""
-        return uk.unpack(self.tensor[:, self.places - 1 if place is None else place])[0]
+        # Only the high words, and without a mask: a blank's are the bits of a NaN. A GPU does this at every step.
+        high = (self.tensor.select(1, self.places - 1 if place is None else place) >> 32).int()
+        return (high ^ ((high >> 31) & (2**31 - 1))).view(torch.float32)
 
-    def merge(self, keys: Tensor, ids: Tensor) -> None:
+    def merge(self, keys: Tensor, ids: Tensor, *, overflows: bool = False, clear: bool = False) -> None:
         """Fold in keys, int64 [N, units], of the images with ids, int64 [N], in place; see `uk.topk_merge_`."""
-        uk.topk_merge_(self.tensor, keys, ids)
+        uk.topk_merge_(self.tensor, keys, ids, overflows=overflows, clear=clear)
 
     def merge_all(self, other: TopK) -> None:
         """Fold in what was ranked of other images, in place; see `uk.topk_merge_states_`."""

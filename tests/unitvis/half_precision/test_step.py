@@ -17,7 +17,7 @@ import unitvis
 import unitvis_kernels as uk
 from support import brute, zoos
 from support.scans import by_half, pictures, tiny_net
-from unitvis.half_precision import rewrite, step
+from unitvis.half_precision import parts, rewrite, step
 from unitvis.half_precision.capture import ForbidHostSync
 from unitvis.half_precision.step import Step
 from unitvis.network.canonical import canonical_settings
@@ -64,7 +64,7 @@ def test_alexnet_with_conv_argmax_wherever_it_can_be(monkeypatch: pytest.MonkeyP
         return fused(*args, **options)
 
     monkeypatch.setattr(uk, "conv_argmax", counted)
-    monkeypatch.setattr(rewrite, "prefer", lambda *shape, **options: (True, "measured"))
+    monkeypatch.setattr(parts, "prefer", lambda *shape, **options: (True, "measured"))
     monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
     run = by_half(model, images)
     assert calls[:5] == [True, True, True, True, False]  # the last map is not stored
@@ -125,6 +125,72 @@ def test_nothing_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
             pixels.cpu()
             torch.empty(3).copy_(torch.empty(3, device="cuda"))
         assert len(leaving.found) == 2
+
+
+class OverKeys(TorchDispatchMode):
+    """Lists operators that read or write keys: int64, at least so many elements."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.found = elements, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        if any(t.dtype == torch.int64 and t.numel() >= self.elements for t in tensors):
+            self.found.add(str(func))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["pixels", "floats"])
+def test_keys_take_no_pass_of_their_own(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
+    one = stepping(tiny_net(), pictures(64), transform=unitvis.Transform(mean=(0.5, 0.5, 0.5)))
+    pixels = torch.randint(0, 256, (64, 20, 20, 3), dtype=torch.uint8)
+    images = pixels if kind == "pixels" else pixels.permute(0, 3, 1, 2).float()
+    one._merge(images, torch.arange(64))
+    fewest = min(units.stop - units.start for units in one._layers.values())
+    with OverKeys(64 * fewest) as passes:
+        one._merge(images, torch.arange(64, 128))
+    own = {name for name in passes.found if name.startswith("unitvis.")}
+    assert "unitvis.topk_merge_.default" in own
+    assert passes.found - own <= {"aten.slice.Tensor", "aten.select.int"}  # views
+    with OverKeys(64 * fewest) as passes:  # the judge sees what it is there for
+        torch.cat([one._written, one._written], dim=1)
+    assert passes.found
+
+
+def test_a_step_that_fails_leaves_no_keys_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
+    images = pictures(128)
+    one, other = stepping(tiny_net(), images), stepping(tiny_net(), images)
+    for each in (one, other):
+        each(images[:64], torch.arange(64))
+    with monkeypatch.context() as patched:
+        patched.setattr(uk, "topk_merge_", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one(9 * images[:64], torch.arange(64, 128))
+    for each in (one, other):
+        each(images[64:], torch.arange(64, 128))
+    assert torch.equal(one.topk.tensor, other.topk.tensor)
+
+
+def test_thresholds_and_blocks_change_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
+    g = torch.Generator().manual_seed(7)
+    pixels = torch.randint(0, 256, (320, 20, 20, 3), dtype=torch.uint8, generator=g)
+    rising = (pixels * torch.linspace(0.1, 1, 320)[:, None, None, None]).to(torch.uint8)  # most pass, to the end
+    transform = unitvis.Transform(mean=(0.5, 0.5, 0.5), std=(0.2, 0.3, 0.4))
+    for images in (pixels, rising):
+        by_pixels, by_floats = (stepping(tiny_net(), pictures(16), transform=transform) for _ in range(2))
+        want = TopK.empty(by_pixels.topk.units, 32, torch.device("cpu"))
+        for start in range(0, 320, 64):
+            part, ids = images[start : start + 64], torch.arange(start, start + 64)
+            by_pixels(part, ids)
+            by_floats(transform.normalize(part, torch.float16), ids)
+            want.merge(by_pixels.keys(part), ids, overflows=True)
+        assert torch.equal(by_pixels.topk.tensor, want.tensor)
+        assert torch.equal(by_floats.topk.tensor, want.tensor)
 
 
 def on_gpu(model: nn.Module, images: Tensor, pin: bool = False) -> Step:

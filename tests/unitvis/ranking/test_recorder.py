@@ -165,13 +165,13 @@ class FailingMerge:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real = TopK.merge
 
-        def merge(topk: TopK, keys: Tensor, ids: Tensor) -> None:
+        def merge(topk: TopK, keys: Tensor, ids: Tensor, **options: bool) -> None:
             if self.left == 0:
                 self.left, self.raised = sys.maxsize, self.raised + 1
-                real(topk, keys[: len(keys) // 2], ids[: len(keys) // 2])
+                real(topk, keys[: len(keys) // 2], ids[: len(keys) // 2], **options)
                 raise self.error
             self.left -= 1
-            real(topk, keys, ids)
+            real(topk, keys, ids, **options)
 
         monkeypatch.setattr(TopK, "merge", merge)
 
