@@ -8,6 +8,7 @@ from unitvis_kernels.conv_argmax import conv_argmax
 from unitvis_kernels.epilogue import epilogue
 from unitvis_kernels.geometry import Blocks, ConvGeometry
 from unitvis_kernels.keys import BLANK, NAN_KEY, pack, unpack
+from unitvis_kernels.magnitudes import magnitudes
 from unitvis_kernels.normalize import arrange, normalize
 from unitvis_kernels.residual import residual
 from unitvis_kernels.spatial_argmax import spatial_argmax
@@ -21,6 +22,7 @@ __all__ = [
     "arrange",
     "conv_argmax",
     "epilogue",
+    "magnitudes",
     "normalize",
     "pack",
     "residual",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, jit, next_power_of_2, tl
-from unitvis_kernels.arguments import require_tensors
+from unitvis_kernels.arguments import require_normalizable, require_tensors, three
 from unitvis_kernels.geometry import Blocks
 
 BLOCKS_PER_PROGRAM = 4
@@ -114,7 +114,7 @@ def plan_blocks(
         "num_stages": 1,
     }  # fmt: skip
     programs = -(-N * rows * columns // options["BP"]) * -(-blocks.channels // BC)
-    constants = (*_three(mean or (0.0,)), *_three(std or (1.0,)))
+    constants = (*three(mean or (0.0,)), *three(std or (1.0,)))
     args = (x, y, N * rows * columns, rows, columns, *blocks.used, *x.stride(), *constants)
     return Launch(_arrange_kernel, (programs,), args, options)
 
@@ -125,11 +125,7 @@ def plan(x: Tensor, mean: Sequence[float], std: Sequence[float], y: Tensor) -> L
         return None
     options: dict[str, Any] = {"BLOCKS": BLOCKS_PER_PROGRAM, "BE": 2048, "num_warps": 4, "num_stages": 1}
     programs = 3 * -(-x.numel() // (3 * BLOCKS_PER_PROGRAM * options["BE"]))
-    return Launch(_normalize_kernel, (programs,), (x, y, x.numel(), *_three(mean), *_three(std)), options)
-
-
-def _three(values: Sequence[float]) -> Sequence[float]:
-    return values if len(values) == 3 else [*values] * 3
+    return Launch(_normalize_kernel, (programs,), (x, y, x.numel(), *three(mean), *three(std)), options)
 
 
 # A schema holds no `Blocks`: the operators take its integers, none for the usual layout.
@@ -214,11 +210,7 @@ def normalize(
     for anything else.
     """
     require_tensors("normalize", x=x)
-    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
-        raise ValueError(f"normalize takes uint8 [N, H, W, 3] or [N, H, W, 1], not {x.dtype} {tuple(x.shape)}")
-    if not len(mean) == len(std) == x.shape[3] or not all(std):
-        needed = f"{x.shape[3]} means and {x.shape[3]} stds other than 0"
-        raise ValueError(f"normalize needs {needed}, not {list(mean)} and {list(std)}")
+    require_normalizable("normalize", x, mean, std)
     _check_dtype("normalize", dtype)
     if blocks is not None:
         _check_blocks(blocks, x.shape[3], x.shape[1:3])

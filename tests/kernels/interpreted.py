@@ -17,9 +17,9 @@ import unitvis_kernels as uk
 from unitvis_kernels import naive
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
-argmax, topk, epilogue, residual, normalize = (
+argmax, topk, epilogue, residual, normalize, magnitudes = (
     sys.modules[f"unitvis_kernels.{name}"]
-    for name in ("spatial_argmax", "topk_merge", "epilogue", "residual", "normalize")
+    for name in ("spatial_argmax", "topk_merge", "epilogue", "residual", "normalize", "magnitudes")
 )
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and infinity
@@ -399,3 +399,43 @@ def test_normalize_into_blocks(name: str) -> None:
             got = normalize.launch_arrange(x.contiguous(memory_format=layout), blocks.as_ints(), dtype, y)
             assert got.data_ptr() == y.data_ptr()  # no fallback
             assert same(got, naive.arrange(x, blocks, dtype))
+
+
+def kernel_magnitudes(x: Tensor, *constants: tuple[float, ...]) -> Tensor:
+    """float32 [N, 5] by the kernel, never in PyTorch."""
+    y = torch.zeros(x.shape[0], 5, dtype=torch.int32)
+    magnitudes.plan(x, *constants, y).run()
+    return y.view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("C", "size"), [(3, (1, 1)), (1, (5, 7)), (4, (20, 33)), (3, (17, 19)), (1, (65, 270))], ids=str
+)
+def test_magnitudes(C: int, size: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, C, *size, generator=g) * torch.tensor([1, 4000])[:, None, None, None]
+    for dtype, layout in ((torch.float32, CONTIGUOUS), (torch.float16, CHANNELS_LAST)):
+        maps = x.to(dtype).contiguous(memory_format=layout)
+        found = kernel_magnitudes(maps, (), ())
+        assert same(found, naive.magnitudes(maps, (), ()))
+    one = maps[1:].transpose(2, 3).contiguous().transpose(2, 3)
+    assert same(kernel_magnitudes(one, (), ()), found[1:])  # another batch, address and layout: the same bits
+    if C == 4:
+        return
+    mean, std = (0.485, 0.456, 0.406)[:C], (-0.229, 0.224, 0.225)[:C]
+    pixels = torch.randint(0, 256, (2, *size, C), dtype=torch.uint8, generator=g)
+    found = kernel_magnitudes(pixels, mean, std)
+    assert same(found, naive.magnitudes(pixels, mean, std))
+    assert same(kernel_magnitudes(naive.normalize(pixels, mean, std, torch.float32), (), ()), found)
+    strided = pixels[:1].transpose(1, 2).contiguous().transpose(1, 2)
+    assert same(kernel_magnitudes(strided, mean, std), found[:1])
+
+
+@pytest.mark.parametrize("value", [NAN, -NAN, INF, -INF], ids=str)
+def test_magnitudes_of_what_is_not_finite(value: float) -> None:
+    for dtype in (torch.float32, torch.float16):
+        x = torch.zeros(3, 2, 9, 11, dtype=dtype)
+        x[0, 1, 0, 0], x[2, 0, 8, 10] = value, value
+        found = kernel_magnitudes(x, (), ())
+        assert same(found, naive.magnitudes(x, (), ()))
+        assert found.tolist() == [[INF] * 5, [0.0] * 5, [INF] * 5]

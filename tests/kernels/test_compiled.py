@@ -27,9 +27,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-argmax, topk, epilogue, residual, conv, normalize = (
+argmax, topk, epilogue, residual, conv, normalize, magnitudes = (
     sys.modules[f"unitvis_kernels.{name}"]
-    for name in ("spatial_argmax", "topk_merge", "epilogue", "residual", "conv_argmax", "normalize")
+    for name in ("spatial_argmax", "topk_merge", "epilogue", "residual", "conv_argmax", "normalize", "magnitudes")
 )
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -91,6 +91,14 @@ def blocks_launch(dtype: torch.dtype, kernel: int, stride: int, *, pixels: bool)
     return normalize.plan_blocks(x, *constants, blocks, y)
 
 
+def magnitudes_launch(dtype: torch.dtype) -> Launch:
+    if dtype == torch.uint8:
+        x, constants = torch.empty(256, 224, 224, 3, dtype=dtype, device="meta"), ((0.5,) * 3, (0.2,) * 3)
+    else:
+        x, constants = empty_maps((256, 3, 224, 224), dtype, torch.channels_last), ((), ())
+    return magnitudes.plan(x, *constants, x.new_empty((256, 5), dtype=torch.int32))
+
+
 # name: (launch, whether its loads must be 128 bits wide)
 KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
     "argmax nchw fp16 55x55": (lambda: argmax_nchw(HALF, 256, 64, 55, 55), True),
@@ -111,6 +119,8 @@ KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
     "normalize fp16": (lambda: normalize_launch(HALF), True),
     "normalize fp16 into blocks of 4 x 4": (lambda: blocks_launch(HALF, 11, 4, pixels=True), False),
     "arrange fp16 with a fourth channel": (lambda: blocks_launch(HALF, 3, 1, pixels=False), False),
+    "magnitudes of pixels": (lambda: magnitudes_launch(torch.uint8), False),
+    "magnitudes fp16": (lambda: magnitudes_launch(HALF), False),
 }
 # Tested with -m slow only.
 MORE_KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
@@ -128,6 +138,7 @@ MORE_KERNELS: dict[str, tuple[Callable[[], Launch], bool]] = {
     **{f"residual {d} {t} {s}": (lambda d=d, t=t, s=s: residual_launch(d, t, size=s), True)
        for d in (HALF, BF16, FLOAT) for t in ("1000", "1001") for s in (56, 7)},
     **{f"normalize {d}": (lambda d=d: normalize_launch(d), True) for d in (BF16, FLOAT)},
+    **{f"magnitudes {d}": (lambda d=d: magnitudes_launch(d), False) for d in (BF16, FLOAT)},
 }  # fmt: skip
 
 # name: input channels, input size, output channels, kernel, stride, padding

@@ -205,6 +205,42 @@ def test_normalize_refuses() -> None:
             uk.normalize(*bad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_magnitudes(layout: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(2)
+    format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    for C, size in ((3, (1, 1)), (1, (5, 7)), (4, (33, 70)), (3, (66, 130))):
+        x = torch.randn(5, C, *size, generator=g).to(dtype).contiguous(memory_format=format)
+        x[3, 0, 0, 0], x[4, -1, -1, -1] = float("nan"), -float("inf")
+        found = uk.magnitudes(x)
+        torch.testing.assert_close(found, naive.magnitudes(x, [], []), rtol=1e-6, atol=0)
+        assert found[3:].isposinf().all()
+        for n in range(5):
+            assert torch.equal(uk.magnitudes(x[n : n + 1]), found[n : n + 1])
+        if C < 4:
+            pixels = torch.randint(0, 256, (5, *size, C), dtype=torch.uint8, generator=g)
+            found = uk.magnitudes(pixels, MEAN[:C], STD[:C])
+            torch.testing.assert_close(found, naive.magnitudes(pixels, MEAN[:C], STD[:C]), rtol=1e-6, atol=0)
+            assert torch.equal(uk.magnitudes(pixels[2:], MEAN[:C], STD[:C]), found[2:])
+            assert torch.equal(uk.magnitudes(uk.normalize(pixels, MEAN[:C], STD[:C])), found)
+
+
+def test_magnitudes_refuses() -> None:
+    x = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    for bad, value in (
+        ((x,), "uint8 pixels with mean and std, not torch.uint8"),
+        ((x.float(), MEAN, STD), "float32"),
+        ((x, MEAN), "together"),
+        ((x, MEAN[:1], STD[:1]), "magnitudes needs 3 means"),
+        ((x.float()[0],), r"\(2, 2, 3\)"),
+        ((x[:, :0], MEAN, STD), "at least one pixel"),
+    ):
+        with pytest.raises(ValueError, match=value):
+            uk.magnitudes(*bad)
+    assert uk.magnitudes(x[:0], MEAN, STD).shape == (0, 5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operators_are_registered_right(layout: str) -> None:
     x, bias = conv_output(torch.float32, layout).nan_to_num(1.0), torch.ones(4)
@@ -220,6 +256,8 @@ def test_operators_are_registered_right(layout: str) -> None:
     for layout_of_input in ([], blocks):
         arguments = pixels, MEAN, STD, torch.float16, layout_of_input
         torch.library.opcheck(torch.ops.unitvis.normalize.default, arguments)
+    for arguments in ((pixels, MEAN, STD), (x, [], [])):
+        torch.library.opcheck(torch.ops.unitvis.magnitudes.default, arguments)
     torch.library.opcheck(torch.ops.unitvis.arrange.default, (x[:, :3, :5, :4], blocks, torch.float16))
 
 

@@ -212,6 +212,24 @@ def test_input_in_blocks(dtype: torch.dtype) -> None:
             assert got.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_magnitudes(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(2)
+    for C, size in ((3, (224, 224)), (1, (1, 1)), (4, (33, 70)), (3, (130, 600))):
+        x = torch.randn(5, C, *size, generator=g).to(dtype)
+        x[3, 0, 0, 0], x[4, -1, -1, -1] = math.nan, -math.inf
+        want = naive.magnitudes(x, [], [])
+        for layout in FORMATS:
+            on_gpu = x.contiguous(memory_format=layout).cuda()
+            assert same(uk.magnitudes(on_gpu), want)
+            assert same(uk.magnitudes(on_gpu[1:2]), want[1:2])
+        if C < 4:
+            pixels = torch.randint(0, 256, (5, *size, C), dtype=torch.uint8, generator=g)
+            want = naive.magnitudes(pixels, MEAN[:C], STD[:C])
+            assert same(uk.magnitudes(pixels.cuda(), MEAN[:C], STD[:C]), want)
+            assert same(uk.magnitudes(pixels[2:].cuda(), MEAN[:C], STD[:C]), want[2:])
+
+
 def step(x: Tensor, state: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     keys, y = uk.epilogue(x, None, "relu", (2, 2))
     uk.topk_merge_(state, keys, ids)

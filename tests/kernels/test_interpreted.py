@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("group", ["argmax", "topk", "epilogue", "normalize", "conv"])
+@pytest.mark.parametrize("group", ["argmax", "topk", "epilogue", "normalize", "magnitudes", "conv"])
 def test_interpreted_kernels_equal_naive(group: str) -> None:
     file = Path(__file__).with_name("interpreted_conv.py" if group == "conv" else "interpreted.py")
     command = [sys.executable, "-m", "pytest", str(file), "-k", f"test_{group}", "-p", "no:cacheprovider", "--tb=short"]

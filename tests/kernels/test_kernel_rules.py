@@ -23,7 +23,7 @@ def kernels(path: Path) -> list[ast.FunctionDef]:
 
 
 def test_there_are_kernels_to_look_at() -> None:
-    assert {"spatial_argmax", "topk_merge", "epilogue", "conv_argmax", "normalize"} <= {
+    assert {"spatial_argmax", "topk_merge", "epilogue", "conv_argmax", "normalize", "magnitudes"} <= {
         p.stem for p in FILES if kernels(p)
     }
 

@@ -101,3 +101,16 @@ def test_normalize() -> None:
     y = naive.normalize(x, (0.0, 0.5, 1.0), (0.5, 1.0, 2.0), torch.float64)
     assert y.shape == (1, 3, 1, 2)
     torch.testing.assert_close(y.flatten(), torch.tensor([0.0, 2.0, -0.3, -0.1, 0.0, -0.5]).double(), rtol=0, atol=1e-7)
+
+
+def test_magnitudes() -> None:
+    x = torch.zeros(2, 2, 5, 17)
+    x[0, 0, 4, 16], x[0, 1, 1, :8] = -8.0, 2.0
+    x[1, 1, 0, 0] = NAN
+    # The corner is a block of one pixel, in a block of 2 x 1 blocks, one of two; the other channel has less.
+    assert naive.magnitudes(x, [], []).tolist() == [[8.0, 8.0, 4.0, 2.0, 2.0], [INF] * 5]
+    pixels = torch.tensor([[[[0], [255]]]], dtype=torch.uint8)
+    assert naive.magnitudes(pixels, [0.5], [0.25]).tolist() == [[2.0] * 5]
+    assert naive.magnitudes(torch.tensor([[[[3.0, -1.0]], [[0.0, -2.5]]]]), [], []).tolist() == [
+        [3.0, 2.0, 2.0, 2.0, 2.0]
+    ]

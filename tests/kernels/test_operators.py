@@ -276,6 +276,7 @@ def test_what_is_no_tensor_is_named() -> None:
         (lambda: uk.epilogue(x, bias=[0.0] * 3), "epilogue takes bias as a tensor, not list"),
         (lambda: uk.conv_argmax(x, array), "conv_argmax takes weight as a tensor, not ndarray"),
         (lambda: uk.normalize(array, [0.5], [0.5]), "normalize takes x as a tensor"),
+        (lambda: uk.magnitudes(array), "magnitudes takes x as a tensor"),
         (lambda: uk.unpack(keys.tolist()), "unpack takes keys as a tensor"),
         (lambda: uk.pack(array, ids), "pack takes values as a tensor"),
         (lambda: uk.topk_read(state.tolist()), "topk_read takes state as a tensor"),

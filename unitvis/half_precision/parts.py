@@ -191,9 +191,17 @@ class Blocked(nn.Module):
         super().__init__()
         self.channels, self.kernel, self.geometry = conv.in_channels, conv.kernel_size, geometry_of(conv)
 
+    def blocks(self, size: Sequence[int]) -> uk.Blocks:
+        """The layout of images of a size (H, W)."""
+        return uk.Blocks.of(self.channels, size, self.kernel, self.geometry)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [N, channels, H, W] as [N, channels of a block, rows of blocks, columns of blocks]."""
-        return uk.arrange(x, uk.Blocks.of(self.channels, x.shape[2:], self.kernel, self.geometry), x.dtype)
+        """Return x [N, channels, H, W] as [N, channels of a block, rows, columns]; x itself where it has that layout.
+
+        The two differ in their channels: only convolutions of an input of up to three channels are rewritten, and a
+        block has at least four.
+        """
+        return x if x.shape[1] != self.channels else uk.arrange(x, self.blocks(x.shape[2:]), x.dtype)
 
 
 class MapKeys(nn.Module):

@@ -21,7 +21,7 @@ from unitvis.network.forward import COMPUTE_BATCH, Hooks, Rectangle, compute_bat
 from unitvis.network.memory import let_go
 from unitvis.network.network import Network
 from unitvis.sources.transform import Transform
-from unitvis.state.magnitudes import magnitudes, merge_magnitudes
+from unitvis.state.magnitudes import merge_magnitudes
 from unitvis.state.topk import TopK
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # half precisions by their names in options and manifests
@@ -64,7 +64,7 @@ class Step:
         self._dtype, self._transform, self._channels, self._device = dtype, transform, channels, sample.device
         self._taps = Taps()
         self._written: Tensor | None = None  # keys, int64 [size, units], that one step writes and clears
-        self._blocked = False  # whether the first convolution was rewritten to read blocks
+        self._blocked: Blocked | None = None  # of a first convolution that was rewritten to read blocks
         self.model = model  # replaced by the copy that computes the keys
         self._keys = self._prepare(model, sample, responses)
         self._replay: Replay | None = None
@@ -115,10 +115,9 @@ class Step:
         self._taps.thresholds, self._taps.keys = self.topk.threshold(), self._written  # of others no position is found
         try:
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-                inputs = self._input(images)
-                merge_magnitudes(self.largest_inputs, inputs, ids)  # before the model, which may overwrite them
+                merge_magnitudes(self.largest_inputs, self._magnitudes(images), ids)
                 # NaN and overflow rank first among the candidates, so that they are computed again in float32.
-                self.topk.merge(self._keys(inputs), ids, overflows=True, clear=True)
+                self.topk.merge(self._keys(self._input(images)), ids, overflows=True, clear=True)
         except BaseException:
             self._written = None  # it may hold keys of this batch
             raise
@@ -141,14 +140,10 @@ class Step:
         """Responses in half precision, float64 [N, units], of images as they were read; size: see `keys`."""
         return uk.unpack(self.keys(images, size))[0].cpu().double().numpy()
 
-    def magnitudes(self, images: Tensor, size: int | None = None) -> NDArray[np.float64]:
-        """How large the inputs are, float64 [N, SCALES], of images as they were read; see `state.magnitudes`.
-
-        size: see `keys`.
-        """
-        images, _ = self._padded(images.to(self._device), torch.arange(count := len(images)), size)
+    def magnitudes(self, images: Tensor) -> NDArray[np.float64]:
+        """How large the inputs are, float64 [N, SCALES], of images as they were read; see `uk.magnitudes`."""
         with torch.no_grad():
-            return magnitudes(self._input(images))[:count].cpu().double().numpy()
+            return self._magnitudes(images.to(self._device)).cpu().double().numpy()
 
     def keys(self, images: Tensor, size: int | None = None) -> Tensor:
         """Keys, int64 [N, units], of images as they are given to the step; nothing is merged.
@@ -160,11 +155,19 @@ class Step:
             return self._keys(self._input(images))[:count]
 
     def _input(self, images: Tensor) -> Tensor:
-        """The model's input in half precision, [N, C, H, W] in channels-last layout."""
+        """The model's input in half precision, channels last: [N, C, H, W], or in the blocks that the model reads."""
         if images.dtype == torch.uint8 and self._transform is not None:
-            return self._transform.normalize(images, self._dtype, channels=self._channels)
-        # A model may overwrite its input, but not one that it copies into blocks.
-        return images.to(self._dtype, memory_format=torch.channels_last, copy=not self._blocked)
+            blocks = None if self._blocked is None else self._blocked.blocks(images.shape[1:3])
+            return self._transform.normalize(images, self._dtype, channels=self._channels, blocks=blocks)
+        if self._blocked is not None:
+            return uk.arrange(images, self._blocked.blocks(images.shape[2:]), self._dtype)
+        return images.to(self._dtype, memory_format=torch.channels_last, copy=True)  # a model may overwrite it
+
+    def _magnitudes(self, images: Tensor) -> Tensor:
+        """How large the inputs are, float32 [N, SCALES], before they are rounded to half precision."""
+        if images.dtype == torch.uint8 and self._transform is not None:
+            return self._transform.magnitudes(images, channels=self._channels)
+        return uk.magnitudes(images)
 
     def _padded(self, images: Tensor, ids: Tensor, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Pad a batch to `size` images with zeros and ids of -1: another batch size may give other last bits."""
@@ -199,7 +202,7 @@ class Step:
         self.how["rewritten"] = f"{chains} chains of a convolution and what follows it" + (
             f", {sums} sums with a shortcut" if sums else ""
         )
-        self._blocked = any(isinstance(module, Blocked) for module in fast.modules())
+        self._blocked = next((module for module in fast.modules() if isinstance(module, Blocked)), None)
         self.model = fast.to(self._dtype)
 
         def keys(batch: Tensor) -> Tensor:

@@ -160,9 +160,9 @@ class Recorder(Recording):
         return responses
 
     def _magnitudes(self, images: Tensor, size: int) -> NDArray[np.float64]:
-        """How large the inputs are, float64 [N, SCALES], of images as they were read; size: see `_half_responses`."""
+        """How large the inputs are, float64 [N, SCALES], of images as they were read; size: of parts that fit into memory."""
         step = self._begun_step(images)
-        return np.concatenate([step.magnitudes(part, size) for part in torch.split(images, size)])
+        return np.concatenate([step.magnitudes(part) for part in torch.split(images, size)])
 
     def _begun_step(self, images: Tensor) -> Step:
         if not self._begun:  # the scan was another process's

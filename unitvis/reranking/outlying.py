@@ -24,8 +24,8 @@ UNIT_TIMES = 2  # the same for the responses of one unit, which exceed those of 
 def outlying_inputs(kept: Ranked, sampled: Floats) -> tuple[Outside, float]:
     """Which images have larger inputs, at some scale, than all of the sample, [SCALES, KEPT].
 
-    kept: see `ranked_magnitudes`. sampled: `magnitudes` of the sample, [images, SCALES]. Also returns how many times as
-    large as the sample's, at least 1, the inputs of the other images may be, of those too that are not kept.
+    kept: see `ranked_magnitudes`. sampled: `uk.magnitudes` of the sample, [images, SCALES]. Also returns how many times
+    as large as the sample's, at least 1, the inputs of the other images may be, of those too that are not kept.
     """
     times = _times(kept, _largest(sampled))
     return times > TIMES, _largest_left(times)

@@ -44,7 +44,7 @@ class Scanned:
 
     k: int
     candidates: TopK  # more than k places a unit, ranked by half precision
-    largest_inputs: TopK  # the images whose inputs are largest, see `state.magnitudes`
+    largest_inputs: TopK  # the images whose inputs are largest, see `ranked_magnitudes`
     coverage: IntervalSet  # the ids that were scanned
     responses: Callable[[Tensor, int], Floats]  # images as read, and how many at once -> half precision [N, units]
     magnitudes: Callable[[Tensor, int], Floats]  # the same -> [N, SCALES], of their inputs

@@ -52,8 +52,26 @@ class Transform(Geometry):
         """Resize, crop and interpolation without the rest."""
         return ResizeCrop(self.resize, self.crop, self.interpolation)
 
-    def normalize(self, batch: Tensor, dtype: torch.dtype = torch.float32, *, channels: int = 3) -> Tensor:
+    def normalize(
+        self,
+        batch: Tensor,
+        dtype: torch.dtype = torch.float32,
+        *,
+        channels: int = 3,
+        blocks: uk.Blocks | None = None,
+    ) -> Tensor:
         """Normalise uint8 [N, H, W, 3 or 1] to the model's input: [N, channels, H, W] of `dtype`, channels_last memory.
+
+        channels: see `in_channels`. blocks: another layout of the input.
+        """
+        return uk.normalize(self.in_channels(batch, channels), *self.mean_and_std(channels), dtype, blocks)
+
+    def magnitudes(self, batch: Tensor, *, channels: int = 3) -> Tensor:
+        """How large the numbers of the model's input are, float32 [N, scales], of the pixels that `normalize` takes."""
+        return uk.magnitudes(self.in_channels(batch, channels), *self.mean_and_std(channels))
+
+    def in_channels(self, batch: Tensor, channels: int = 3) -> Tensor:
+        """Pixels, uint8 [N, H, W, channels], of uint8 [N, H, W, 3 or 1]; UnitvisError for anything else.
 
         channels: 3, or 1 for a model of grey images, whose colours become grey as Pillow's convert("L") makes them.
         """
@@ -66,7 +84,7 @@ class Transform(Geometry):
             )
         if batch.shape[3] != channels:
             batch = grey(batch) if channels == 1 else batch.repeat_interleave(3, 3)
-        return uk.normalize(batch, *self.mean_and_std(channels), dtype)
+        return batch
 
     def mean_and_std(self, channels: int = 3) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std, one number a channel; 0 and 1 if they were left out. UnitvisError if three stand for one."""

@@ -160,6 +160,45 @@ def test_keys_take_no_pass_of_their_own(monkeypatch: pytest.MonkeyPatch, kind: s
     assert passes.found
 
 
+class Readers(TorchDispatchMode):
+    """Lists, in order, the operators that read a tensor or what the operator `then` makes; views are none."""
+
+    def __init__(self, tensor: Tensor, then: str) -> None:
+        super().__init__()
+        self.then, self.memory, self.found = then, {tensor.untyped_storage().data_ptr()}, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        taken, given = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), result))
+        own, made = ({t.untyped_storage().data_ptr() for t in tensors} for tensors in (taken, given))
+        if own & self.memory and not made <= own:
+            self.found.append(str(func))
+        if str(func) == self.then:
+            self.memory |= made
+        return result
+
+
+@pytest.mark.parametrize(("kind", "operator"), [("pixels", "normalize"), ("floats", "arrange")])
+def test_the_input_takes_one_pass_and_its_magnitudes_another(
+    monkeypatch: pytest.MonkeyPatch, kind: str, operator: str
+) -> None:
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
+    one = stepping(tiny_net(), pictures(64), transform=unitvis.Transform(mean=(0.5, 0.5, 0.5)))
+    pixels = torch.randint(0, 256, (64, 20, 20, 3), dtype=torch.uint8)
+    images = pixels if kind == "pixels" else pixels.permute(0, 3, 1, 2).float()
+    with Readers(images, f"unitvis.{operator}.default") as readers:
+        one._merge(images, torch.arange(64))
+    assert readers.found == [
+        "unitvis.magnitudes.default",
+        f"unitvis.{operator}.default",
+        "aten.convolution.default",
+    ]
+    inputs = images if kind == "floats" else one._transform.normalize(images)
+    want = inputs.abs().amax((1, 2, 3))
+    assert torch.equal(uk.topk_read(one.largest_inputs.tensor)[0][0, :64], want.sort(descending=True).values)
+    assert torch.equal(torch.from_numpy(one.magnitudes(images))[:, 0].float(), want)
+
+
 def test_a_step_that_fails_leaves_no_keys_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
     images = pictures(128)
@@ -173,6 +212,22 @@ def test_a_step_that_fails_leaves_no_keys_behind(monkeypatch: pytest.MonkeyPatch
     for each in (one, other):
         each(images[64:], torch.arange(64, 128))
     assert torch.equal(one.topk.tensor, other.topk.tensor)
+
+
+def test_a_step_of_another_size_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "rewritten", lambda *a, one_pass, **given: rewrite.rewritten(*a, one_pass=True, **given))
+    images = pictures(128)
+    one, other = stepping(tiny_net(), images), stepping(tiny_net(), images)
+    for start in (0, 64):
+        one(images[start : start + 64], torch.arange(start, start + 64))
+    other(images[:64], torch.arange(64))
+    other.resize(32)
+    for start in (64, 96):
+        other(images[start : start + 32], torch.arange(start, start + 32))
+    assert torch.equal(one.largest_inputs.tensor, other.largest_inputs.tensor)
+    found, want = uk.topk_read(other.topk.tensor), uk.topk_read(one.topk.tensor)
+    torch.testing.assert_close(found[0], want[0], rtol=2e-3, atol=2e-3)  # another batch, other last bits
+    assert set(found[1].flatten().tolist()) - set(range(64))
 
 
 def test_thresholds_and_blocks_change_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
