@@ -251,7 +251,9 @@ class Recording:
 
     def _rank(self, images: Tensor, ids: Tensor) -> None:
         """Fold images into the top-k: all of them or, where one cannot be computed and so this raises, none."""
-        with self.network.turn(), self.network.evaluating():  # a loop may train the model meanwhile
+        # A loop may train the model meanwhile; half precision, once it has begun, computes with a copy.
+        copied = self.precision != "fp32" and self._begun
+        with self.network.turn(), nullcontext() if copied else self.network.evaluating():
             if not self._begun:
                 with self._passes():
                     self._begin(images[: self._size])
@@ -311,10 +313,12 @@ class Recording:
 
     def _fold(self, images: Tensor, ids: Tensor) -> None:
         """Compute at most as many images as are computed at once, and fold them into the top-k."""
+        if self.precision != "fp32":
+            if self._watch is not None:
+                self._watch.look()
+            self._step(images, ids)
+            return
         with self._passes():
-            if self.precision != "fp32":
-                self._step(images, ids)
-                return
             keys = self._canonical.keys(images, self.topk.threshold())
             if self.network.unfollowed is not None:
                 self.network.check_alone(self._canonical, images, keys)
