@@ -73,7 +73,7 @@ _MANIFEST: dict[str, Schema] = SHARED | {
     "coverage": [(COUNT, COUNT)],
     "failures": [{"id": COUNT, "name": TEXT, "reason": TEXT}],
     "seconds": ByName(SECONDS),
-    "rescored?": {"images": COUNT, "sample": COUNT, "doubt": NUMBER},
+    "rescored?": {"images": COUNT, "sample": COUNT, "outlying?": COUNT, "doubt": NUMBER},
     "weights?": choice("moving"),
     "witness?": either(TEXT, ByName(COUNT)),
     "kept?": COUNT,

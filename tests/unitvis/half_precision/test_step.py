@@ -306,7 +306,10 @@ class TestOnAGpu:
             def forward(self, x: Tensor) -> Tensor:
                 return self.conv(x) if float(x.sum()) > -1e9 else self.conv(-x)
 
-        with pytest.warns(UserWarning, match="could not be followed"):
+        with (
+            pytest.warns(UserWarning, match="receptive fields of conv are unknown"),
+            pytest.warns(UserWarning, match="could not be followed"),
+        ):
             one = on_gpu(Choosy().cuda(), pictures(128))
         assert "cannot be traced" in one.how["rewritten"]
         assert re.search(

