@@ -126,12 +126,25 @@ def pillow_globals() -> dict[str, Any]:
     return {name: getattr(module, name) for module, name in _GLOBALS}
 
 
-_DEFAULTS = {name: getattr(module, name) for module, name in _GLOBALS}  # as this module is imported
+# Pillow's own values since version 11, written out: a program may change them before it imports this module.
+_DEFAULTS = {
+    "MAX_IMAGE_PIXELS": MAX_PIXELS,
+    "LOAD_TRUNCATED_IMAGES": False,
+    "MAX_TEXT_CHUNK": 2**20,
+    "MAX_TEXT_MEMORY": 2**26,
+}
 
 
 def changed_globals() -> dict[str, Any]:
-    """Those of Pillow's settings that are not as they were when this module was imported."""
-    return {name: value for name, value in pillow_globals().items() if value != _DEFAULTS[name]}
+    """Those of Pillow's settings that are not Pillow's own and change what is decoded.
+
+    A higher MAX_IMAGE_PIXELS, or none, changes nothing, since MAX_PIXELS is a limit beside it.
+    """
+    found = {name: value for name, value in pillow_globals().items() if value != _DEFAULTS[name]}
+    limit = found.get("MAX_IMAGE_PIXELS", 0)
+    if limit is None or limit > MAX_PIXELS:
+        del found["MAX_IMAGE_PIXELS"]
+    return found
 
 
 def restore_globals(values: Mapping[str, Any]) -> None:

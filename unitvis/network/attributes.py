@@ -1,10 +1,12 @@
-"""Attributes of a model's modules, put back after a forward pass that changes them."""
+"""Attributes of a model's modules: put back after a forward pass that changes them, and named in its description."""
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +21,52 @@ _ALL = frozenset(vars(nn.Module()))
 _OF_PYTORCH = _ALL - _OWN
 
 
+# Texts that name a place, which may be another one for the same network: paths, devices.
+_PLACE = re.compile(r".*[/\\].*|(cpu|cuda|mps|xpu|meta)(:\d+)?", re.DOTALL)
+_LONGEST = 200  # characters of an attribute in a description
+
+Attribute = tuple[int, str]  # id of a module's `vars`, and the name of one of its attributes
+
+
+def plain_attributes(model: nn.Module, changing: Collection[Attribute] = ()) -> dict[str, str]:
+    """What Python prints of each attribute that is a number, a text, a boolean, None or a tuple of these, by full name.
+
+    changing: those that a forward pass changes, such as counters, which are left out, as are texts that name a path or
+    a device. Modules of PyTorch that print themselves, as `Conv2d`, are left out whole.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        own = type(module)
+        printed = own.__module__.startswith("torch.nn.modules.") and own.extra_repr is not nn.Module.extra_repr
+        if printed or isinstance(module, torch.jit.ScriptModule):
+            continue
+        attributes = vars(module)
+        for name in sorted(attributes.keys() - _ALL):
+            if _is_plain(attributes[name]) and (id(attributes), name) not in changing:
+                text = repr(attributes[name])
+                if len(text) > _LONGEST:
+                    text = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
+                found[f"{path}.{name}" if path else name] = text
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, str):
+        return type(value) is str and not _PLACE.fullmatch(value)
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float)
+
+
 @contextmanager
-def kept_attributes(model: nn.Module) -> Iterator[None]:
+def kept_attributes(model: nn.Module) -> Iterator[set[Attribute]]:
     """Context of a forward pass, after which every module has the attributes that it had before.
 
     Flags, counters and whatever else an attribute was bound to; lists, dicts, sets and deques in attributes, and those
     inside them, get back what they held. Objects of other classes are not looked into, and the values of tensors stay
-    as they are.
+    as they are. Gives a set, which holds afterwards what attributes were bound to something else.
     """
+    changed: set[Attribute] = set()
     modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
     containers: list[tuple[Any, list[Any]]] = []
     seen: set[int] = set()
@@ -50,10 +90,12 @@ def kept_attributes(model: nn.Module) -> Iterator[None]:
             containers.append((value, inside))
         left.extend(one for one in inside if type(one) not in _PLAIN and isinstance(one, _LOOKED_INTO))
     try:
-        yield
+        yield changed
     finally:
         for attributes, held in modules:
             if attributes.keys() != held.keys() or not _same(attributes.values(), held.values()):
+                names = attributes.keys() | held.keys()
+                changed.update((id(attributes), n) for n in names if attributes.get(n, held) is not held.get(n, held))
                 for name in attributes.keys() - held.keys() - _OF_PYTORCH:
                     del attributes[name]
                 attributes.update((name, held[name]) for name in held.keys() - _OF_PYTORCH)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
-from unitvis.network.attributes import kept_attributes
+from unitvis.network.attributes import Attribute, kept_attributes
 
 LEARNING_PASSES = 5  # the first two get images of zeros, by which an observed range does not change
 
@@ -174,6 +174,7 @@ class Tensors:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.changing: set[str] = set()  # names of the tensors that were seen to change
+        self.changing_attributes: set[Attribute] = set()  # of modules, that were seen to change
         self._rewritten: set[str] = set()  # and of those that later passes wrote to without a change
         self._settled: dict[str, _Held] = {}  # buffers that the first passes did not change, as they were then
         self._passes = 0
@@ -184,8 +185,9 @@ class Tensors:
 
         UnitvisError where a later pass changes a tensor that the first ones did not.
         """
-        with turn(self._model), kept_attributes(self._model):
+        with turn(self._model), kept_attributes(self._model) as changed:
             yield from self._kept()
+        self.changing_attributes |= changed
 
     def _kept(self) -> Iterator[None]:
         learning = self._passes < LEARNING_PASSES

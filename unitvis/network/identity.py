@@ -12,19 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from unitvis.network.attributes import Attribute, plain_attributes
 from unitvis.state.noise_numbers import encoded
 
 NOISE_IMAGES = 2
+LOUD = 8  # times the noise: most responses pass the bounds of activations, which the noise hardly reaches
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 Description = dict[str, Any]
 
 
-def describe_model(model: nn.Module, counters: Collection[str] = ()) -> Description:
-    """Describe a model by its class, number of parameters, and hashes of its state and of its modules.
+def describe_model(
+    model: nn.Module, counters: Collection[str] = (), changing: Collection[Attribute] = ()
+) -> Description:
+    """Describe a model by its class, number of parameters, hashes of its state and of its modules, and attributes.
 
-    counters: names of buffers that a forward pass changes, such as a number of calls, which are left out. Returns
-    {"class": name, "parameters": number, "weights": hexadecimal, "modules": hexadecimal}.
+    counters: names of buffers that a forward pass changes, such as a number of calls, which are left out; changing:
+    attributes that it changes. Returns {"class": name, "parameters": number, "weights": hexadecimal, "modules":
+    hexadecimal, "attributes": see `plain_attributes`}.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):
@@ -33,7 +38,8 @@ def describe_model(model: nn.Module, counters: Collection[str] = ()) -> Descript
                 digest.update(f"{name} {_outline(leaf)}".encode())
                 if isinstance(leaf, Tensor):
                     digest.update(_plain(leaf).view(torch.uint8).numpy().data)
-    return {**outline(model), "weights": digest.hexdigest(), "modules": _modules_hash(model)}
+    hashes = {"weights": digest.hexdigest(), "modules": _modules_hash(model)}
+    return {**outline(model), **hashes, "attributes": plain_attributes(model, changing)}
 
 
 def outline(model: nn.Module) -> Description:

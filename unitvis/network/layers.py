@@ -330,5 +330,5 @@ def maps_of_two(model: nn.Module, image: Tensor) -> dict[str, list[int]]:
     return found
 
 
-_CONVOLUTION = (nn.Conv2d, nn.ConvTranspose2d)
-_LINEAR = (*_CONVOLUTION, nn.Linear, nn.modules.batchnorm._BatchNorm)
+_CONVOLUTION = nn.modules.conv._ConvNd  # of 1, 2 or 3 dimensions, transposed ones too
+_LINEAR = (_CONVOLUTION, nn.Linear, nn.modules.batchnorm._BatchNorm)

@@ -22,7 +22,7 @@ from unitvis.network.canonical import canonical_settings, refuse_other_arithmeti
 from unitvis.network.channels import channel_axes
 from unitvis.network.device import free_memory, on_device, unwrapped
 from unitvis.network.forward import CanonicalPass, Hooks, Rectangle, model_input
-from unitvis.network.identity import channel_numbers, describe_model, noise, numbers_of, outline
+from unitvis.network.identity import LOUD, channel_numbers, describe_model, noise, numbers_of, outline
 from unitvis.network.inputs import input_channels, refuse_channels_last
 from unitvis.network.layers import Examination, Layer, maps_of_two
 from unitvis.network.receptive_fields.fields import followed_fields
@@ -269,26 +269,37 @@ class Network:
             if not self.layers:
                 return outline(self.model)
             responses = self.responses_to_noise()  # first: it shows tensors that a pass changes
-            self._description = describe_model(self.model, self._tensors.changing) | responses
+            self._description = describe_model(self.model, self._tensors.changing, self._tensors.changing_attributes)
+            self._description |= responses
         return self._description
 
     @torch.inference_mode(False)
     def responses_to_noise(self) -> dict[str, dict[str, Any]]:
         """What the model computes now from fixed noise, on one thread of a CPU, whose rounding is always the same.
 
-        Returns {"responses": {layer: five numbers, see `numbers_of`}, "channels": {layer: see `channel_numbers`}}.
+        Returns {"responses": {layer: five numbers, see `numbers_of`}, "channels": {layer: see `channel_numbers`}}, and
+        the same under "loud_responses" and "loud_channels" from the noise times `LOUD`, unless the model raises there.
         """
         refuse_other_arithmetic(self.device)  # or else the network would seem to be another one
         names = self.layer_names
-        found: dict[str, dict[str, Any]] = {"responses": {}, "channels": {}}
-
-        def read(index: int, maps: Tensor) -> None:
-            found["responses"][names[index]] = numbers_of(maps)
-            found["channels"][names[index]] = channel_numbers(maps)
-
+        found: dict[str, dict[str, Any]] = {}
         hooks = Hooks(self.model, self._layer_axes(), self.map_shapes)
         one_thread = computing_threads(1) if self.device.type == "cpu" else nullcontext()
         settings = canonical_settings(self.device)
-        with torch.no_grad(), self.evaluating(), settings, one_thread, hooks, self._tensors.kept():
-            hooks.run(noise(self.input_shape).to(self.device), read)
+        with torch.no_grad(), self.evaluating(), settings, one_thread, hooks:
+            for prefix, factor in (("", 1), ("loud_", LOUD)):
+                numbers: dict[str, Any] = {}
+                channels: dict[str, Any] = {}
+
+                def read(index: int, maps: Tensor, numbers: Any = numbers, channels: Any = channels) -> None:
+                    numbers[names[index]], channels[names[index]] = numbers_of(maps), channel_numbers(maps)
+
+                with self._tensors.kept():
+                    try:
+                        hooks.run((factor * noise(self.input_shape)).to(self.device), read)
+                    except UnitvisError:
+                        if factor == 1:
+                            raise
+                        continue  # a model may refuse inputs that are no images
+                found |= {f"{prefix}responses": numbers, f"{prefix}channels": channels}
         return found

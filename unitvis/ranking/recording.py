@@ -376,7 +376,7 @@ class Recording:
         if self.network.model is not self._given:  # a copy was ranked, which nobody else has
             return
         before, now = self.network.description, self.network.responses_to_noise()
-        if different := list(differences({key: before[key] for key in now}, now, "model")):
+        if different := list(differences({k: before[k] for k in now if k in before}, now, "model")):
             raise UnitvisError(
                 f"the model changed while images were recorded ({different[0]}), so the responses are those of "
                 f"different networks; leave its attributes, modules and hooks as they are until the result is made"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -18,14 +18,16 @@ class WeightsWatch:
     """Watches the parameters and buffers of a model for changes between the passes of a Recorder.
 
     Around each pass it compares which tensors there are, their addresses and their version counters, which PyTorch
-    keeps on the host and raises with each write. What a pass itself writes (a counter of calls) does not count. Writes
-    that bypass the counters (`parameter.data`) are found by `refuse`, by a hash, unless they were taken back.
+    keeps on the host and raises with each write. Where these moved, as by `model.to(memory_format=...)`, hashes tell
+    whether values did. What a pass itself writes (a counter of calls) does not count. Writes that bypass the counters
+    (`parameter.data`) are found by `refuse`, by a hash, unless they were taken back.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._take_in()
         self._hashes = _hashes(model)
+        self._dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
         self._moved: str | None = None  # name of a tensor
         self.own: set[str] = set()  # names of the tensors that a pass writes
 
@@ -41,9 +43,21 @@ class WeightsWatch:
                 self._take_in()
 
     def look(self) -> None:
-        """Note a tensor that was written to since the last pass."""
-        if self._moved is None and self._moved_marks() and (changed := self._changed()):
-            self._moved = min(changed)
+        """Note a tensor that got other values since the last pass; UnitvisError if it got another type of numbers."""
+        if self._moved is not None or not self._moved_marks():
+            return
+        changed = self._changed()
+        now = dict(_tensors(self._model))
+        for name in sorted(changed & now.keys() & self._dtypes.keys()):
+            if (dtype := now[name].dtype) != (before := self._dtypes[name]):
+                raise UnitvisError(
+                    f"{name!r} was converted from {before} to {dtype} while images were recorded; convert the model "
+                    f"before the first image, and leave it until the result is made"
+                )
+        hashes = _hashes(self._model, changed)
+        self._moved = min((n for n in changed if n not in hashes or hashes[n] != self._hashes.get(n)), default=None)
+        if self._moved is None:
+            self._take_in()
 
     def refuse(self, *, hashes: bool) -> None:
         """Raise UnitvisError that names a tensor that moved, if one did. hashes: compare contents, too."""
@@ -100,10 +114,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
-def _hashes(model: nn.Module) -> dict[str, bytes]:
-    """Hash of each tensor's bytes, by name; of those that have plain bytes (sparse and quantised ones have none)."""
+def _hashes(model: nn.Module, names: Collection[str] | None = None) -> dict[str, tuple[torch.Size, bytes]]:
+    """Shape and hash of each tensor's bytes, by name; names: of those alone; None: of all.
+
+    Sparse and quantised tensors, and those without values, have no plain bytes and are left out.
+    """
     return {
-        name: hashlib.blake2b(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).digest()
+        name: (
+            tensor.shape,
+            hashlib.blake2b(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).digest(),
+        )
         for name, tensor in _tensors(model)
+        if names is None or name in names
         if tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
     }

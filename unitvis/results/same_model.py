@@ -21,6 +21,6 @@ def checked_network(run: RunData, model: nn.Module, device: torch.device | str |
     network.examine((channels, height, width), run.layers, run.manifest["unit"])
     now = dict(network.description)
     if run.manifest["fingerprint"]["torch"] != torch.__version__:
-        del now["modules"]  # PyTorch may print them in other words
+        del now["modules"], now["attributes"]  # PyTorch may print them in other words, and add attributes
     refuse_another_model(ANOTHER_MODEL, then, now)
     return network

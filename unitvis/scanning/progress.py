@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import numpy as np
 from unitvis.choices import CHECKPOINT_SECONDS
 from unitvis.errors import Interrupted, UnitvisError, abridged
 from unitvis.half_precision.step import HALF
+from unitvis.half_precision.suitability import fallbacks
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import read_manifest
@@ -73,12 +74,14 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._signals.__exit__()
 
-    def resume(self, batch_size: int | None, precisions: Sequence[str]) -> Run | None:
+    def resume(self, batch_size: int | None, precision: str) -> Run | None:
         """Continue from the folder's checkpoint, if there is one; returns the run if the folder holds it finished.
 
-        The scan continues in the precision that it began with, where that is one of `precisions`. Raises UnitvisError
-        that names the difference if the folder holds another scan, or what other images or another network gave.
+        precision: as asked for, see `scan`. The scan continues in the one that it began with, where that is among its
+        `fallbacks`. Raises UnitvisError that names the difference if the folder holds another scan, or what other
+        images or another network gave, or where "exact" is asked for and a finished run was ranked in half precision.
         """
+        precisions = fallbacks(precision)
         if self._folder is None or self._checkpoints is None:
             raise UnitvisError(f"a {self._source.kind} is read once, so a scan of it cannot be resumed")
         if part := self._checkpoints.read(Partial.from_arrays, PARTIAL_ARRAYS):
@@ -96,6 +99,12 @@ class Progress:
             return None
         manifest = read_manifest(self._folder)
         found = identity(manifest) | {"shard": manifest.get("shard")}
+        if precision == "exact" and manifest["precision"] in HALF and found["precision"] in HALF:
+            raise UnitvisError(
+                f"the finished run in {self._folder} was scanned with precision {manifest['precision']}, and so "
+                f"float32 did not decide its ranks; give --precision {manifest['precision']}, or start again with "
+                f"--overwrite for an exact one"
+            )
         if found["precision"] in precisions:
             self._recorder.set_precision(found["precision"], batch_size)
         self._prepare_same_scan(f"{self._folder} holds the run of another scan (then and now)", found)

@@ -20,7 +20,7 @@ from unitvis.bars import bar, no_bars
 from unitvis.choices import CHECKPOINT_SECONDS, PRECISIONS
 from unitvis.errors import UnitvisError
 from unitvis.files import only_writer
-from unitvis.half_precision.suitability import NAMES, fallbacks
+from unitvis.half_precision.suitability import NAMES
 from unitvis.network.device import default_batch
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
@@ -137,7 +137,7 @@ def scan(
             if precision != "exact":
                 recorder.set_precision(precision, batch_size)
             if folder is not None and resume:
-                finished = tracker.resume(batch_size, fallbacks(precision))
+                finished = tracker.resume(batch_size, precision)
                 if finished is not None:  # and not "if finished": the run of a shard has no layers
                     return finished
             together, gpu = batch_size or default_batch(recorder.network.device), recorder.network.device.type == "cuda"

@@ -1,7 +1,8 @@
 """Numbers of what a network computes from fixed noise, as a manifest has them, and whether two networks have the same.
 
 Each layer has five numbers (`responses`, see `network.identity.numbers_of`), and each of its channels one (`channels`,
-see `network.identity.channel_numbers`): a change of one channel among many is lost in the numbers of the layer.
+see `network.identity.channel_numbers`): a change of one channel among many is lost in the numbers of the layer. Those
+of louder noise (`loud_responses`, `loud_channels`) tell of bounds that the noise itself does not reach.
 """
 
 from __future__ import annotations
@@ -45,18 +46,26 @@ def changed_layers(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
     """The layers that two descriptions of a model both have and whose numbers differ by more than rounding, in words.
 
     A layer whose own five numbers agree is named with its channels that differ. Descriptions by earlier versions of
-    unitvis have no numbers of channels: those are not compared.
+    unitvis lack numbers of channels, or of louder noise: those are not compared.
     """
-    layers, channels = ([d.get(key) or {} for d in (one, other)] for key in ("responses", "channels"))
-    changed = [name for name in layers[0] if name in layers[1] and not _same(layers[0][name], layers[1][name])]
+    quiet, loud = (_changed(one, other, prefix) for prefix in ("", "loud_"))
+    return list({**loud, **quiet}.values())
+
+
+def _changed(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """What `changed_layers` says of each layer, by name, for the entries of a description that begin with `prefix`."""
+    layers, channels = ([d.get(prefix + key) or {} for d in (one, other)] for key in ("responses", "channels"))
+    changed = {
+        name: name for name in layers[0] if name in layers[1] and not _same(layers[0][name], layers[1][name])
+    }
     for name in channels[0]:
         if name not in channels[1] or name in changed:
             continue
         then, now = decoded(channels[0][name]), decoded(channels[1][name])
         if then.shape != now.shape:
-            changed.append(name)
+            changed[name] = name
         elif len(found := np.flatnonzero(~_close(then, now))):
-            changed.append(f"{name} (channel{'s' * (len(found) > 1)} {abridged(list(map(str, found)))})")
+            changed[name] = f"{name} (channel{'s' * (len(found) > 1)} {abridged(list(map(str, found)))})"
     return changed
 
 

@@ -43,8 +43,11 @@ SHARED: dict[str, Schema] = {
         "parameters": COUNT,
         "weights?": UNICODE,
         "modules?": TEXT,
+        "attributes?": ByName(TEXT),
         "responses?": ByName(Optional([NUMBER])),
         "channels?": ByName(NUMBERS),
+        "loud_responses?": ByName(Optional([NUMBER])),
+        "loud_channels?": ByName(NUMBERS),
     },
     "input": (whole(1, 10**6), whole(1, 10**6), whole(1, 10**6)),
     "k": whole(1, 10**9),
@@ -69,7 +72,8 @@ _ABOUT = {
 FORMAT = 3  # version of the arrays
 OTHER_POSITIONS = "the positions whose boxes lie in the image are not those that were ranked (then and now)"
 PARTIAL_ARRAYS = ("about", "state", "largest_inputs", "coverage", "failed", "reason", "seen")  # their names
-_NOISE = ("responses", "channels")  # entries of a model that are equal up to rounding, see `noise_numbers`
+# Entries of a model that are equal up to rounding, see `noise_numbers`.
+_NOISE = ("responses", "channels", "loud_responses", "loud_channels")
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 
@@ -230,7 +234,7 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     shared = {key: manifest[key] for key in ("input", "k", "unit", "transform", "fingerprint")}
     shared["precision"] = manifest["scan"]["precision"]
     described = manifest["model"]
-    keys = ("class", "parameters", "weights", "modules", "responses", "channels")
+    keys = ("class", "parameters", "weights", "modules", "attributes", *_NOISE)
     model = {key: described[key] for key in keys if key in described}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
     if inside := ranked_inside(manifest):
@@ -260,6 +264,9 @@ def differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
         changed = changed_layers(one, other) if name == "model" else []
         if name == "model":
             one, other = ({k: v for k, v in each.items() if k not in _NOISE} for each in (one, other))
+            both = one.get("attributes", {}).keys() & other.get("attributes", {}).keys()
+            for each in (one, other):  # versions of a library may give a module more attributes
+                each["attributes"] = {k: v for k, v in each.get("attributes", {}).items() if k in both}
         for key in [*one, *(key for key in other if key not in one)]:
             inside = f"{name}.{key}" if name else key
             yield from differences(one.get(key, "nothing"), other.get(key, "nothing"), inside)

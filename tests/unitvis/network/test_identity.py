@@ -68,6 +68,55 @@ def test_the_same_weights_in_another_network_are_told_apart(edit: str) -> None:
     assert list(differences({"model": description(Net())}, {"model": description(Net())})) == []
 
 
+class Capped(nn.Module):
+    """A bound, as an attribute or as a number in code, that responses to noise of -2..2 do not reach."""
+
+    def __init__(self, bound: float, *, named: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+        self.folder, self.device, self.calls = f"runs/{bound}", "cpu" if bound < 50 else "cuda:0", 0
+        if named:
+            self.cap = (bound, None)
+        self.bounded = lambda x: x.clamp(0, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.second(self.bounded(self.first(x)))
+
+
+def test_a_bound_that_the_noise_does_not_reach_is_told() -> None:
+    pixels = torch.rand(99, 3, 12, 12, generator=torch.Generator().manual_seed(1)) * 4 - 2
+    assert Capped(8, named=True).first(pixels).max() < 8  # of noise as loud as the quiet one
+
+    def told(one: nn.Module, other: nn.Module) -> list[str]:
+        return list(differences({"model": description(one)}, {"model": description(other)}))
+
+    assert told(Capped(99, named=False), Capped(8, named=False)) == ["the network computes something else in second"]
+    assert told(Capped(99, named=True), Capped(98, named=True)) == ["model.attributes.cap is (99, None) and (98, None)"]
+    used = Capped(99, named=True).eval()
+    used(pixels)  # a counter, a path and a device are no part of a network, and an attribute may be new
+    assert told(Capped(99, named=True), used) == told(Capped(99, named=True), Capped(99, named=False)) == []
+    earlier = {k: v for k, v in description(used).items() if not k.startswith(("loud", "attr"))}
+    assert list(differences({"model": earlier}, {"model": description(used)})) == []
+
+
+class Images(Net):
+    """Takes only inputs that can be normalised images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.abs().max() < 10
+        return super().forward(x)
+
+
+def test_a_network_that_refuses_loud_noise_is_described_by_the_quiet_one() -> None:
+    found = description(Images())
+    assert "loud_responses" not in found
+    other = {key: value for key, value in description(Net()).items() if key not in ("class", "modules")}
+    assert list(differences({"model": {key: found[key] for key in found if key in other}}, {"model": other})) == []
+    assert scan(Images().eval(), images(3, 12).clamp(-4, 4)).layers == ["first", "second"]
+
+
 @pytest.mark.parametrize("edit", ["gelu", "circular"])
 def test_another_network_is_neither_resumed_nor_merged_nor_drawn(edit: str, tmp_path: Path) -> None:
     pixels = images(20, 12)
@@ -194,15 +243,15 @@ def test_a_dynamically_quantised_model_is_scanned() -> None:
 
 def test_the_order_of_sets_and_addresses_do_not_count() -> None:
     class Odd(nn.Conv2d):
-        names = ""
+        names = [""]  # a list: a text would be compared as an attribute, too
 
         def extra_repr(self) -> str:
-            return f"{{{self.names}}} {object()}"
+            return f"{{{self.names[0]}}} {object()}"
 
     one, other = Odd(3, 2, 3), Odd(3, 2, 3)
     other.load_state_dict(one.state_dict())
-    one.names, other.names = "'a', 'b', 'c'", "'c', 'a', 'b'"  # as another process prints a set
+    one.names, other.names = ["'a', 'b', 'c'"], ["'c', 'a', 'b'"]  # as another process prints a set
     assert repr(one) != repr(other)
     assert description(nn.Sequential(one)) == description(nn.Sequential(other))
-    other.names = "'a', 'b', 'd'"
+    other.names = ["'a', 'b', 'd'"]
     assert description(nn.Sequential(one)) != description(nn.Sequential(other))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,36 @@ def test_layers_are_chosen_by_name_or_pattern() -> None:
         assert scan(Twice(), pixels).layers == ["other"]
     with pytest.raises(UnitvisError, match="no convolution that can be ranked; name layers"):
         scan(nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)), pixels)
+
+
+class OtherDimensions(nn.Module):
+    """Convolutions over rows of pixels and over volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.volume = nn.Conv1d(3, 4, 5), nn.Conv3d(3, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.row(x.flatten(2)).mean() + self.volume(x[:, :, None].expand(-1, -1, 3, -1, -1)).mean()
+
+
+def test_convolutions_of_one_dimension_are_default_layers_and_those_of_three_are_named() -> None:
+    model, pixels = OtherDimensions().eval(), images(20, 12)
+    with pytest.warns(UserWarning, match=r"left out: layer 'volume' returns a tensor of shape \[1, 2, 1, 10, 10\]"):
+        run = scan(model, pixels)
+    assert run.layers == ["row"]
+    with torch.no_grad():
+        strongest = torch.stack([model.row(image.flatten(1)[None])[0].amax(1) for image in pixels])
+    ranked = strongest.sort(dim=0, descending=True, stable=True)
+    assert run["row"].images.tolist() == ranked.indices[:9].T.tolist()
+    assert np.allclose(run["row"].values, ranked.values[:9].T, rtol=1e-5)
+    del model.row
+    model.row = nn.Identity()
+    with (
+        pytest.warns(UserWarning, match="left out: layer 'volume'"),
+        pytest.raises(UnitvisError, match=r"no convolution that can be ranked \(layer 'volume' returns"),
+    ):
+        scan(model, pixels)
 
 
 class ImageByImage(nn.Module):

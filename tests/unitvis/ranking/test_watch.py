@@ -93,6 +93,39 @@ def test_weights_that_move_and_come_back_are_refused(change: Callable[[nn.Module
         recorder.result()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda model: model.to(memory_format=torch.channels_last),
+        lambda model: model.load_state_dict(model.state_dict()),
+        lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
+    ],
+    ids=["channels_last", "loaded", "assigned"],
+)
+def test_weights_with_the_same_values_elsewhere_have_not_moved(
+    between: Callable[[nn.Module], object], precision: str
+) -> None:
+    recorder, pixels = recorded(two_convolutions(), between, precision=precision)
+    wanted, _ = recorded(two_convolutions(), precision=precision)
+    run, other = recorder.result(images=pixels), wanted.result(images=pixels)
+    assert all(np.array_equal(run[name].values, other[name].values) for name in run.layers)
+    recorder, _ = recorded(two_convolutions(), lambda model: (between(model), in_place(model)))
+    with pytest.raises(UnitvisError, match="the weights moved"):
+        recorder.result()
+
+
+@pytest.mark.parametrize("change", ["half", "double"])
+def test_weights_of_another_type_are_named(change: str) -> None:
+    model, pixels = two_convolutions(), images(64, 12)
+    with Recorder(model, LAYERS) as recorder:
+        recorder(pixels[:32])
+        getattr(model, change)()
+        with pytest.raises(UnitvisError, match=r"'0\.bias' was converted from torch\.float32 to torch\.float"):
+            recorder(pixels[32:])
+        model.float()
+
+
 class Attributes(nn.Module):
     """Computes with an attribute that is no tensor, and with a function."""
 

@@ -225,6 +225,17 @@ def test_a_finished_run_is_not_scanned_again(folder: Path, tmp_path: Path, monke
     assert again.source.length == COUNT
 
 
+@pytest.mark.filterwarnings("ignore:.*float16", "ignore:.*fp16")
+def test_a_run_in_half_precision_is_no_answer_to_who_asks_for_an_exact_one(folder: Path, tmp_path: Path) -> None:
+    run = scan(folder, tmp_path / "run", precision="fp16")
+    assert run.manifest["scan"]["precision"] == "fp16"
+    before = result(tmp_path / "run")
+    with pytest.raises(UnitvisError, match=r"was scanned with precision fp16, .*give --precision fp16, or start again"):
+        scan(folder, tmp_path / "run", resume=True)
+    scan(folder, tmp_path / "run", resume=True, precision="fp16")
+    assert result(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize("batches", [3, 99])
 def test_a_scan_of_single_neurons_goes_on(
     batches: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,24 @@ def test_a_users_settings_of_pillow_are_those_of_the_workers(folder, monkeypatch
         assert everything_about(open_source(folder, PLAIN), workers=2) == wanted
 
 
+@pytest.mark.parametrize(
+    ("setting", "described"),
+    [
+        ("", {}),
+        ("ImageFile.LOAD_TRUNCATED_IMAGES = True", {"LOAD_TRUNCATED_IMAGES": True}),
+        ("ImageFile.SAFEBLOCK = 4_000_000", {"MAX_TEXT_CHUNK": 4_000_000, "MAX_TEXT_MEMORY": 256_000_000}),
+        ("Image.MAX_IMAGE_PIXELS = 1000", {"MAX_IMAGE_PIXELS": 1000}),  # fewer than are refused anyway
+        ("Image.MAX_IMAGE_PIXELS = None", {}),
+        ("Image.MAX_IMAGE_PIXELS = 10**9", {}),
+    ],
+)
+def test_settings_of_pillow_from_before_the_import_are_told(setting: str, described: dict[str, object]) -> None:
+    code = f"from PIL import Image, ImageFile\n{setting}\nfrom unitvis.decoding import decode\n"
+    code += "print(decode.changed_globals())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(described)
+
+
 @pytest.fixture
 def bad_decoder(tmp_path, monkeypatch):
     """A function that gives workers a decoder which does something, so many times, with images of the size `ODD`."""

@@ -29,7 +29,7 @@ class ReceptiveField:
     channels: int
     size: tuple[int, int]  # height, width of the layer's largest box, including what lies outside the image
     stride: tuple[float, float] | None  # pixels from one neuron to the next; None: a 1x1 map, or not constant
-    whole_image: bool  # every neuron depends on the whole image; False where that is unknown
+    whole_image: bool  # every neuron is connected to the whole image; False where that is unknown
     method: str  # "traced" | "unknown"
     note: str  # why the boxes are unknown, else empty
     _rows: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] top and bottom
