@@ -32,7 +32,7 @@ def plain_attributes(model: nn.Module, changing: Collection[Attribute] = ()) -> 
     """What Python prints of each attribute that is a number, a text, a boolean, None or a tuple of these, by full name.
 
     changing: those that a forward pass changes, such as counters, which are left out, as are texts that name a path or
-    a device. Modules of PyTorch that print themselves, as `Conv2d`, are left out whole.
+    a device. Tuples with texts are sorted. Modules of PyTorch that print themselves, as `Conv2d`, are left out whole.
     """
     found = {}
     for path, module in model.named_modules():
@@ -43,7 +43,10 @@ def plain_attributes(model: nn.Module, changing: Collection[Attribute] = ()) -> 
         attributes = vars(module)
         for name in sorted(attributes.keys() - _ALL):
             if _is_plain(attributes[name]) and (id(attributes), name) not in changing:
-                text = repr(attributes[name])
+                value = attributes[name]
+                # Python orders a set of texts anew in each process, and so a tuple that was made of one.
+                mixed = isinstance(value, tuple) and any(isinstance(item, str) for item in value)
+                text = repr(tuple(sorted(value, key=repr)) if mixed else value)
                 if len(text) > _LONGEST:
                     text = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
                 found[f"{path}.{name}" if path else name] = text

@@ -55,9 +55,7 @@ def changed_layers(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 def _changed(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str) -> dict[str, str]:
     """What `changed_layers` says of each layer, by name, for the entries of a description that begin with `prefix`."""
     layers, channels = ([d.get(prefix + key) or {} for d in (one, other)] for key in ("responses", "channels"))
-    changed = {
-        name: name for name in layers[0] if name in layers[1] and not _same(layers[0][name], layers[1][name])
-    }
+    changed = {name: name for name in layers[0] if name in layers[1] and not _same(layers[0][name], layers[1][name])}
     for name in channels[0]:
         if name not in channels[1] or name in changed:
             continue

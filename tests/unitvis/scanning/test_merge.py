@@ -280,10 +280,10 @@ class Scaled(nn.Module):
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        self.net, self.factor = net(), factor
+        self.net, self.scaled = net(), lambda x: x * factor
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x * self.factor)
+        return self.net(self.scaled(x))
 
 
 def test_other_responses_of_the_same_images_are_not_called_other_images() -> None:

@@ -345,10 +345,10 @@ class Scaled(nn.Module):
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        self.net, self.factor = two_convolutions(), factor
+        self.net, self.scaled = two_convolutions(), lambda x: x * factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x * self.factor)
+        return self.net(self.scaled(x))
 
 
 def test_other_responses_of_the_same_images_are_not_called_other_images(
