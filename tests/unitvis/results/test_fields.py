@@ -32,6 +32,9 @@ MANIFEST: list[Row] = [
     ("model.modules", "00", VERIFY, "model.modules is 00 and "),
     ("model.responses.0", [9.0] * 5, VERIFY, "the network computes something else in 0"),
     ("model.channels.0", encoded(np.ones(6, np.float32)), VERIFY, "the network computes something else in 0"),
+    ("model.loud_responses.0", [9.0] * 5, VERIFY, "the network computes something else in 0"),
+    ("model.loud_channels.0", encoded(np.ones(6, np.float32)), VERIFY, "the network computes something else in 0"),
+    ("model.attributes", {"cap": "1"}, TOLD, "an attribute that the network lacks now is not compared"),
     ("model.spec", "other.py:net", TOLD, "a title; what is loaded is what the user names"),
     ("model.file", "other.pt", TOLD, "never opened; the hash of the weights is compared"),
     ("model.pretrained", False, TOLD, "the hash of the weights is compared"),
@@ -171,7 +174,8 @@ def check(kind: str, said: str, folder: Path, whole: Path) -> None:
 
 def test_the_table_names_every_field(whole: Path) -> None:
     manifest = read(whole / "manifest.json")
-    for layer in ("layers", "model.responses", "model.channels"):
+    noise = [f"model.{loud}{kind}" for loud in ("", "loud_") for kind in ("responses", "channels")]
+    for layer in ("layers", *noise):
         at = manifest
         for key in layer.split("."):
             at = at[key]
