@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,7 @@ from unitvis.schema import COUNT, TEXT, ByName, problem
 # Endings of images, the same wherever unitvis runs: ids depend on what is listed, so a file that the installed Pillow
 # cannot decode is listed all the same, and fails.
 _IMAGE = re.compile(rb"\.(jpe?g|jpe|jfif|png|webp|avif|bmp|gif|tiff?|p[bgpn]m)$", re.IGNORECASE)
-# All endings of a name, numbers apart: ".seg.png" of 0001.seg.png, ".png" of frame.0001.png. What comes before is the
-# key, which the files of one WebDataset sample share.
-_ENDINGS = re.compile(rb"(\.[^./]*[^./0-9][^./]*)+$")
+_DIGITS = b"0123456789"
 _LAST_ENDING = re.compile(rb"\.[A-Za-z0-9]{1,10}$")  # any longer one is no type of file but part of the name
 # An ending as text: of the surrogates those that `os.fsdecode` makes of bytes.
 _ENDING = re.compile(r"\.[^/\0\ud800-\udc7f\udd00-\udfff]+")
@@ -39,7 +38,7 @@ class ImageNames:
         self._shared_keys = 0
         self._shared: list[str] = []  # names of the first images that share a key
         self._last_key = b""
-        self._last_names: list[bytes] = []  # of the images with this key; they follow one another
+        self._last_names: dict[bytes, None] = {}  # of the images with this key, in order; they follow one another
 
     def take(self, name: bytes, *, hidden: bool = False) -> bool:
         """True for the name of an image; any other name, and a hidden one, is counted."""
@@ -50,12 +49,12 @@ class ImageNames:
             return False
         key = name.removesuffix(endings)
         if key != self._last_key:
-            self._last_key, self._last_names = key, [name]
+            self._last_key, self._last_names = key, {name: None}
         elif name not in self._last_names:
-            self._last_names.append(name)
+            self._last_names[name] = None
             self._shared_keys += len(self._last_names) == 2
             if self._shared_keys == 1:
-                self._shared = [one.decode("utf-8", "surrogateescape") for one in self._last_names[:3]]
+                self._shared = [one.decode("utf-8", "surrogateescape") for one in islice(self._last_names, 3)]
         return True
 
     @property
@@ -86,9 +85,13 @@ class ImageNames:
 
 
 def _whole_ending(name: bytes) -> bytes:
-    """All endings of a name, as in `ImageNames`; empty without any."""
-    found = _ENDINGS.search(name)
-    return found[0] if found else b""
+    """All endings of a name, numbers apart: ".seg.png" of 0001.seg.png, ".png" of frame.0001.png; empty without any.
+
+    What comes before is the key, which the files of one WebDataset sample share.
+    """
+    _, *parts = name.rpartition(b"/")[2].split(b".")
+    endings = list(takewhile(lambda part: part.strip(_DIGITS), reversed(parts)))
+    return b"".join(b"." + part for part in reversed(endings))
 
 
 def is_image_name(name: bytes) -> bool:

@@ -32,7 +32,12 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 # first bytes of compressed archives, which are refused
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_SIZE = 2**50  # bytes of a member
-_MAX_HEADER = 16 * 2**20  # bytes of one header; names of files take 4 kB at most
+_MAX_HEADER = 2**20  # bytes of one extended header; one with a file's attributes takes some 64 kB
+_MAX_LONG_NAME = 2**16  # bytes of a header that holds a name alone, as GNU tar writes it
+_MAX_NAME = 2**12  # bytes of a name; file systems take no longer path
+_MAX_NUMBER = 1000  # digits in a row in an extended header; tarfile takes their number squared in steps
+_TYPE = 156  # the byte of a header that holds the type of the member
+_RECORD_LENGTH = re.compile(rb"(\d{1,9}) ")  # with which each record of an extended header begins
 _MAX_PATTERN = 2**24  # characters of a path with braces
 _MAX_DIGITS = 18  # of a number in braces
 _MAX_PADDING = 16 * 2**20  # zeros after the end: writers fill up a record, of 10 kB or, on tapes, of some megabytes
@@ -277,8 +282,11 @@ def _members(shard: str, allow_truncated: bool) -> Iterator[tuple[tarfile.TarInf
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                     if not member.isdir():
+                        name = os.fsencode(member.name).removeprefix(b"./")
+                        if len(name) > _MAX_NAME:
+                            raise tarfile.ReadError(f"a name of {len(name):,} bytes; more than {_MAX_NAME:,} are refused")
                         count += 1
-                        yield member, os.fsencode(member.name).removeprefix(b"./")
+                        yield member, name
                 _check_end(file, archive.offset)
     except UnitvisError:
         raise
@@ -307,16 +315,43 @@ class _Member(tarfile.TarInfo):
 
 
 class _HeaderReader:
-    """What tarfile reads headers from: a file whose reads are bounded, so that no claimed length takes memory."""
+    """What tarfile reads headers from: a file whose reads are bounded, so that no claimed length takes memory.
+
+    What is longer than a block is the body of an extended header or a long name, as the block before it says.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.seek, self.tell = file, file.seek, file.tell
+        self._type = b""  # of the member whose block was read last
 
     def read(self, size: int) -> bytes:
-        """Read at most `size` bytes; tarfile.ReadError where they are too many for a header."""
-        if size > _MAX_HEADER:
+        """Read at most `size` bytes; tarfile.ReadError where they are too many, or no extended header."""
+        is_name = self._type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if size > (_MAX_LONG_NAME if is_name else _MAX_HEADER):
             raise tarfile.ReadError(f"a header of {size:,} bytes")
-        return self._file.read(size)
+        data = self._file.read(size)
+        if size == tarfile.BLOCKSIZE:
+            self._type = data[_TYPE : _TYPE + 1]
+        elif not is_name:
+            _check_records(data)
+        return data
+
+
+def _check_records(body: bytes) -> None:
+    """Raise tarfile.ReadError unless an extended header is a list of records, which tarfile reads in linear time.
+
+    A record is "LENGTH KEY=VALUE" with a line break; zeros follow the last one. Before Python 3.11.10, tarfile looks
+    for the "=" beyond the record's end, and for numbers from each of their digits on (CVE-2024-6232).
+    """
+    if (longest := max(map(len, re.findall(rb"\d+", body)), default=0)) > _MAX_NUMBER:
+        raise tarfile.ReadError(f"an extended header with a number of {longest:,} digits")
+    start = 0
+    while start < len(body) and body[start]:
+        found = _RECORD_LENGTH.match(body, start)
+        stop = start + int(found[1]) if found else 0
+        if not found or body[stop - 1 : stop] != b"\n" or body.find(b"=", found.end(), stop) < 0:
+            raise tarfile.ReadError(f"an extended header whose byte {start:,} begins no record")
+        start = stop
 
 
 def _compression(start: bytes) -> str | None:

@@ -521,3 +521,44 @@ def test_a_chosen_ending_is_part_of_the_saved_listing(tmp_path, kept):
         with pytest.warns(UserWarning, match="several files are images"):
             again = open_source(images, PLAIN)
         assert (again.length, again.others) == (12, {".cls": 4})
+
+
+def pax_header(body, kind=tarfile.XHDTYPE):
+    info = tarfile.TarInfo("header")
+    info.type, info.size = kind, len(body)
+    return info.tobuf(tarfile.USTAR_FORMAT) + body.ljust(-(-len(body) // 512) * 512, b"\0")
+
+
+DIGITS = b"1" * 2**19
+UNENDED = b"3 a" * 2**17 + b"="  # each record's "=" lies beyond its end
+LONG_NAME = b".a" * 2**14 + b".png"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (pax_header(DIGITS), "a number of 524,288 digits"),
+        (pax_header(DIGITS, tarfile.XGLTYPE), "a number of 524,288 digits"),
+        (pax_header(DIGITS, tarfile.SOLARIS_XHDTYPE), "a number of 524,288 digits"),
+        (pax_header(UNENDED), "byte 0 begins no record"),
+        (pax_header(b"x" * 2**21), "a header of 2,097,152 bytes"),
+        (pax_header(b"x" * 2**17, tarfile.GNUTYPE_LONGNAME), "a header of 131,072 bytes"),
+        (pax_header(LONG_NAME, tarfile.GNUTYPE_LONGNAME), "a name of 32,772 bytes; more than 4,096 are refused"),
+    ],
+    ids=["x", "g", "X", "unended", "long", "longname", "name"],
+)
+def test_headers_that_take_quadratic_time_are_refused(header, message, tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", encoded(0))])
+    path.write_bytes(header + path.read_bytes())
+    with pytest.raises(UnitvisError, match=message):
+        open_source(path, PLAIN)
+
+
+def test_extended_headers_with_attributes_are_read(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("é" * 200 + "0" * 255 + ".png")
+        info.size = len(encoded(0))
+        info.pax_headers = {"SCHILY.xattr.user.note": "a=b\n7 c=" * 8000, "comment": "9" * 900}
+        archive.addfile(info, io.BytesIO(encoded(0)))
+    assert open_source(path, PLAIN).name(0) == f"a.tar/{info.name}"
