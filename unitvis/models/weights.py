@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from unitvis.errors import UnitvisError, abridged, error_text
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net")  # where a state dict may lie
+_MAX_EXPANDED = 2**26  # bytes that a tensor may claim beyond those that the file holds of it
+_SHOWN = 200  # characters of a tensor's name in a message
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -34,14 +37,22 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             for key in own
             if key in state and state[key].shape != own[key].shape
         ],
+        "complex in place of real": [
+            key for key in own if key in state and state[key].is_complex() and not own[key].is_complex()
+        ],
     }
     if any(problems.values()):
-        misfits = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        misfits = "; ".join(
+            f"{kind}: {', '.join(key[:_SHOWN] for key in keys)}" for kind, keys in problems.items() if keys
+        )
         raise UnitvisError(
             f"the weights in {path} do not fit the model ({misfits}); name a function that builds the network that was "
             f"trained: file.py:function"
         )
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # a layer's own hook, or a dtype that cannot be converted
+        raise UnitvisError(f"the weights in {path} cannot be loaded into the model ({error_text(error)})") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -63,11 +74,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"the weights in {path} cannot be read ({error_text(error)}); give safetensors, "
             f"or a state dict saved with torch.save(model.state_dict(), ...)"
         ) from error
+    outer: list[int] = []  # ids of the dictionaries around the state dict
     while isinstance(state, dict) and (inner := [k for k in _STATE_KEYS if isinstance(state.get(k), dict)]):
+        if id(state) in outer:
+            raise UnitvisError(f"{path} holds a dictionary that holds itself; save one state dict")
+        outer.append(id(state))
         state = state[inner[0]]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise UnitvisError(f"{path} holds no state dict; save one with torch.save(model.state_dict(), ...)")
+    for key, value in state.items():
+        if wrong := _tensor_problem(value):
+            raise UnitvisError(f"{key[:_SHOWN]!r} in {path} {wrong}; save plain tensors that hold all their values")
     return state
+
+
+def _tensor_problem(value: Tensor) -> str | None:
+    """Why a tensor of a checkpoint is not loaded; None if it is a plain one that the file holds."""
+    if value.device.type == "meta":
+        return "is on the device meta, without values"
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        kind = "quantised" if value.is_quantized else "nested" if value.is_nested else "sparse"
+        return f"is a {kind} tensor"
+    claimed, held = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+    if claimed > held + _MAX_EXPANDED:
+        return f"is {list(value.shape)}, {claimed:,} bytes, of which the file holds {held:,}"
+    return None
 
 
 def _without_prefix(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
@@ -76,7 +109,8 @@ def _without_prefix(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor
     The prefix is the one under which most of the model's names are found. Tensors beside it, such as a loss's, are left
     out with a warning that names them. Raises UnitvisError where several prefixes hold as many names.
     """
-    found = Counter(key.removesuffix(name) for key in state for name in _endings(key) if name in own)
+    longest = max(map(len, own), default=0)
+    found = Counter(key.removesuffix(name) for key in state for name in _endings(key, longest) if name in own)
     prefixes = [prefix for prefix, count in found.items() if count == max(found.values())]
     if "" in prefixes or not prefixes:
         return state
@@ -89,10 +123,14 @@ def _without_prefix(state: dict[str, Tensor], own: set[str]) -> dict[str, Tensor
     return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
 
 
-def _endings(key: str) -> list[str]:
-    """A dotted name, and what remains of it when parts are taken from its front."""
-    parts = key.split(".")
-    return [".".join(parts[first:]) for first in range(len(parts))]
+def _endings(key: str, longest: int) -> Iterator[str]:
+    """What remains of a dotted name, at most `longest` characters, when parts are taken from its front, or none."""
+    dot = len(key)
+    while dot >= 0:
+        dot = key.rfind(".", 0, dot)
+        if len(key) - dot - 1 > longest:
+            return
+        yield key[dot + 1 :]
 
 
 def _resize_head(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from unitvis.decoding.options import SCHEMA as DECODING
 from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged, first_line
 from unitvis.files import open_regular, read_arrays, read_json
-from unitvis.schema import COUNT, OBJECT, TEXT, Schema, choice, either, problem, whole
+from unitvis.schema import COUNT, OBJECT, TEXT, Is, Schema, choice, either, problem, whole
 from unitvis.sources.arrays import ArraySource, mapped_array
 from unitvis.sources.base import Chunks, ImageInfoTable, Picture, Source
 from unitvis.sources.encoded import EncodedSource
@@ -38,7 +39,8 @@ from unitvis.sources.transform import Transform
 Arrays = Mapping[str, NDArray[Any]]
 
 FORMAT = 1
-FORMAT_KEY = "unitvis pack"  # the first key of a pack's JSON file; its value is the number of the format
+FORMAT_KEY = "unitvis pack"  # of a pack's JSON file; its value is the number of the format
+_SEARCHED = 2**28  # bytes of a JSON file in which the key is looked for; longer files are not read
 BAKED_FIELDS = ("resize", "crop", "interpolation")  # fields of a transform that were applied when the pack was made
 _TABLES = ("names", "starts", "seen")  # arrays of the .npz file
 _SAMPLED_IMAGES = 16  # images that are checked in place of all
@@ -55,7 +57,7 @@ _ABOUT: dict[str, Schema] = {  # of the JSON file
     "shape": (whole(1, 2**40), whole(1, 10**6), whole(1, 10**6), whole(3, 3)),
     "pixels": TEXT,
     "tables": TEXT,
-    "failures": [{"id": COUNT, "reason": TEXT}],
+    "failures": [{"id": COUNT, "reason": Is("text that is not empty", lambda v: isinstance(v, str) and v != "")}],
 }
 
 
@@ -148,8 +150,8 @@ class PackSource(Source):
 
     def _usable_id(self, id: int) -> int:
         """Return the id; UnitvisError if the image could not be read when it was packed."""
-        if reason := self.unusable.get(id := self._checked_id(id)):
-            raise UnitvisError(f"{self.name(id)!r} could not be used when it was packed: {reason}")
+        if (id := self._checked_id(id)) in self.unusable:
+            raise UnitvisError(f"{self.name(id)!r} could not be used when it was packed: {self.unusable[id]}")
         return id
 
     def _chunks(self, ids: Iterable[int] | None, batch_size: int, workers: int) -> Chunks:
@@ -158,8 +160,8 @@ class PackSource(Source):
     def _readable(self, ids: Iterable[int] | None) -> Iterator[int]:
         """Yield the ids of usable images, and note the others as failures."""
         for id in self._checked_ids(ids):
-            if reason := self.unusable.get(id):
-                self._note_failure(id, reason)
+            if id in self.unusable:
+                self._note_failure(id, self.unusable[id])
             else:
                 yield id
 
@@ -204,6 +206,11 @@ def pack_source(
     """
     about = read_about(path)
     if about is None:
+        if _holds_tables(tables := Path(path).with_suffix(".npz")):
+            raise UnitvisError(
+                f"{path!r} is an incomplete pack: {tables.name} is that of a pack, and there is no .json file of one; "
+                f"restore that, or pack again, or move {tables.name} away if the array is another one"
+            )
         return None
     if transform is None:
         raise UnitvisError(
@@ -236,22 +243,26 @@ def pack_source(
 
 
 def read_about(path: str | Path) -> dict[str, Any] | None:
-    """Read the JSON file beside an array; None if it is not that of a pack. UnitvisError if it is damaged."""
+    """Read the JSON file beside an array; None if it is not that of a pack. UnitvisError if it is damaged.
+
+    It is a pack's if the object in it has the key `FORMAT_KEY`, wherever, or if it cannot be parsed and has the text.
+    """
     path = Path(path).with_suffix(".json")
     if not path.is_file():
         return None
     try:
         with open_regular(path) as file:
-            if f'"{FORMAT_KEY}"'.encode() not in file.read(64):  # the first key of the file; another file may be long
+            if f'"{FORMAT_KEY}"'.encode() not in file.read(_SEARCHED):  # another file is not parsed
                 return None
         about = read_json(path)
     except OSError as error:
         raise UnitvisError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UnitvisError(f"{path} is damaged: {first_line(error)}; pack again") from error
-    if not isinstance(about, dict) or about.get(FORMAT_KEY) != FORMAT:
-        found = about.get(FORMAT_KEY) if isinstance(about, dict) else "none"
-        raise UnitvisError(f"{path} has format {found}; this version of unitvis reads format {FORMAT}")
+    if not isinstance(about, dict) or FORMAT_KEY not in about:  # another file that has the text as a value
+        return None
+    if about[FORMAT_KEY] != FORMAT:
+        raise UnitvisError(f"{path} has format {about[FORMAT_KEY]}; this version of unitvis reads format {FORMAT}")
     if wrong := problem(about, _ABOUT):
         raise UnitvisError(f"{path} is damaged: {wrong}; pack again")
     try:
@@ -260,6 +271,15 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
     except UnitvisError as error:
         raise UnitvisError(f"{path} is damaged: {error}; pack again") from error
     return about
+
+
+def _holds_tables(path: Path) -> bool:
+    """Whether a file holds the arrays of a pack's .npz file, by their names."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return set(archive.namelist()) == {f"{name}.npy" for name in _TABLES}
+    except Exception:  # zipfile raises nearly anything for another file
+        return False
 
 
 def _contents_problem(about: Mapping[str, Any], pixels: NDArray[Any], tables: Arrays) -> str | None:
@@ -281,8 +301,13 @@ def _contents_problem(about: Mapping[str, Any], pixels: NDArray[Any], tables: Ar
     failed = [failure["id"] for failure in about["failures"]]
     if max(failed, default=0) >= images:
         return f"image {max(failed)} is said to have failed, of {images:,}"
-    if len(unseen := np.setdiff1d(np.flatnonzero((seen["width"] == 0) | (seen["height"] == 0)), failed)):
-        return f"nothing is noted of image {unseen[0]}"
+    if len(set(failed)) < len(failed):
+        return "an image is listed twice among the failures"
+    unseen = np.flatnonzero((seen["width"] == 0) | (seen["height"] == 0))
+    if len(unnamed := np.setdiff1d(unseen, failed)):
+        return f"nothing is noted of image {unnamed[0]}"
+    if len(noted := np.setdiff1d(failed, unseen)):
+        return f"image {noted[0]} is said to have failed, and its size is noted"
     if type(about["source"]["path"]) is list and about["source"]["kind"] != "tar":
         return f"source.path is a list, of a {about['source']['kind']}"
     return None

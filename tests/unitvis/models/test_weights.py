@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from support.clock import in_time
 from support.commands import model_file
 from unitvis import UnitvisError, models
 from unitvis.models.weights import load_weights
@@ -93,3 +94,42 @@ def test_a_checkpoint_with_two_networks_is_refused(tmp_path: Path) -> None:
     torch.save(saved, tmp_path / "w.pt")
     with pytest.raises(UnitvisError, match=r"several networks that fit, under 'student\.', 'teacher\.'"):
         load_weights(model, tmp_path / "w.pt")
+
+
+def itself() -> dict[str, object]:
+    state: dict[str, object] = {}
+    state["model"] = state
+    return state
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"3.weight": torch.zeros(1).expand(10**8, 4)}, r"'3.weight' in .* is \[100000000, 4\], 1,600,000,000 bytes, of"),
+        ({"0.weight": torch.zeros(4, 3, 3, 3).to_sparse()}, "'0.weight' in .* is a sparse tensor"),
+        ({"0.weight": torch.zeros(4, 3, 3, 3, device="meta")}, "'0.weight' in .* is on the device meta"),
+        ({"0.weight": torch.quantize_per_tensor(torch.zeros(4, 3, 3, 3), 1, 0, torch.qint8)}, "is a quantised tensor"),
+        ({"0.bias": torch.zeros(4, dtype=torch.complex64)}, r"\(complex in place of real: 0.bias\)"),
+        ({0: torch.zeros(1)}, "holds no state dict"),
+        (itself(), "holds a dictionary that holds itself"),
+        ({"a." * 2**19 + "x": torch.zeros(1)}, r"\(unexpected: (a\.){100}\); name a function"),
+    ],
+    ids=["expanded", "sparse", "meta", "quantised", "complex", "number", "itself", "long"],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, for tensors of these kinds
+def test_tensors_that_no_network_can_take_are_refused(
+    changed: dict[object, object], message: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2, bias=False))
+    state = dict(model.state_dict()) | changed
+    torch.save(state if "model" not in changed else changed, tmp_path / "w.pt")
+    with in_time(), pytest.raises(UnitvisError, match=message) as refused:
+        load_weights(model, tmp_path / "w.pt")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_short_expanded_tensor_is_loaded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    torch.save(model.state_dict() | {"0.bias": torch.ones(1).expand(4)}, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert model[0].bias.tolist() == [1, 1, 1, 1]

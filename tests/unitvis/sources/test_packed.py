@@ -282,7 +282,7 @@ def test_files_that_do_not_belong_together(packed: Path, unchanged: Path, tmp_pa
         (".npz", packed.with_suffix(".npz").read_bytes()[:-9], r"an incomplete pack: its .npz file: .*; pack again"),
         (".json", packed.with_suffix(".json").read_bytes()[:-9], r"x.json is damaged: .*; pack again"),
         (".json", b'{"unitvis pack": 2}', r"x.json has format 2; this version of unitvis reads format 1"),
-        (".json", b'["unitvis pack", 1]', r"x.json has format none; this version"),
+        (".json", b'["unitvis pack", 1]', r"x.npz is that of a pack, and there is no .json file of one; restore that"),
         (
             ".json",
             b'{"unitvis pack": 1, "source": {}}',
@@ -396,13 +396,17 @@ def at(keys: str, value: object) -> Callable[[dict[str, Any], dict[str, Any]], N
         (at("shape", [9, 9, 9, 9]), r"shape\[3\] is 9"),
         (at("shape", [9, 9, 9, 3]), r"the array is uint8 \[70, 16, 16, 3\], not uint8 \[9, 9, 9, 3\]"),
         (at("failures", [5]), r"failures\[0\] is 5, not an object"),
-        (at("failures", [{"id": 10**6, "reason": ""}]), "image 1000000 is said to have failed, of 70"),
+        (at("failures", [{"id": 10**6, "reason": "x"}]), "image 1000000 is said to have failed, of 70"),
         (at("failures", []), "nothing is noted of image 0"),
         (lambda _, tables: tables.pop("names"), "'names'"),
         (lambda _, tables: tables.pop("seen"), "it has no table of the files that were packed"),
         (lambda _, tables: tables.update(seen=tables["seen"][:2]), "it has no table of the files"),
         (lambda _, tables: tables.update(seen=np.zeros(COUNT, "u1")), "it has no table of the files"),
         (lambda _, tables: tables.update(seen=np.zeros_like(tables["seen"])), "nothing is noted of image 1"),
+        (lambda about, _: about["failures"][1].update(reason=""), r"failures\[1\].reason is '', not text that is not empty"),
+        (lambda about, _: about["failures"][1].update(id=30), "nothing is noted of image 31"),
+        (lambda about, _: about["failures"].append({"id": 30, "reason": "x"}), "image 30 is said to have failed, and"),
+        (lambda about, _: about["failures"].append(about["failures"][0]), "an image is listed twice among the failure"),
         (lambda _, tables: tables.update(starts=-tables["starts"]), "names do not start where others end"),
         (lambda _, tables: tables.update(starts=tables["starts"][:3]), "names do not start where others end"),
         (
@@ -420,3 +424,51 @@ def test_packs_of_any_content_are_refused(
     assert "\n" not in str(refused.value)
     with pytest.raises(UnitvisError, match="damaged"):
         pack(packed.parent / "images", path, resume=True)
+
+
+def copied_pack(packed: Path, folder: Path) -> Path:
+    for path in packed.parent.glob("whole.*"):
+        shutil.copy(path, folder / f"x{path.suffix}")
+    return folder / "x.npy"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda text: json.dumps(json.loads(text), sort_keys=True),
+        lambda text: " " * 1000 + text,
+        lambda text: json.dumps({"more": "x" * 2**16} | json.loads(text)),
+    ],
+    ids=["sorted", "blanks", "more"],
+)
+def test_the_json_file_may_be_written_again(write: Callable[[str], str], packed: Path, tmp_path: Path) -> None:
+    path = copied_pack(packed, tmp_path)
+    path.with_suffix(".json").write_text(write(path.with_suffix(".json").read_text()))
+    source = open_source(path, NORMAL)
+    assert isinstance(source, PackSource)
+    assert sorted(source.unusable) == list(BROKEN)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_text("{}"),
+        lambda path: path.write_text('{"a": "unitvis pack"}'),
+        lambda path: path.write_text("no json"),
+        lambda path: path.symlink_to("nowhere"),
+        os.mkfifo,
+        Path.mkdir,
+        lambda path: None,
+    ],
+    ids=["empty", "value", "text", "dangling", "pipe", "folder", "missing"],
+)
+def test_a_pack_without_its_json_file_is_no_array(
+    make: Callable[[Path], object], packed: Path, tmp_path: Path
+) -> None:
+    path = copied_pack(packed, tmp_path)
+    path.with_suffix(".json").unlink()
+    make(path.with_suffix(".json"))
+    with pytest.raises(UnitvisError, match=r"an incomplete pack: x.npz is that of a pack, and there is no .json file"):
+        open_source(path, NORMAL)
+    np.savez(path.with_suffix(".npz"), values=np.zeros(3))
+    assert open_source(path, NORMAL).kind == "array"
