@@ -141,7 +141,9 @@ def read_json(path: Path) -> Any:
     with open_regular(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > _MAX_JSON:
             raise OSError(errno.EFBIG, f"a file of {size:,} bytes; more than {_MAX_JSON:,} are refused", str(path))
-        return parsed_json(file.read(size))
+        if (data := file.read(size)) is None:
+            raise OSError(errno.EAGAIN, "its bytes are not there yet", str(path))
+        return parsed_json(data)
 
 
 def parsed_json(data: bytes) -> Any:
@@ -182,6 +184,15 @@ def read_arrays(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
+
+
+def array_names(path: Path) -> set[str] | None:
+    """The names of the arrays of an npz file, which are not read; None where it is none, or cannot be read."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except Exception:  # zipfile raises nearly anything for another file
+        return None
 
 
 def _data_bytes(file: IO[Any]) -> int:

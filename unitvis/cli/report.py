@@ -121,8 +121,8 @@ def print_times(run: Run, drawing: float) -> None:
 def _seconds(run: Run) -> dict[str, float]:
     """Seconds of a scan's parts, from its manifest; what is computed again in float32 is of the second pass."""
     seconds = {name.replace("_", " "): value for name, value in run.manifest["seconds"].items()}
-    seconds["second pass"] += seconds.pop("rescoring", 0.0)
-    return seconds
+    seconds["second pass"] = seconds.get("second pass", 0.0) + seconds.pop("rescoring", 0.0)
+    return {"scan": 0.0, "preparation": 0.0} | seconds
 
 
 def print_verified(found: Mapping[str, Any]) -> None:
@@ -140,6 +140,6 @@ def print_verified(found: Mapping[str, Any]) -> None:
     if found["differing"]:
         _say(f"what the run says and what is now: {abridged(found['differing'])}")
     _say(
-        "compared: values, positions, boxes; only a scan tells whether other images win, and each unit's status; and "
-        "what the run says of model, layers and images"
+        "compared: values, positions, boxes, what the run says of model, layers and images, and samples of failed "
+        "images and NaN responses; only a scan tells whether other images win, and each unit's status"
     )

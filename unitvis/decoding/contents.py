@@ -45,8 +45,11 @@ class FileContents(Contents):
     def _read(self, place: bytes) -> bytes:
         with open_regular(os.path.join(self.root, place)) as file:
             size = os.fstat(file.fileno()).st_size
-            _check_size(size)
-            return file.read(size or MAX_BYTES)  # memory for so many is taken at once; 0: a file system may not know
+            check_size(size)
+            data = file.read(size or MAX_BYTES)  # memory for so many is taken at once; 0: a file system may not know
+        if data is None:  # as from a log of the system, which has no end
+            raise ImageError("a file whose bytes are not there yet")
+        return data
 
 
 class TarContents(Contents):
@@ -64,7 +67,7 @@ class TarContents(Contents):
         shard, offset, size = place
         if size < 0:
             raise ImageError("a link or a file with holes inside a tar; make it with tar --dereference")
-        _check_size(size)
+        check_size(size)
         return self._descriptor(shard).read(offset, size)
 
     def _descriptor(self, shard: int) -> _Descriptor:
@@ -103,7 +106,7 @@ def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
     """Raise ImageError for a file that is too large to be read whole."""
     if size > MAX_BYTES:
         raise ImageError(f"a file of {size:,} bytes; more than {MAX_BYTES:,} are refused")

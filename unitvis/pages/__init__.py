@@ -103,7 +103,7 @@ def _prepare_folder(run: RunData, folder: Path) -> Path:
     """Create the folder and return it; removes a gallery of another run, and refuses a folder with anything else."""
     if folder.exists() and not folder.is_dir():
         raise UnitvisError(f"{folder} is a file; a gallery is a folder: give another path")
-    is_known = holds_run(folder) or (folder / "gallery" / "drawn.json").exists()
+    is_known = holds_run(folder) or earlier.is_gallery(folder)
     if folder.is_dir() and any(folder.iterdir()) and not is_known:
         raise UnitvisError(
             f"{folder} is not empty and holds no gallery, so nothing is written there; give another path"

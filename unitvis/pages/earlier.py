@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from unitvis.decoding.contents import FileContents
+from unitvis.decoding.contents import FileContents, check_size
 from unitvis.decoding.decode import decode
 from unitvis.errors import ImageError, UnitvisError
 from unitvis.files import is_linked, read_json, unoccupied
@@ -60,6 +60,14 @@ def drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
     return drawn["layers"]
 
 
+def is_gallery(folder: Path) -> bool:
+    """Whether a folder holds a gallery, of any run."""
+    try:
+        return problem(read_json(folder / "gallery" / "drawn.json"), DRAWN) is None
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def described(run: RunData, layers: Mapping[str, Any]) -> dict[str, Any]:
     """The content of drawn.json. layers: {layer: {"crop", "filters", ...}}."""
     return {"run": run_digest(run), "sprite": list(sprite_tiles(run.manifest["k"])), "layers": layers}
@@ -88,7 +96,7 @@ def filter_of(run: RunData, layer: str, unit: int) -> Image.Image | None:
 def copy_drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
     """Copy the pictures that a model drew from the run's own folder into another; returns their `drawings`.
 
-    Raises UnitvisError where a link, or anything but a file, stands in the place of one.
+    Raises UnitvisError where a link, or anything but a file, stands in the place of one, or a file too large for one.
     """
     if run.folder is None:
         return {}
@@ -101,6 +109,10 @@ def copy_drawings(run: RunData, folder: Path) -> dict[str, dict[str, Any]]:
                 continue
             if is_linked(run.folder, layer_path(layer) / name) or not path.is_file():
                 raise _unusable(path, "it is no regular file in the folder of the run")
+            try:
+                check_size(path.stat().st_size)
+            except ImageError as error:
+                raise _unusable(path, str(error)) from error
             shutil.copyfile(path, unoccupied(target / name))
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,11 @@ def check_witness(
     rounding: float = ROUNDING,
     half: HalfResponses | None = None,
     resolution: float = 0.0,
-    by_slot: Collection[str] = (),
 ) -> dict[str, int]:
     """Compute 16 winners again, chosen by `witnesses`, and compare all their places.
 
     network: in eval mode, its layers known. k: places of winners. bits: values and positions must be bit-equal, except
-    in layers whose bits depend on an image's place in its batch, those of `by_slot` among them; otherwise values may
-    differ by `rounding` of the layer's largest. half: computes responses in half precision, where those were ranked;
+    in layers whose bits are found to depend on an image's place in its batch; otherwise values may differ by `rounding` of the layer's largest. half: computes responses in half precision, where those were ranked;
     then an image is refused if more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the
     unit's largest.
 
@@ -60,7 +58,7 @@ def check_witness(
     then = ranked.values[unit, rank]
     if half is None:
         with network.reading() as canonical:
-            varying = {*by_slot, *canonical.check(batch.pixels).by_slot}
+            varying = canonical.check(batch.pixels).by_slot
             keys = canonical.keys(batch.pixels)
         pairs.take(keys, batch.ids)
         now = pairs.values

@@ -54,13 +54,15 @@ def _count_problem(manifest: Mapping[str, Any]) -> str | None:
         return f"image {both[0]} failed, and lies in the coverage"
     if len(coverage) not in (images, 0):  # 0: a loop gave ids on a GPU, where nothing reads them
         return f"images is {images}, and the coverage holds {len(coverage)}"
+    # A loop may stop early; a scan, and what shards are merged into, has met every image.
+    scanned = "scan" in manifest["seconds"] and not manifest.get("partial") and manifest.get("shard") is None
+    if scanned and manifest["source"]["kind"] in _CROPPED and len(coverage) != images:
+        return f"images is {images}, of a {manifest['source']['kind']}, and there is no coverage"
     total = manifest["source"].get("images")
     if total is None:
         return None
     if (last := max(int(ranges.max(initial=0)) - 1, int(failed.max(initial=-1)))) >= total:
         return f"image {last} was ranked or failed, and source.images is {total}"
-    # A loop may stop early; a scan, and what shards are merged into, has met every image.
-    scanned = "scan" in manifest["seconds"] and not manifest.get("partial") and manifest.get("shard") is None
     if scanned and images + len(failed) != total:
         return f"images is {images} and {len(failed)} failed, and source.images is {total}"
     return None

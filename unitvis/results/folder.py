@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from unitvis.errors import UnitvisError, abridged
-from unitvis.files import open_regular, parsed_json, read_arrays, read_json, replacing
+from unitvis.files import array_names, open_regular, parsed_json, read_arrays, read_json, replacing
 from unitvis.results.arrays import ARRAYS, LayerArrays, winners_of
 from unitvis.results.consistency import arrays_problem, manifest_problem, state_problem
 from unitvis.results.data import RunData
@@ -36,7 +36,7 @@ from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD
 from unitvis.schema import problem
 from unitvis.sources import open_as_described
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
-from unitvis.state.partial import differences, identity, read_partial
+from unitvis.state.partial import PARTIAL_ARRAYS, differences, identity, read_partial
 
 FORMAT = 1  # version of the folder's format, in the manifest
 _HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
@@ -44,6 +44,7 @@ _MAX_LINE = 2**20  # bytes of a line of images.jsonl: the longest path of a text
 _FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", "index.html")  # that a run may replace or remove
 _FOLDERS = ("sheets", "gallery", "projections")  # of pictures of a run, which are removed with it
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
+_MANIFEST_KEYS = MANIFEST_OF_A_SHARD.keys()
 _Data = TypeVar("_Data", bound=RunData)
 
 
@@ -224,14 +225,33 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run, damaged or not, and not the `manifest.json` of some other program."""
+    """Whether a folder holds a run, damaged or of another format, and not files of some other program.
+
+    Its manifest has all the entries of one or, where it cannot be read, the arrays beside it are those of a run.
+    """
     try:
         manifest = read_json(folder / "manifest.json")
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError, RecursionError, UnitvisError):
-        return (folder / "images.jsonl").exists()
-    return isinstance(manifest, dict) and {"format", "model"} <= set(manifest)
+    except (OSError, ValueError, RecursionError):
+        tops = array_names(folder / "top.npz")
+        of_layers = bool(tops) and {name.rpartition("/")[2] for name in tops or ()} == set(ARRAYS)
+        return of_layers or array_names(folder / "state.npz") == set(PARTIAL_ARRAYS)
+    return isinstance(manifest, dict) and {key for key in _MANIFEST_KEYS if not key.endswith("?")} <= set(manifest)
+
+
+def _holds_scan(folder: Path, names: set[str]) -> bool:
+    """Whether a folder, with files of these names, holds a scan that is not finished.
+
+    One of its checkpoints has the arrays of one or, where none can be read, nothing else is there but files of a run.
+    """
+    own = Checkpoints(folder / SCAN_CHECKPOINT).names
+    held = [array_names(folder / name) for name in own & names]
+    if any(found is not None for found in held):
+        return set(PARTIAL_ARRAYS) in held
+    files = own.union(_FILES)
+    parts = {f"{name}.part" for name in files}
+    return bool(names & own) and names <= files | parts or names <= parts
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
@@ -246,9 +266,7 @@ def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = Fa
     if folder.exists() and not folder.is_dir():
         raise UnitvisError(f"{folder} is a file; a run is a folder: give another path")
     if folder.is_dir() and (names := {entry.name for entry in folder.iterdir()}):
-        unfinished = Checkpoints(folder / SCAN_CHECKPOINT).names & names or all(
-            name.endswith(".part") for name in names
-        )
+        unfinished = _holds_scan(folder, names)
         if not unfinished and not holds_run(folder):
             raise UnitvisError(f"{folder} is not empty and holds no run, so it is not overwritten; give another path")
         if not overwrite and not resume:

@@ -17,6 +17,7 @@ from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
 from unitvis.results.folder import read_manifest
 from unitvis.run import Run, load
+from unitvis.scanning.absences import differing_nan, readable_failures
 from unitvis.scanning.claims import differing_network
 from unitvis.scanning.signals import Signals
 from unitvis.scanning.verify import Comparison
@@ -126,6 +127,9 @@ class Progress:
     def _check_finished(self, what: str, run: Run) -> None:
         """Raise UnitvisError, starting with `what`, where the run cannot be the end of this scan."""
         network, part = self._recorder.network, run.partial
+        failed = readable_failures((failure["id"] for failure in run.manifest["failures"]), self._source)
+        if failed:
+            raise UnitvisError(f"{what}: {abridged(failed)}")
         if not run.tops and part is not None:  # of a shard
             self._check_noted(what, part)
             ranked = part.ordered(network.layer_names).topk.read()
@@ -148,9 +152,10 @@ class Progress:
                 checked()
         except UnitvisError as error:
             raise UnitvisError(f"{what}, because its images have changed: {error} (--overwrite)") from error
-        scan = run.manifest["scan"]
-        options = {"canonical": run.manifest["precision"] not in HALF, "by_slot": scan.get("by_slot", ())}
-        self._check_witness(what, _ranked(run, network), noted=len(run.records) > 0, **options)
+        canonical = run.manifest["precision"] not in HALF
+        self._check_witness(what, _ranked(run, network), noted=len(run.records) > 0, canonical=canonical)
+        if canonical and (found := differing_nan(run, network, self._source)):
+            raise UnitvisError(f"{what}, because the network contradicts it: {abridged(found)}; {_START_AGAIN}")
 
     def _check_noted(self, what: str, part: Partial) -> None:
         """Raise UnitvisError, starting with `what`, where a winner's hash is not that of a part of the scan."""

@@ -20,6 +20,7 @@ from unitvis.network.inside import rank_inside
 from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
+from unitvis.scanning.absences import differing_nan, readable_failures
 from unitvis.scanning.claims import differing_images, differing_network
 from unitvis.sources import Batch, Source
 from unitvis.state.noise_numbers import ROUNDING
@@ -138,11 +139,12 @@ def verify(
     """Compute every winner of a run again, with its box. model: the one that was scanned, or its spec.
 
     Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal. Under another
-    one, and in layers whose bits depend on an image's place in its compute batch, the value must lie within 1e-5 of the
+    one, and in layers whose bits are found here to depend on an image's place in its compute batch, the value must lie within 1e-5 of the
     layer's largest, and so must the response at the run's place. The box must be equal, except where the layer's
     receptive field is unknown. What the manifest and images.jsonl say of the model, its layers and the images must be
-    so. Not compared are what only a scan can tell: whether another image responds more strongly, and the units'
-    statuses. Raises UnitvisError for a run ranked in half precision.
+    so; of the images that failed, a sample must fail again; and of the NaN responses that it counts see
+    `absences.differing_nan`. Not compared are what only a scan can tell: whether another image responds more strongly,
+    and the units' statuses. Raises UnitvisError for a run ranked in half precision.
 
     Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
     the layer's largest value; "same_fingerprint": bool; "by_slot": the layers whose bits depend on an image's place;
@@ -167,6 +169,9 @@ def verify(
     differing = differing_network(run, network)
     found = compare_winners(run, network)
     differing += differing_images(run)
+    if run.source.kind == run.manifest["source"]["kind"]:
+        differing += readable_failures((failure["id"] for failure in run.manifest["failures"]), run.source)
+    differing += differing_nan(run, network, run.source)
     if not found["wrong"]:  # gradients are those of the winners
         differing += differing_effective_boxes(network, run)
     return found | {"differing": differing}
@@ -188,7 +193,7 @@ def compare_winners(run: RunData, network: Network) -> dict[str, Any]:
     with np.errstate(invalid="ignore", divide="ignore"):
         distance = np.where(comparison.equal, 0, np.abs(now - winners.values) / largest[winners.layer])
         elsewhere = np.abs(comparison.there - now) / largest[winners.layer]  # the run's place, beside the strongest
-    by_slot = layers_by_slot(run, network)
+    by_slot = [name for name in run.layers if name in network.bits.by_slot] if same else layers_by_slot(run, network)
     to_rounding = np.isin(winners.layer, [run.layers.index(name) for name in by_slot]) | (not same)
     rounded = comparison.equal | ((distance <= ROUNDING) & (elsewhere <= ROUNDING))
     wrong = np.where(to_rounding, ~rounded, ~comparison.equal) | ~comparison.same_boxes

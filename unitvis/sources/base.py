@@ -150,6 +150,14 @@ class Source(ABC):
     def read(self, id: int) -> Tensor:
         """Read one image, resized and cropped: uint8 [H, W, 3], or float32 [C, H, W] already normalised."""
 
+    def is_readable(self, id: int) -> bool:
+        """Whether an image can be read now."""
+        try:
+            self.read(id)
+        except UnitvisError:
+            return False
+        return True
+
     @abstractmethod
     def picture(self, id: int, value_range: tuple[float, float] = (0.0, 1.0)) -> Picture:
         """Read the RGB image that patches are cut from, with the map of a box in model-input pixels to its pixels.

@@ -11,7 +11,6 @@ import hashlib
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from unitvis.decoding.cutting import Cutter
 from unitvis.decoding.options import SCHEMA as DECODING
 from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged, first_line
-from unitvis.files import open_regular, read_arrays, read_json
+from unitvis.files import array_names, open_regular, read_arrays, read_json
 from unitvis.schema import COUNT, OBJECT, TEXT, Is, Schema, choice, either, problem, whole
 from unitvis.sources.arrays import ArraySource, mapped_array
 from unitvis.sources.base import Chunks, ImageInfoTable, Picture, Source
@@ -95,6 +94,10 @@ class PackSource(Source):
     def read(self, id: int) -> Tensor:
         """Read one image from the array: uint8 [H, W, 3]."""
         return self._rows.read(self._usable_id(id))
+
+    def is_readable(self, id: int) -> bool:
+        """Whether the original file can be read now or, if the originals are gone, the image was when it was packed."""
+        return id not in self.unusable if self._originals is None else self._originals.is_readable(id)
 
     def picture(self, id: int, value_range: tuple[float, float] = (0.0, 1.0)) -> Picture:
         """Decode the original file, upright; if the originals are gone, return the packed pixels."""
@@ -206,7 +209,7 @@ def pack_source(
     """
     about = read_about(path)
     if about is None:
-        if _holds_tables(tables := Path(path).with_suffix(".npz")):
+        if array_names(tables := Path(path).with_suffix(".npz")) == set(_TABLES):
             raise UnitvisError(
                 f"{path!r} is an incomplete pack: {tables.name} is that of a pack, and there is no .json file of one; "
                 f"restore that, or pack again, or move {tables.name} away if the array is another one"
@@ -271,15 +274,6 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
     except UnitvisError as error:
         raise UnitvisError(f"{path} is damaged: {error}; pack again") from error
     return about
-
-
-def _holds_tables(path: Path) -> bool:
-    """Whether a file holds the arrays of a pack's .npz file, by their names."""
-    try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            return set(archive.namelist()) == {f"{name}.npy" for name in _TABLES}
-    except Exception:  # zipfile raises nearly anything for another file
-        return False
 
 
 def _contents_problem(about: Mapping[str, Any], pixels: NDArray[Any], tables: Arrays) -> str | None:

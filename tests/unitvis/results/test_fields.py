@@ -57,7 +57,7 @@ MANIFEST: list[Row] = [
     ("L0.effective_box", None, VERIFY, "layers.0.effective_box is None and 3"),
     ("L0.nan", {"responses": 0, "units": 1, "first_image": 0}, READ, "nan counts 0 responses in 1 of 6 units"),
     ("L0.nan", {"responses": 1, "units": 1, "first_image": 2}, READ, "nan.first_image is 2, which was not ranked"),
-    ("L0.nan", {"responses": 1, "units": 1, "first_image": 0}, TOLD, "where k winners are left, only a scan tells"),
+    ("L0.nan", {"responses": 1, "units": 1, "first_image": 0}, VERIFY, "layer '0' gives no NaN for image 0, which the run says"),
     ("L0.infinite", {"responses": 1, "units": 1, "first_image": 0}, READ, "the manifest counts some infinite"),
     ("L0.unseparated", 1, READ, "0 units are unseparated, and the manifest counts 1"),
     ("k", 3, READ, r"not float32 \[6, 3\]"),

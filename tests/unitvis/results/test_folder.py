@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +127,49 @@ def test_a_loop_without_images_has_no_records(tmp_path: Path) -> None:
     assert unitvis.load(folder).records == {}
     stream = unitvis.scan(nn.Sequential(nn.Conv2d(3, 2, 3)), iter([torch.rand(5, 3, 8, 8)]), progress=False)
     assert unitvis.load(stream.save(tmp_path / "stream")).manifest == stream.manifest
+
+
+def foreign_checkpoint(folder: Path) -> None:
+    np.savez(folder / "progress.npz", losses=np.zeros(3))
+
+
+def damaged_checkpoint(folder: Path) -> None:
+    (folder / "progress.npz").write_bytes(b"PK")
+
+
+def foreign_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format": 1, "model": "x", "version": 3}')
+
+
+def damaged_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+    (folder / "images.jsonl").write_text('{"id": 0, "name": "x"}\n')
+
+
+@pytest.mark.parametrize("make", [foreign_checkpoint, damaged_checkpoint, foreign_manifest, damaged_manifest])
+def test_a_folder_of_another_program_is_not_overwritten(make: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "gallery").mkdir(parents=True)
+    (folder / "gallery" / "drawn.json").write_text("{}")
+    (folder / "index.html").write_text("mine")
+    make(folder)
+    before = contents(folder)
+    with pytest.raises(UnitvisError, match="is not empty and holds no run, so it is not overwritten"):
+        scanned(0).save(folder, overwrite=True)
+    with pytest.raises(UnitvisError, match="is not empty and holds no gallery, so nothing is written there"):
+        unitvis.gallery(scanned(0), folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("text", ["{", "", '{"format": 1}'], ids=["cut", "empty", "part"])
+def test_a_damaged_run_is_overwritten(text: str, tmp_path: Path) -> None:
+    folder = scanned(0).save(tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"k": "x", "format": 9}) if "format" in text else text)
+    scanned(1).save(folder, overwrite=True)
+    assert unitvis.load(folder)["0"].values.tobytes() == scanned(1)["0"].values.tobytes()
+
+
+def test_a_damaged_checkpoint_alone_is_overwritten(tmp_path: Path) -> None:
+    damaged_checkpoint(tmp_path)
+    scanned(0).save(tmp_path, overwrite=True)

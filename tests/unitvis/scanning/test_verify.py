@@ -87,8 +87,88 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Ca
     scan(two_convolutions(), tmp_path / "photos", ["0"], 3, **options)
     code, out, _ = call(capsys, "verify", tmp_path / "run", f"{tmp_path / 'net.py'}:net")
     assert code == cli.DONE
-    assert "compared: values, positions, boxes; only a scan tells whether other images win, and each" in out
+    assert "compared: values, positions, boxes, what the run says of model, layers and images, and samples of f" in out
     (tmp_path / "photos" / "1.png").write_bytes(b"")
     code, out, _ = call(capsys, "verify", tmp_path / "run", f"{tmp_path / 'net.py'}:net")
     assert "first that was not: image 1 in layer '0': '1.png' cannot be read now: empty file" in out
     assert code == cli.WRONG
+
+
+def nan_run(model: nn.Module) -> unitvis.Run:
+    """A run of five images, of which image 2 gives NaN in all units of both layers."""
+    pixels = images(5, 12)
+    pixels[2] = torch.nan
+    return scan(model, pixels, ["0", "2"], 5)
+
+
+def without_winner(run: unitvis.Run, layer: str, unit: int) -> int:
+    """Take a unit's last winner away and count one more NaN response; returns the image."""
+    top, last = run[layer], int((run[layer].images[unit] >= 0).sum()) - 1
+    image = int(top.images[unit, last])
+    for array, blank in ((top.images, -1), (top.values, np.nan), (top.positions, -1), (top.boxes, 0)):
+        array[unit, last] = blank
+    nan = run.manifest["layers"][layer]["nan"]
+    nan["responses"] += 1
+    return image
+
+
+def test_nan_responses_that_hide_a_winner_are_told() -> None:
+    model = two_convolutions()
+    run = nan_run(model)
+    assert run["2"].info["nan"]["first_image"] == 2
+    found = verify(run, model)
+    assert (found["wrong"], found["differing"]) == (0, [])
+    image = without_winner(run, "2", 3)
+    found = verify(unitvis.Run(run.tops, run.manifest, run.records, run.source), model)  # which looks at what fired anew
+    assert found["wrong"] == 0
+    said = f"unit 3 of layer '2' has fewer than 5 winners, and image {image}, none of them, gives it a response"
+    assert found["differing"] == [said]
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (4, "image 2 gives NaN in layer '2', and the run says image 4 as the first"),
+        (1, "layer '2' gives no NaN for image 1, which the run says is the first with one"),
+    ],
+)
+def test_another_first_image_with_nan_is_told(first: int, said: str) -> None:
+    model = two_convolutions()
+    run = nan_run(model)
+    run["2"].info["nan"]["first_image"] = first
+    assert verify(run, model)["differing"] == [said]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_image_that_is_falsely_listed_as_failed_is_told(packed: bool, tmp_path: Path) -> None:
+    photos, model = tmp_path / "photos", two_convolutions()
+    photos.mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    whole = (photos / "1.png").read_bytes()
+    for broken in (1, 3):
+        (photos / f"{broken}.png").write_bytes(whole[:60])
+    transform, source = unitvis.Transform(crop=12), photos
+    if packed:
+        source = tmp_path / "photos.npy"
+        unitvis.pack(photos, source, transform=transform, progress=False)
+        transform = unitvis.Transform()
+    options = {"transform": transform, "out": tmp_path / "run"}
+    run = scan(model, source, ["0"], 2, **options)
+    assert verify(run, model)["differing"] == []
+    assert scan(model, source, ["0"], 2, resume=True, **options).manifest["failures"] == run.manifest["failures"]
+    (photos / "1.png").write_bytes(whole)  # as if the run had listed it falsely
+    said = "image 1, '1.png', is listed as failed and can be read now"
+    assert [sentence.partition(" (")[0] for sentence in verify(run, model)["differing"]] == [said]
+    with pytest.raises(unitvis.UnitvisError, match=rf"the finished run in .* is not believed: {said}"):
+        scan(model, source, ["0"], 2, resume=True, **options)
+
+
+def test_layers_are_compared_by_bits_whatever_the_run_says_of_their_batches() -> None:
+    model = two_convolutions()
+    run = scan(model, images(5, 12), ["2"], 2)
+    run.manifest["scan"]["by_slot"] = ["2"]
+    run["2"].values[3, 1] = np.nextafter(run["2"].values[3, 1], np.float32(-np.inf))
+    found = verify(run, model)
+    assert (found["wrong"], found["by_slot"]) == (1, [])
