@@ -263,6 +263,13 @@ def test_a_gallery_elsewhere_copies_nothing_but_files(stands: str, run: unitvis.
     assert not any(path.read_bytes() == b"secret" for path in (tmp_path / "other").rglob("*") if path.is_file())
 
 
+def test_a_gallery_elsewhere_copies_no_file_too_large_for_a_picture(run: unitvis.Run, tmp_path: Path) -> None:
+    picture = next((tmp_path / "run" / "gallery").rglob("responses-0.png"))
+    os.truncate(picture, 2**40)
+    with pytest.raises(UnitvisError, match=r"responses-0.png cannot be used: a file of 1,099,511,627,776 bytes; more"):
+        unitvis.gallery(run, tmp_path / "other")
+
+
 def stand_in(path: Path, what: str, target: Path) -> None:
     """Put a link to `target`, a folder, a pipe or a file in the place of a file or folder."""
     if what == "link":

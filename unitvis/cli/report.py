@@ -52,11 +52,10 @@ def _print_result(run: Run) -> None:
     seconds = _seconds(run)
     images = run.manifest["images"]
     statuses = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "units" and count)
-    rate = images / max(seconds["scan"], 1e-9)  # merged runs of Recorders have no scan time
+    rate = f" ({images / scan:.0f} images/s)" if (scan := seconds["scan"]) else ""  # none in merged runs of Recorders
     _say(
-        f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {seconds['scan']:.1f} s "
-        f"({rate:.0f} images/s) after {seconds['preparation']:.1f} s of preparation, second pass "
-        f"{seconds['second pass']:.1f} s: {statuses}"
+        f"{images:,} images, {counts['units']:,} units of {len(run)} layers in {scan:.1f} s{rate} after "
+        f"{seconds['preparation']:.1f} s of preparation, second pass {seconds['second pass']:.1f} s: {statuses}"
     )
     _say(_input_sentence(run.manifest))
     if run.manifest["precision"] == "exact":

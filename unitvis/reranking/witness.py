@@ -39,9 +39,10 @@ def check_witness(
     """Compute 16 winners again, chosen by `witnesses`, and compare all their places.
 
     network: in eval mode, its layers known. k: places of winners. bits: values and positions must be bit-equal, except
-    in layers whose bits are found to depend on an image's place in its batch; otherwise values may differ by `rounding` of the layer's largest. half: computes responses in half precision, where those were ranked;
-    then an image is refused if more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the
-    unit's largest.
+    in layers whose bits are found to depend on an image's place in its batch; otherwise values may differ by
+    `rounding` of the layer's largest. half: computes responses in half precision, where those were ranked; then an
+    image is refused if more than half of its responses differ by `HALF_ROUNDINGS` times `resolution` of the unit's
+    largest.
 
     Returns {"images": computed, "responses": compared, "equal": bit-equal}. Raises UnitvisError about the first image
     that is absent, has changed, or gives other responses.

@@ -251,7 +251,7 @@ def _holds_scan(folder: Path, names: set[str]) -> bool:
         return set(PARTIAL_ARRAYS) in held
     files = own.union(_FILES)
     parts = {f"{name}.part" for name in files}
-    return bool(names & own) and names <= files | parts or names <= parts
+    return (bool(names & own) and names <= files | parts) or names <= parts
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import unitvis_kernels as uk
 
+import unitvis_kernels as uk
 from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.network.network import Network
 from unitvis.results.arrays import UNSEPARATED, LayerArrays

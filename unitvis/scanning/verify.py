@@ -139,10 +139,10 @@ def verify(
     """Compute every winner of a run again, with its box. model: the one that was scanned, or its spec.
 
     Under the run's own fingerprint (hardware, library versions) value and position must be bit-equal. Under another
-    one, and in layers whose bits are found here to depend on an image's place in its compute batch, the value must lie within 1e-5 of the
-    layer's largest, and so must the response at the run's place. The box must be equal, except where the layer's
-    receptive field is unknown. What the manifest and images.jsonl say of the model, its layers and the images must be
-    so; of the images that failed, a sample must fail again; and of the NaN responses that it counts see
+    one, and in layers whose bits are found here to depend on an image's place in its compute batch, the value must lie
+    within 1e-5 of the layer's largest, and so must the response at the run's place. The box must be equal, except where
+    the layer's receptive field is unknown. What the manifest and images.jsonl say of the model, its layers and the
+    images must be so; of the images that failed, a sample must fail again; of NaN responses see
     `absences.differing_nan`. Not compared are what only a scan can tell: whether another image responds more strongly,
     and the units' statuses. Raises UnitvisError for a run ranked in half precision.
 

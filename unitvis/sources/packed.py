@@ -209,10 +209,10 @@ def pack_source(
     """
     about = read_about(path)
     if about is None:
-        if array_names(tables := Path(path).with_suffix(".npz")) == set(_TABLES):
+        if array_names(beside := Path(path).with_suffix(".npz")) == set(_TABLES):
             raise UnitvisError(
-                f"{path!r} is an incomplete pack: {tables.name} is that of a pack, and there is no .json file of one; "
-                f"restore that, or pack again, or move {tables.name} away if the array is another one"
+                f"{path!r} is an incomplete pack: {beside.name} is that of a pack, and there is no .json file of one; "
+                f"restore that, or pack again, or move {beside.name} away if the array is another one"
             )
         return None
     if transform is None:

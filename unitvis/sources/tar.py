@@ -284,7 +284,9 @@ def _members(shard: str, allow_truncated: bool) -> Iterator[tuple[tarfile.TarInf
                     if not member.isdir():
                         name = os.fsencode(member.name).removeprefix(b"./")
                         if len(name) > _MAX_NAME:
-                            raise tarfile.ReadError(f"a name of {len(name):,} bytes; more than {_MAX_NAME:,} are refused")
+                            raise tarfile.ReadError(
+                                f"a name of {len(name):,} bytes; more than {_MAX_NAME:,} are refused"
+                            )
                         count += 1
                         yield member, name
                 _check_end(file, archive.offset)

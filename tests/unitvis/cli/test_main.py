@@ -73,9 +73,7 @@ def test_scan_render_sheet_and_verify(
 
     code, printed, _ = call(capsys, "verify", out, model)
     assert code == cli.DONE
-    assert printed.startswith(
-        "50 of 50 winners were reproduced bit for bit\ncompared: values, positions, boxes, what"
-    )
+    assert printed.startswith("50 of 50 winners were reproduced bit for bit\ncompared: values, positions, boxes, what")
 
 
 @pytest.mark.parametrize("reason", ["No space left on device", "Read-only file system"])

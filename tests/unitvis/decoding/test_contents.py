@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
+from unitvis.decoding import contents
 from unitvis.decoding.contents import FileContents
+from unitvis.errors import ImageError
 
 IN_LITTLE_MEMORY = """
 import os, resource, sys
@@ -32,3 +35,14 @@ def test_a_file_takes_memory_of_its_size(tmp_path):
 def test_a_file_whose_size_the_system_does_not_tell_is_read():
     assert Path("/proc/version").stat().st_size == 0
     assert FileContents(b"/").read(b"proc/version") == Path("/proc/version").read_bytes()
+
+
+def test_a_file_that_would_block_is_no_image(tmp_path, monkeypatch):
+    (tmp_path / "log").write_bytes(b"")
+    with open(tmp_path / "log", "rb") as file:
+        waiting = MagicMock(wraps=file)
+        waiting.__enter__.return_value = waiting
+        waiting.read = lambda size: None  # as a log of the system that has no more lines now
+        monkeypatch.setattr(contents, "open_regular", lambda path: waiting)
+        with pytest.raises(ImageError, match="whose bytes are not there yet"):
+            FileContents(bytes(tmp_path)).read(b"log")

@@ -110,7 +110,10 @@ def itself() -> dict[object, Any]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"3.weight": torch.zeros(1).expand(10**8, 4)}, r"'3.weight' in .* is \[100000000, 4\], 1,600,000,000 bytes, of"),
+        (
+            {"3.weight": torch.zeros(1).expand(10**8, 4)},
+            r"'3.weight' in .* is \[100000000, 4\], 1,600,000,000 bytes, of",
+        ),
         ({"0.weight": torch.zeros(4, 3, 3, 3).to_sparse()}, "'0.weight' in .* is a sparse tensor"),
         ({"0.weight": torch.zeros(4, 3, 3, 3, device="meta")}, "'0.weight' in .* is on the device meta"),
         ({"0.weight": quantised}, "'0.weight' in .* is a quantised tensor"),
@@ -122,9 +125,7 @@ def itself() -> dict[object, Any]:
     ids=["expanded", "sparse", "meta", "quantised", "complex", "number", "itself", "long"],
 )
 @pytest.mark.filterwarnings("ignore")  # of torch, for tensors of these kinds
-def test_tensors_that_no_network_can_take_are_refused(
-    changed: dict[object, Any], message: str, tmp_path: Path
-) -> None:
+def test_tensors_that_no_network_can_take_are_refused(changed: dict[object, Any], message: str, tmp_path: Path) -> None:
     changed = {key: value() if value is quantised else value for key, value in changed.items()}
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2, bias=False))
     state = dict(model.state_dict()) | changed

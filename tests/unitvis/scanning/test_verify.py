@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,9 @@ def test_nan_responses_that_hide_a_winner_are_told() -> None:
     found = verify(run, model)
     assert (found["wrong"], found["differing"]) == (0, [])
     image = without_winner(run, "2", 3)
-    found = verify(unitvis.Run(run.tops, run.manifest, run.records, run.source), model)  # which looks at what fired anew
+    found = verify(
+        unitvis.Run(run.tops, run.manifest, run.records, run.source), model
+    )  # which looks at what fired anew
     assert found["wrong"] == 0
     said = f"unit 3 of layer '2' has fewer than 5 winners, and image {image}, none of them, gives it a response"
     assert found["differing"] == [said]
@@ -172,3 +175,16 @@ def test_layers_are_compared_by_bits_whatever_the_run_says_of_their_batches() ->
     run["2"].values[3, 1] = np.nextafter(run["2"].values[3, 1], np.float32(-np.inf))
     found = verify(run, model)
     assert (found["wrong"], found["by_slot"]) == (1, [])
+
+
+def test_a_run_without_seconds_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (5, 12, 12, 3), np.uint8))
+    (tmp_path / "net.py").write_text("from support.scans import two_convolutions as net\n")
+    words = ["scan", f"{tmp_path / 'net.py'}:net", tmp_path / "x.npy", "-o", tmp_path / "run", "--layer", "0"]
+    words += ["--mean", "0", "0", "0", "--std", "1", "1", "1"]
+    assert call(capsys, *words)[0] == cli.DONE
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | {"seconds": {}}))
+    code, out, _ = call(capsys, *words, "--resume")
+    assert code == cli.DONE
+    assert "5 images, 6 units of 1 layers in 0.0 s after 0.0 s of preparation" in out

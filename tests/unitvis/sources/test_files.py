@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.clock import in_time
 from support.sources import PLAIN, everything, noise, write
 from unitvis.errors import UnitvisError
 from unitvis.sources import Failure, open_source
-from unitvis.sources.image_names import others_in_words
+from unitvis.sources.image_names import ImageNames, _whole_ending, others_in_words
 
 
 def test_a_folder_in_the_order_of_its_paths(tmp_path):
@@ -191,3 +192,28 @@ def test_a_name_is_the_same_under_another_locale(tmp_path, monkeypatch):
         for name in ("bar.png", "b\udce5r.png", "b\ud800r.png"):
             with pytest.raises(UnitvisError, match="image 0 is another one here"):
                 source.check(record | {"name": name})
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (b"a/0001.seg.png", b"a/0001"),
+        (b"b.c/frame.0001.png", b"b.c/frame.0001"),
+        (b"x..png", b"x."),
+        (b"x.png.1", b"x.png.1"),
+        (b".1a" * 2**17 + b".1", b".1a" * 2**17 + b".1"),
+        (b"x" + b".a" * 2**17, b"x"),
+    ],
+    ids=["two", "number", "dots", "numbered", "long", "endings"],
+)
+def test_the_key_of_a_name_takes_linear_time(name, key):
+    with in_time():
+        assert name.removesuffix(_whole_ending(name)) == key
+
+
+def test_images_of_one_key_are_counted_in_linear_time():
+    names = ImageNames(None)
+    with in_time():
+        for number in range(200_000):
+            assert names.take(b"key.a%xx.png" % number)
+    assert names.warning.startswith("of 1 samples several files are images ('key.a0x.png', 'key.a1x.png', ")

@@ -403,7 +403,10 @@ def at(keys: str, value: object) -> Callable[[dict[str, Any], dict[str, Any]], N
         (lambda _, tables: tables.update(seen=tables["seen"][:2]), "it has no table of the files"),
         (lambda _, tables: tables.update(seen=np.zeros(COUNT, "u1")), "it has no table of the files"),
         (lambda _, tables: tables.update(seen=np.zeros_like(tables["seen"])), "nothing is noted of image 1"),
-        (lambda about, _: about["failures"][1].update(reason=""), r"failures\[1\].reason is '', not text that is not empty"),
+        (
+            lambda about, _: about["failures"][1].update(reason=""),
+            r"failures\[1\].reason is '', not text that is not empty",
+        ),
         (lambda about, _: about["failures"][1].update(id=30), "nothing is noted of image 31"),
         (lambda about, _: about["failures"].append({"id": 30, "reason": "x"}), "image 30 is said to have failed, and"),
         (lambda about, _: about["failures"].append(about["failures"][0]), "an image is listed twice among the failure"),
@@ -462,9 +465,7 @@ def test_the_json_file_may_be_written_again(write: Callable[[str], str], packed:
     ],
     ids=["empty", "value", "text", "dangling", "pipe", "folder", "missing"],
 )
-def test_a_pack_without_its_json_file_is_no_array(
-    make: Callable[[Path], object], packed: Path, tmp_path: Path
-) -> None:
+def test_a_pack_without_its_json_file_is_no_array(make: Callable[[Path], object], packed: Path, tmp_path: Path) -> None:
     path = copied_pack(packed, tmp_path)
     path.with_suffix(".json").unlink()
     make(path.with_suffix(".json"))
