@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import unitvis
 import unitvis_kernels as uk
-from benchmarks import convolutions, crp, long, machine, reading, results, stream
+from benchmarks import convolutions, crp, drawing, long, machine, reading, results, stream
 from benchmarks.__main__ import MODULES
+from unitvis.models import Loaded
 from unitvis.sources import open_source
 from unitvis_kernels import choice
 
@@ -228,3 +230,19 @@ def test_reading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert found["images_decoded_as_by_pillow"]["pillow"] == 4
     assert ("simplejpeg" in found["microseconds_of_a_worker"]) == bool(importlib.util.find_spec("simplejpeg"))
     assert "memory_growth_megabytes" in capsys.readouterr().out
+
+
+def test_drawing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long.jpegs(tmp_path, 4)
+    small = nn.Sequential(nn.Conv2d(3, 5, 7, stride=4), nn.ReLU()).eval()
+    monkeypatch.setattr(drawing, "alexnet", lambda: Loaded("folder/small", small, None))
+    monkeypatch.setattr(drawing, "TURNS", 2)
+    written = {}
+    monkeypatch.setattr(drawing, "record", lambda name, figures: written.update({name: figures}))
+    monkeypatch.setattr(sys, "argv", ["drawing", str(tmp_path)])
+    drawing.main()
+    (row,) = written["drawing"]["rows"]
+    assert (row["network"], row["units"], row["images"]) == ("small", 5, 4)
+    first, second = row["turns"]
+    assert first["files"] == second["files"] > 6
+    assert min(first["seconds"], first["processor_seconds"]) > 0
