@@ -82,8 +82,13 @@ def drawn_boxes(
 
 
 def units_at_the_border(run: RunData, layer: str) -> int:
-    """The number of units most of whose patches show less picture than padding, in the layer's default crop."""
+    """The number of channels most of whose patches show less picture than padding, in the layer's default crop.
+
+    0 where ranking inside the image (`--inside`) is no remedy: for neurons, and where it was asked for already.
+    """
     top, size = run[layer], run.input_size
+    if top.info["unit"] == "neuron" or "inside" in top.info:
+        return 0
     boxes = drawn_boxes(top, crop_of(run, layer, None), size).astype(np.int64)
     inside = np.clip(boxes, 0, [size[1], size[0], size[1], size[0]])
     areas = [np.prod(each[..., 2:] - each[..., :2], axis=-1) for each in (inside, boxes)]  # [units, k]

@@ -164,3 +164,4 @@ def test_units_that_win_at_the_border_are_counted() -> None:
     run = scan(model, torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0)), ["0"], 3)
     assert units_at_the_border(run, "0") == 1  # the unit that pixels only lower
     assert units_at_the_border(scan(model, images(8, 12), ["0"], 3, inside=True), "0") == 0
+    assert units_at_the_border(scan(model, images(8, 12), ["0"], 3, unit="neuron"), "0") == 0
