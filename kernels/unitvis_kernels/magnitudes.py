@@ -13,6 +13,7 @@ from torch import Tensor
 from unitvis_kernels import cpu
 from unitvis_kernels._triton import HAS_TRITON, Launch, jit, tl
 from unitvis_kernels.arguments import require_normalizable, require_tensors, three
+from unitvis_kernels.normalize import normalized, of_channel
 
 SCALES = 5  # single numbers, blocks of 4 x 4, 16 x 16 and 64 x 64 pixels, the whole image
 
@@ -35,8 +36,7 @@ def _row_of_four(p, m, columns, x_w, mean, std, PIXELS: tl.constexpr):
 def _magnitude(p, m, mean, std, PIXELS: tl.constexpr):
     v = tl.load(p, mask=m, other=0).to(tl.float32)
     if PIXELS:
-        v = tl.div_rn(v, tl.full(v.shape, 255.0, tl.float32)) - mean  # IEEE, as `normalize`
-        v = tl.where(m, tl.div_rn(v, tl.zeros_like(v) + std), 0.0)
+        v = tl.where(m, normalized(v, mean, std), 0.0)
     return tl.where(v != v, float("inf"), tl.abs(v))
 
 
@@ -89,8 +89,7 @@ def _magnitudes_kernel(
 ):
     i_n, i_c = (tl.program_id(0) // C).to(tl.int64), tl.program_id(0) % C
     x += i_n * x_n + i_c.to(tl.int64) * x_c
-    mean = tl.where(i_c == 0, mean0, tl.where(i_c == 1, mean1, mean2))
-    std = tl.where(i_c == 0, std0, tl.where(i_c == 1, std1, std2))
+    mean, std = of_channel(i_c, mean0, mean1, mean2), of_channel(i_c, std0, std1, std2)
     height1, width1 = (height + 3) // 4, (width + 3) // 4  # in blocks of 4 x 4
     height2, width2 = (height1 + 3) // 4, (width1 + 3) // 4
     height3, width3 = (height2 + 3) // 4, (width2 + 3) // 4

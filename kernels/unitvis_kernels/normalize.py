@@ -22,6 +22,19 @@ BLOCKS_PER_PROGRAM = 4
 
 
 @jit
+def of_channel(channel, value0, value1, value2):
+    """The value of each channel, 0 to 2."""
+    return tl.where(channel == 0, value0, tl.where(channel == 1, value1, value2))
+
+
+@jit
+def normalized(v, mean, std):
+    """(v / 255 - mean) / std of float32 numbers, by IEEE divisions; `/` approximates."""
+    v = tl.div_rn(v, tl.full(v.shape, 255.0, tl.float32)) - mean
+    return tl.div_rn(v, tl.zeros_like(v) + std)
+
+
+@jit
 def _normalize_kernel(
     x,  # [E] uint8: [N, H, W, 3] flattened, or [N, H, W, 1], of whose channel there are three means and stds
     y,  # [E] float32 | float16 | bfloat16, in the same order
@@ -39,13 +52,11 @@ def _normalize_kernel(
     i_phase, i_block = tl.program_id(0) % 3, tl.program_id(0) // 3
     lane = tl.arange(0, BE)  # [BE]
     channel = (i_phase * BE + lane) % 3
-    mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
-    std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
+    mean, std = of_channel(channel, mean0, mean1, mean2), of_channel(channel, std0, std1, std2)
     for i in range(BLOCKS):
         o = (i_block.to(tl.int64) * BLOCKS + i) * (3 * BE) + i_phase * BE + lane
         v = tl.load(x + o, mask=o < E, other=0).to(tl.float32)
-        v = tl.div_rn(tl.div_rn(v, tl.full([BE], 255.0, tl.float32)) - mean, std)  # IEEE; `/` approximates
-        tl.store(y + o, v.to(y.dtype.element_ty), mask=o < E)
+        tl.store(y + o, normalized(v, mean, std).to(y.dtype.element_ty), mask=o < E)
 
 
 @jit
@@ -88,10 +99,8 @@ def _arrange_kernel(
     o_x = (i_n * x_n)[:, None] + (h * x_h + w * x_w + (channel * x_c)[None, :])
     v = tl.load(x + o_x, mask=m, other=0).to(tl.float32)
     if PIXELS:
-        mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))[None, :]
-        std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))[None, :]
-        v = tl.div_rn(v, tl.full([BP, BC], 255.0, tl.float32)) - mean  # IEEE; `/` approximates
-        v = tl.where(m, tl.div_rn(v, tl.broadcast_to(std, [BP, BC])), 0.0)
+        mean, std = of_channel(channel, mean0, mean1, mean2), of_channel(channel, std0, std1, std2)
+        v = tl.where(m, normalized(v, mean[None, :], std[None, :]), 0.0)
     m_y = (o_p < blocks)[:, None] & (o_k < CHANNELS)[None, :]
     tl.store(y + o_p[:, None] * CHANNELS + o_k[None, :], v.to(y.dtype.element_ty), mask=m_y)
 

@@ -146,6 +146,42 @@ def _pixels_place(
 
 
 @jit
+def _store_pixel_keys(
+    p_keys,
+    p_floor,
+    best,
+    p_x,
+    p_s,
+    offset,
+    P,
+    C,
+    m_c,
+    shift,
+    shift_s,
+    first,
+    last,
+    HAS_SHORTCUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHORTCUT_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The keys of one of the four values, see `_pixels_place`; positions are looked for where it reaches the floor."""
+    largest = largest_of(best, p_x.dtype.element_ty, ACTIVATION if VALUE == 3 else 0)
+    place = tl.full([BP, BC], TL_POSITION_MASK, tl.int32)
+    if reaches(largest, p_floor, m_c, KEY == 2):
+        place = _pixels_place(
+            largest, p_x, p_s, offset, P, C, m_c, shift, shift_s, first, last,
+            HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, VALUE, BP, BC,
+        )  # fmt: skip
+    store_keys(p_keys, largest, place, m_c, SPLITS > 1)
+
+
+@jit
 def _pixels_kernel(
     x,  # [N, P, C], float32 | float16 | bfloat16, contiguous
     shortcut,  # as x; any pointer without HAS_SHORTCUT
@@ -208,41 +244,25 @@ def _pixels_kernel(
 
     p_keys = i_n * keys_n + o_c
     if KEY_V:
-        largest = largest_of(best_v, dtype, 0)
-        place = tl.full([BP, BC], TL_POSITION_MASK, tl.int32)
-        if reaches(largest, floor_v + o_c, m_c, KEY_V == 2):
-            place = _pixels_place(
-                largest, p_x, p_s, o_c, P, C, m_c, shift, shift_s, first, last,
-                HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, 0, BP, BC,
-            )  # fmt: skip
-        store_keys(keys_v + p_keys, largest, place, m_c, SPLITS > 1)
+        _store_pixel_keys(
+            keys_v + p_keys, floor_v + o_c, best_v, p_x, p_s, o_c, P, C, m_c, shift, shift_s, first, last,
+            HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, KEY_V, 0, SPLITS, BP, BC,
+        )  # fmt: skip
     if KEY_S:
-        largest = largest_of(best_s, dtype, 0)
-        place = tl.full([BP, BC], TL_POSITION_MASK, tl.int32)
-        if reaches(largest, floor_s + o_c, m_c, KEY_S == 2):
-            place = _pixels_place(
-                largest, p_x, p_s, o_c, P, C, m_c, shift, shift_s, first, last,
-                HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, 1, BP, BC,
-            )  # fmt: skip
-        store_keys(keys_s + p_keys, largest, place, m_c, SPLITS > 1)
+        _store_pixel_keys(
+            keys_s + p_keys, floor_s + o_c, best_s, p_x, p_s, o_c, P, C, m_c, shift, shift_s, first, last,
+            HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, KEY_S, 1, SPLITS, BP, BC,
+        )  # fmt: skip
     if KEY_U:
-        largest = largest_of(best_u, dtype, 0)
-        place = tl.full([BP, BC], TL_POSITION_MASK, tl.int32)
-        if reaches(largest, floor_u + o_c, m_c, KEY_U == 2):
-            place = _pixels_place(
-                largest, p_x, p_s, o_c, P, C, m_c, shift, shift_s, first, last,
-                HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, 2, BP, BC,
-            )  # fmt: skip
-        store_keys(keys_u + p_keys, largest, place, m_c, SPLITS > 1)
+        _store_pixel_keys(
+            keys_u + p_keys, floor_u + o_c, best_u, p_x, p_s, o_c, P, C, m_c, shift, shift_s, first, last,
+            HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, KEY_U, 2, SPLITS, BP, BC,
+        )  # fmt: skip
     if KEY_Y:
-        largest = largest_of(best_u, dtype, ACTIVATION)
-        place = tl.full([BP, BC], TL_POSITION_MASK, tl.int32)
-        if reaches(largest, floor_y + o_c, m_c, KEY_Y == 2):
-            place = _pixels_place(
-                largest, p_x, p_s, o_c, P, C, m_c, shift, shift_s, first, last,
-                HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, 3, BP, BC,
-            )  # fmt: skip
-        store_keys(keys_y + p_keys, largest, place, m_c, SPLITS > 1)
+        _store_pixel_keys(
+            keys_y + p_keys, floor_y + o_c, best_u, p_x, p_s, o_c, P, C, m_c, shift, shift_s, first, last,
+            HAS_SHORTCUT, HAS_BIAS, HAS_SHORTCUT_BIAS, ACTIVATION, KEY_Y, 3, SPLITS, BP, BC,
+        )  # fmt: skip
 
 
 def has_kernel(x: Tensor) -> bool:
