@@ -2,9 +2,9 @@
 
 FOLDER: photographs; without it 1,000 JPEG files of 500 x 400 pixels are drawn. Measured in turns, three times:
 
-- the plain loop of `benchmarks.plain`, in a process of its own;
-- scans of a folder and of a tar archive by a network of one 1 x 1 convolution with stride 32, whose time for computing
-  alone is subtracted; one process a core, and 0;
+- the plain loop of `benchmarks.plain`, in a process of its own, before and after each scan;
+- scans of a folder and of a tar archive of 3,000 files, in which the photographs are repeated, by a network of one
+  1 x 1 convolution with stride 32, whose time for computing alone is subtracted; one process a core, and 0;
 - scans of 8,000 JPEG files of 32 x 32 pixels.
 
 Then what a worker does for an image, stage by stage, with Pillow, and with simplejpeg where it is installed; the
@@ -50,6 +50,7 @@ from unitvis.sources.transform import Transform
 
 TURNS = 3
 PHOTOGRAPHS, SMALL = 1_000, 8_000  # files
+LONG = 3_000  # files of the scans of photographs, which are repeated under other names: starting takes some 0.3 s
 WAITING_WORKERS, WAITING_IMAGES = 16, 8_000
 MEMORY_FROM, MEMORY_TO = 10_000, 100_000  # images
 TRANSFORM = Transform(resize=256, crop=224)
@@ -106,31 +107,37 @@ def check(paths: list[Path], wanted: str) -> None:
 def rates(photographs: Path, scratch: Path) -> dict[str, Any]:
     """Images a second of scans of photographs and of the plain loop, in turns."""
     paths = sorted(photographs.iterdir())
-    archive = scratch / "photographs.tar"
+    folder, archive = links(photographs, scratch / "photographs", LONG), scratch / "photographs.tar"
     with tarfile.open(archive, "w", dereference=True) as tar:
-        tar.add(photographs, "")
+        tar.add(folder, "")
     check(paths, plain(paths, scratch)["pixels"])
-    turns = []
+    turns, loops = [], []
     for _ in range(TURNS):
-        loop, computing = plain(paths, scratch), computed(len(paths))
-        turn = {"plain": loop["images_s"]}
-        for name, images, workers in (("folder", photographs, None), ("tar", archive, None), ("one", photographs, 0)):
-            turn[name] = len(paths) / (scanned(images, workers) - computing)
-        turns.append(turn | loop["microseconds"])
+        computing, turn = computed(LONG), {}
+        for name, images, workers in (("folder", folder, None), ("tar", archive, None), ("one", folder, 0)):
+            loops += [before := plain(paths, scratch)]
+            turn[name] = LONG / (scanned(images, workers) - computing)
+            loops += [after := plain(paths, scratch)]
+            turn[f"{name}_x_plain"] = turn[name] / statistics.mean(loop["images_s"] for loop in (before, after))
+        turns.append(turn)
     median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
     cores = usable_cores()
     return {
         "photographs": len(paths),
+        "files_of_a_scan": LONG,
         "images_s": {
-            "plain loop": round(median["plain"], 1),
+            "plain loop": round(statistics.median(loop["images_s"] for loop in loops), 1),
             "folder": round(median["folder"], 1),
             "tar": round(median["tar"], 1),
             "folder, workers=0": round(median["one"], 1),
         },
-        "folder_x_cores_x_plain": round(statistics.median(t["folder"] / t["plain"] / cores for t in turns), 3),
-        "tar_x_cores_x_plain": round(statistics.median(t["tar"] / t["plain"] / cores for t in turns), 3),
+        "folder_x_cores_x_plain": round(median["folder_x_plain"] / cores, 3),
+        "tar_x_cores_x_plain": round(median["tar_x_plain"] / cores, 3),
         **decoders(paths),
-        "microseconds_of_the_plain_loop": {name: round(median[name], 1) for name in loop["microseconds"]},
+        "microseconds_of_the_plain_loop": {
+            stage: round(statistics.median(loop["microseconds"][stage] for loop in loops), 1)
+            for stage in loops[0]["microseconds"]
+        },
     }
 
 
