@@ -126,25 +126,27 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float], dtype: tor
 
 
 def magnitudes(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """float32 [N, 5] of floats [N, C, H, W], or of pixels [N, H, W, C] with mean and std, as `normalize` has them.
+    """float32 [N, C, 5] of floats [N, C, H, W], or of pixels [N, H, W, C] with mean and std, as `normalize` has them.
 
     Sums are in float32: of four neighbours as pairs of pairs, columns first; of the largest blocks every fourth column,
-    row by row, then these four.
+    in tiles of four by four row by row, then these four.
     """
     means = (normalize(x, mean, std, torch.float32) if mean else x.float()).abs().nan_to_num(torch.inf, torch.inf)
-    found = [means.amax((1, 2, 3))]
+    found = [means.amax((2, 3))]
     for _ in range(3):
         height, width = means.shape[2:]
         rows, columns = ((size - torch.arange(0, size, 4)).clamp(max=4) for size in (height, width))
         whole = F.pad(means, (0, -width % 4, 0, -height % 4))
         whole = whole.reshape(*means.shape[:2], len(rows), 4, len(columns), 4)
         means = _sum_of_four(_sum_of_four(whole, 5), 3) / (rows[:, None] * columns).to(x.device)
-        found.append(means.amax((1, 2, 3)))
+        found.append(means.amax((2, 3)))
+    tiles = F.pad(means, (0, -means.shape[3] % 4, 0, -means.shape[2] % 4))
+    tiles = tiles.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).movedim(3, 4)  # [N, C, tiles, tiles, 4 rows, 4 columns]
     four = means.new_zeros(*means.shape[:2], 4)
-    for part in F.pad(means, (0, -means.shape[3] % 4)).flatten(2).reshape(*four.shape[:2], -1, 4).unbind(2):
+    for part in tiles.flatten(2, 4).unbind(2):
         four += part
-    found.append((_sum_of_four(four, 2) / means[0, 0].numel()).amax(1))
-    return torch.stack(found, 1)
+    found.append(_sum_of_four(four, 2) / means[0, 0].numel())
+    return torch.stack(found, 2)
 
 
 def _sum_of_four(x: Tensor, dim: int) -> Tensor:

@@ -47,9 +47,9 @@ TL_KEY_ABOVE_ALL = constexpr(2**63 - 1)  # above NAN_KEY
 TL_ID_BELOW_ALL = constexpr(-2)  # below the -1 of a blank place
 
 # A program folds all N keys of a few neighbouring channels into their k places. One pass over the keys finds each
-# channel's best; in a long stream it rarely reaches the last place, and the program ends. If it does, it replaces the
-# weakest place (or the place of the same image), then the next best key does, until one does not reach the last place;
-# then the places are sorted.
+# channel's best and how many reach the last place; in a long stream that is rarely one, and the program ends. Otherwise
+# the best takes the last place (or the place of the same image), then the next best does, as often as keys reached it.
+# Places stay where they lie in registers; their ranks, which say where they are stored at the end, make room instead.
 
 
 @jit
@@ -69,17 +69,18 @@ def _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, OVERFLOWS: tl.constexpr,
 
 
 @jit
-def _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, OVERFLOWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
-    """(high word, id) of each channel's best key; a NaN is better than every value."""
+def _best_key(
+    p_keys, p_ids, m_c, keys_n, ids_n, N, low, low_id, OVERFLOWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr
+):
+    """(largest high word, number of keys but NaN that reach a last place (low, low_id)) of each channel."""
     best = tl.full([BN, BC], TL_BLANK_HIGH, tl.int32)
-    best_id = tl.full([BN, BC], TL_NO_ID, tl.int64)
+    count = tl.zeros([BN, BC], tl.int32)
     for n in range(0, N, BN):
         id, key = _load_keys(p_keys, p_ids, m_c, keys_n, ids_n, N, n, OVERFLOWS, BN)
         high = _high_word(key)
-        take = (high > best) | ((high == best) & (id < best_id) & (key != TL_BLANK))
-        best, best_id = tl.where(take, high, best), tl.where(take, id, best_id)
-    first = tl.max(best, axis=0)
-    return first, tl.min(tl.where(best == first[None, :], best_id, TL_NO_ID), axis=0)
+        reaches = (high > low[None, :]) | ((high == low[None, :]) & (id <= low_id[None, :]) & (key != TL_BLANK))
+        best, count = tl.maximum(best, high), count + (reaches & (high < TL_NAN_HIGH)).to(tl.int32)
+    return tl.max(best, axis=0), tl.sum(count, axis=0)
 
 
 @jit
@@ -146,10 +147,11 @@ def _topk_merge_kernel(
 
     low = _high_word(tl.load(p_state + (k - 1), mask=m, other=TL_KEY_ABOVE_ALL))  # the last place
     low_id = tl.load(p_state + (2 * k - 1), mask=m, other=TL_ID_BELOW_ALL)
-    high, id = _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, OVERFLOWS, BN, BC)
-    enters = (high > low) | ((high == low) & (id <= low_id))
-    if tl.max(enters.to(tl.int32), axis=0) > 0:
-        if tl.max(high, axis=0) == TL_NAN_HIGH:
+    high, reach = _best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, low, low_id, OVERFLOWS, BN, BC)
+    rounds = tl.max(reach, axis=0)
+    has_nan = tl.max(high, axis=0) == TL_NAN_HIGH
+    if (rounds > 0) | has_nan:
+        if has_nan:
             count, smallest = _count_nan(p_keys, p_ids, m_c, keys_n, ids_n, N, OVERFLOWS, BN, BC)
             count += tl.load(p_state + 2 * k, mask=m, other=0)
             smallest = tl.minimum(smallest, tl.load(p_state + 2 * k + 1, mask=m, other=TL_NO_ID))
@@ -160,31 +162,32 @@ def _topk_merge_kernel(
         o_k = tl.arange(0, BK)[None, :]  # [1, BK]
         m_k = m[:, None] & (o_k < k)
         p_places = p_state[:, None] + o_k  # [BC, BK]
-        places = tl.load(p_places, mask=m_k, other=TL_KEY_ABOVE_ALL)  # lanes beyond k are never the weakest
-        place_ids = tl.load(p_places + k, mask=m_k, other=TL_ID_BELOW_ALL)
+        places = tl.load(p_places, mask=m_k, other=TL_BLANK)
+        place_ids = tl.load(p_places + k, mask=m_k, other=TL_NO_ID)
+        rank = tl.broadcast_to(o_k, [BC, BK])  # k and more: no place
         id = tl.full([BC], TL_NO_ID, tl.int64)
         key = tl.full([BC], TL_KEY_ABOVE_ALL, tl.int64)  # every value comes after it, but no NaN
-        # `enters` must be read in the body too: Triton 3.7 fails on a while loop's flag that only the condition reads.
-        while tl.max(enters.to(tl.int32), axis=0) > 0:
+        while rounds > 0:
             id, key = _next_best_key(p_keys, p_ids, m_c, keys_n, ids_n, N, id, key, OVERFLOWS, BN, BC)
-            enters = enters & ((_high_word(key) > low) | ((_high_word(key) == low) & (id <= low_id)))
-            same_image = place_ids == id[:, None]
-            weakest = (_high_word(places) == low[:, None]) & (place_ids == low_id[:, None])
-            chosen = tl.where(tl.max(same_image.to(tl.int32), axis=1)[:, None] > 0, same_image, weakest)
-            chosen = o_k == tl.min(tl.where(chosen, o_k, BK), axis=1)[:, None]  # one, where several are blank
-            chosen = chosen & enters[:, None] & (~same_image | (key[:, None] > places))
-            places = tl.where(chosen, key[:, None], places)
-            place_ids = tl.where(chosen, id[:, None], place_ids)
-            low = tl.min(_high_word(places), axis=1)
-            low_id = tl.max(tl.where(_high_word(places) == low[:, None], place_ids, TL_ID_BELOW_ALL), axis=1)
-
-        values = _high_word(places)
-        rank = tl.zeros([BC, BK], tl.int32)
-        for j in range(k):
-            other = tl.max(tl.where(o_k == j, values, TL_BLANK_HIGH), axis=1)[:, None]
-            other_id = tl.max(tl.where(o_k == j, place_ids, TL_ID_BELOW_ALL), axis=1)[:, None]
-            earlier = (other_id < place_ids) | ((other_id == place_ids) & (o_k > j))
-            rank += ((other > values) | ((other == values) & earlier)).to(tl.int32)
+            high, high_of_places = _high_word(key), _high_word(places)
+            of_last = rank == k - 1
+            low = tl.max(tl.where(of_last, high_of_places, TL_BLANK_HIGH), axis=1)
+            low_id = tl.max(tl.where(of_last, place_ids, TL_ID_BELOW_ALL), axis=1)
+            reaches = ((high > low) | ((high == low) & (id <= low_id))) & (key != TL_BLANK)
+            rounds = tl.where(tl.max(reaches.to(tl.int32), axis=0) > 0, rounds - 1, 0)
+            same_image = (place_ids == id[:, None]) & (rank < k)
+            left = tl.min(tl.where(same_image, rank, k - 1), axis=1)  # rank of the place that the key takes
+            taken = (rank == left[:, None]) & reaches[:, None] & (~same_image | (key[:, None] > places))
+            enters = tl.max(taken.to(tl.int32), axis=1) > 0
+            ahead = (high_of_places > high[:, None]) | (
+                (high_of_places == high[:, None]) & (place_ids < id[:, None]) & (places != TL_BLANK)
+            )
+            ahead = ahead & (rank < k) & ~taken
+            found = tl.sum(ahead.to(tl.int32), axis=1)  # rank that the key gets
+            moves = enters[:, None] & (rank >= found[:, None]) & (rank < left[:, None])
+            rank = tl.where(taken, found[:, None], tl.where(moves, rank + 1, rank))
+            places = tl.where(taken, key[:, None], places)
+            place_ids = tl.where(taken, id[:, None], place_ids)
         tl.debug_barrier()
         tl.store(p_state[:, None] + rank, places, mask=m_k)
         tl.store(p_state[:, None] + k + rank, place_ids, mask=m_k)

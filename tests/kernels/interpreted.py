@@ -402,13 +402,15 @@ def test_normalize_into_blocks(name: str) -> None:
 
 
 def kernel_magnitudes(x: Tensor, *constants: tuple[float, ...]) -> Tensor:
-    """float32 [N, 5] by the kernel, never in PyTorch."""
-    y = torch.zeros(x.shape[0], 5, dtype=torch.int32)
+    """float32 [N, C, 5] by the kernel, never in PyTorch."""
+    y = magnitudes.new_magnitudes(x, constants[0]).fill_(NAN)
     magnitudes.plan(x, *constants, y).run()
-    return y.view(torch.float32)
+    return y
 
 
-@pytest.mark.parametrize(("C", "size"), [(1, (1, 1)), (4, (20, 33)), (3, (17, 19)), (1, (65, 270))], ids=str)
+@pytest.mark.parametrize(
+    ("C", "size"), [(1, (1, 1)), (4, (20, 33)), (3, (17, 20)), (3, (6, 7)), (1, (65, 132))], ids=str
+)
 def test_magnitudes(C: int, size: tuple[int, int]) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, C, *size, generator=g) * torch.tensor([1, 4000])[:, None, None, None]
@@ -436,4 +438,4 @@ def test_magnitudes_of_what_is_not_finite(value: float) -> None:
         x[0, 1, 0, 0], x[2, 0, 8, 10] = value, value
         found = kernel_magnitudes(x, (), ())
         assert same(found, naive.magnitudes(x, (), ()))
-        assert found.tolist() == [[INF] * 5, [0.0] * 5, [INF] * 5]
+        assert found.tolist() == [[[0.0] * 5, [INF] * 5], [[0.0] * 5] * 2, [[INF] * 5, [0.0] * 5]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -68,6 +69,7 @@ class Step:
         self.model = model  # replaced by the copy that computes the keys
         self._keys = self._prepare(model, sample, responses)
         self._replay: Replay | None = None
+        self._second_stream: torch.cuda.Stream | None = None  # made for the first batch on a GPU
 
     @classmethod
     def of(
@@ -101,6 +103,7 @@ class Step:
         if self._device.type != "cuda":
             return self._merge(*self._padded(images, ids))
         if self._replay is None:
+            self._second_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._replay = Replay(self._merge, self.size, images, self._device)
             self.how["captured"] = self._replay.capture_error or True
             fused = [chain.fused for chain in self.model.modules() if isinstance(chain, Chain) and chain.fused]
@@ -114,8 +117,11 @@ class Step:
             self._written = torch.full(shape, uk.BLANK, dtype=torch.int64, device=self._device)
         self._taps.thresholds, self._taps.keys = self.topk.threshold(), self._written  # of others no position is found
         try:
-            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-                merge_magnitudes(self.largest_inputs, self._magnitudes(images), ids)
+            with (
+                torch.no_grad(),
+                torch.autocast(self._device.type, enabled=False),
+                self._beside(lambda: merge_magnitudes(self.largest_inputs, self._magnitudes(images), ids)),
+            ):
                 # NaN and overflow rank first among the candidates, so that they are computed again in float32.
                 self.topk.merge(self._keys(self._input(images)), ids, overflows=True, clear=True)
         except BaseException:
@@ -123,6 +129,22 @@ class Step:
             raise
         finally:
             self._taps.thresholds = self._taps.keys = None
+
+    @contextmanager
+    def _beside(self, work: Callable[[], None]) -> Iterator[None]:
+        """Do small work while the block is computed: on a GPU in a second stream, which the first waits for."""
+        if self._second_stream is None:
+            work()
+            yield
+            return
+        first, second = torch.cuda.current_stream(self._device), self._second_stream
+        second.wait_stream(first)
+        with torch.cuda.stream(second):
+            work()
+        try:
+            yield
+        finally:
+            first.wait_stream(second)
 
     def resize(self, size: int) -> None:
         """Merge batches of at most another number of images from now on; buffers and graphs are made anew for it."""
@@ -141,9 +163,9 @@ class Step:
         return uk.unpack(self.keys(images, size))[0].cpu().double().numpy()
 
     def magnitudes(self, images: Tensor) -> NDArray[np.float64]:
-        """How large the inputs are, float64 [N, SCALES], of images as they were read; see `uk.magnitudes`."""
+        """How large the inputs are, float64 [N, C * SCALES], of images as they were read; see `uk.magnitudes`."""
         with torch.no_grad():
-            return self._magnitudes(images.to(self._device)).cpu().double().numpy()
+            return self._magnitudes(images.to(self._device)).flatten(1).cpu().double().numpy()
 
     def keys(self, images: Tensor, size: int | None = None) -> Tensor:
         """Keys, int64 [N, units], of images as they are given to the step; nothing is merged.
@@ -164,7 +186,7 @@ class Step:
         return images.to(self._dtype, memory_format=torch.channels_last, copy=True)  # a model may overwrite it
 
     def _magnitudes(self, images: Tensor) -> Tensor:
-        """How large the inputs are, float32 [N, SCALES], before they are rounded to half precision."""
+        """How large the inputs are, float32 [N, C, SCALES], before they are rounded to half precision."""
         if images.dtype == torch.uint8 and self._transform is not None:
             return self._transform.magnitudes(images, channels=self._channels)
         return uk.magnitudes(images)

@@ -160,7 +160,7 @@ class Recorder(Recording):
         return responses
 
     def _magnitudes(self, images: Tensor, size: int) -> NDArray[np.float64]:
-        """How large the inputs are, float64 [N, SCALES], of images as they were read, `size` of them at once."""
+        """How large the inputs are, float64 [N, C * SCALES], of images as they were read, `size` of them at once."""
         step = self._begun_step(images)
         return np.concatenate([step.magnitudes(part) for part in torch.split(images, size)])
 

@@ -342,7 +342,8 @@ class Recording:
             # One more than k in float32 tells whether the k-th is tied; in half precision there are candidates.
             places = self.k + (1 if self.precision == "fp32" else EXTRA_CANDIDATES)
             self.topk = TopK.empty(self.network.units, places, self.network.device)
-            self.largest_inputs = ranked_magnitudes(self.network.device, kept=self.precision != "fp32")
+            channels = 0 if self.precision == "fp32" else self.network.input_shape[0]
+            self.largest_inputs = ranked_magnitudes(channels, self.network.device)
         if self.precision == "fp32":
             self._canonical = self._stack.enter_context(self.network.reading())
             self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])

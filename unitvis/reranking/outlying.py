@@ -22,10 +22,10 @@ UNIT_TIMES = 2  # the same for the responses of one unit, which exceed those of 
 
 
 def outlying_inputs(kept: Ranked, sampled: Floats) -> tuple[Outside, float]:
-    """Which images have larger inputs, at some scale, than all of the sample, [SCALES, KEPT].
+    """Which images have larger inputs, in some channel at some scale, than all of the sample, [C * SCALES, KEPT].
 
-    kept: see `ranked_magnitudes`. sampled: `uk.magnitudes` of the sample, [images, SCALES]. Also returns how many times
-    as large as the sample's, at least 1, the inputs of the other images may be, of those too that are not kept.
+    kept: see `ranked_magnitudes`. sampled: `uk.magnitudes` of the sample, [images, C * SCALES]. Also returns how many
+    times as large as the sample's, at least 1, the inputs of the other images may be, of those too that are not kept.
     """
     times = _times(kept, _largest(sampled))
     return times > TIMES, _largest_left(times)

@@ -47,7 +47,7 @@ class Scanned:
     largest_inputs: TopK  # the images whose inputs are largest, see `ranked_magnitudes`
     coverage: IntervalSet  # the ids that were scanned
     responses: Callable[[Tensor, int], Floats]  # images as read, and how many at once -> half precision [N, units]
-    magnitudes: Callable[[Tensor, int], Floats]  # the same -> [N, SCALES], of their inputs
+    magnitudes: Callable[[Tensor, int], Floats]  # the same -> [N, C * SCALES], of their inputs
     precision: str  # of the scan, a name in `HALF`
     batch_sizes: Sequence[int]  # how many images were computed at once: half precision errs otherwise in each
 
@@ -56,7 +56,7 @@ class HalfSample(NamedTuple):
     """Images of the sample in half precision, as of one batch size."""
 
     responses: Floats  # [images, units]
-    magnitudes: Floats  # [images, SCALES], of their inputs
+    magnitudes: Floats  # [images, C * SCALES], of their inputs
 
 
 @dataclass(frozen=True)

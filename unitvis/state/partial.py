@@ -31,7 +31,7 @@ from unitvis.schema import (
     whole,
 )
 from unitvis.state.interval_set import IntervalSet
-from unitvis.state.magnitudes import ranked_magnitudes
+from unitvis.state.magnitudes import shape_of_ranked
 from unitvis.state.noise_numbers import NUMBERS, changed_layers
 from unitvis.state.topk import TopK
 
@@ -186,7 +186,7 @@ def _arrays_problem(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
         return f"the state is {state.dtype} {list(state.shape)}, of {units} units"
     half = identity["precision"] != "fp32"
     lists = {
-        "largest_inputs": tuple(ranked_magnitudes(torch.device("cpu"), kept=half).tensor.shape),
+        "largest_inputs": shape_of_ranked(identity["input"][0] if half else 0),
         "coverage": (len(arrays["coverage"]), 2),
         "failed": arrays["reason"].shape,
         "reason": (arrays["failed"].size,),

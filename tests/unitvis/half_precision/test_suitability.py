@@ -157,6 +157,38 @@ def test_rare_images_of_almost_one_colour(norm: nn.Module, monkeypatch: pytest.M
     assert np.isin(run["1"].images[:, 0], OUTSIDE).any()
 
 
+@pytest.mark.parametrize(("precision", "seed"), [("fp16", 1), ("fp16", 2), ("bf16", 0)])
+def test_rare_bright_images_beside_a_channel_that_is_always_larger(
+    precision: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As depth in metres lies beside RGB: the layer reads each channel alone, and the fourth tells nothing."""
+    monkeypatch.setattr(rerank, "MAX_RECOMPUTED_SHARE", math.inf)  # nothing but the bound decides
+    fine, faint = (2.0**-10, 4e-4) if precision == "fp16" else (2.0**-7, 3e-3)  # spacing of numbers near 1
+    count, g = 1500, torch.Generator().manual_seed(seed)
+
+    def texture(of: int, strength: Tensor) -> Tensor:
+        return strength * faint * (2 * torch.rand(of, 3, 16, 16, generator=g) - 1)
+
+    colours = 0.03 * torch.rand(count, 3, 1, 1, generator=g) + texture(
+        count, 0.4 + 0.6 * torch.rand(count, 1, 1, 1, generator=g)
+    )
+    outside = np.setdiff1d(np.arange(count), sample(np.array([[0, count]])))
+    rare = torch.from_numpy(outside[64:])[torch.randperm(len(outside) - 64, generator=g)[:12]]
+    bright = (1.1 + 0.8 * torch.rand(12, 3, 1, 1, generator=g)) / fine
+    colours[rare] = bright.round() * fine + texture(12, 0.95 + 0.05 * torch.rand(12, 1, 1, 1, generator=g))
+    depth = (3 * (0.8 + 0.2 * torch.rand(count, 1, 1, 1, generator=g))).expand(-1, -1, 16, 16)
+    images = torch.cat([colours, depth], dim=1)
+    torch.manual_seed(seed)
+    first = nn.Conv2d(4, 8, 3, padding=1, padding_mode="replicate", bias=False, groups=4)
+    first.weight.data -= first.weight.data.mean((2, 3), keepdim=True)
+    model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    run = by_half(model, images, precision)
+    assert run.manifest["scan"]["precision"] == precision
+    assert (run["0"].status[:6] != UNSEPARATED).any()
+    assert wrong(run, model, images) == 0
+    assert np.isin(run["0"].images[:6], rare.numpy()).any()
+
+
 class Threshold(nn.Module):
     """Rare images alone exceed a threshold, by less than a rounding."""
 

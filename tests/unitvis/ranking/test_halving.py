@@ -85,7 +85,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_halves(
         row, place = np.nonzero(held.images >= 32 * after)
         assert len(row)
         np.testing.assert_allclose(held.values[row, place], want[held.images[row, place], row], rtol=1e-2)
-    assert (recorder.largest_inputs.read().images >= 0).sum(axis=1).tolist() == [150] * SCALES
+    assert (recorder.largest_inputs.read().images >= 0).sum(axis=1).tolist() == [150] * 3 * SCALES
 
 
 def test_a_default_batch_is_halved_without_a_warning(
@@ -273,7 +273,8 @@ def test_a_gpu_whose_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The captured step is captured again for smaller batches, and no memory of the larger ones is left."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 3)).cuda()
-    images, device = pictures(1500, 64), torch.device("cuda", torch.cuda.current_device())
+    images, many = pictures(1500, 64), pictures(4096, 64)
+    device = torch.device("cuda", torch.cuda.current_device())
     want = unitvis.scan(model, images, precision="fp32", progress=False)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
@@ -281,15 +282,15 @@ def test_a_gpu_whose_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with Recorder(model, precision="fp16", batch_size=4096) as recorder:
             with pytest.warns(UserWarning, match=rf"^batch 4096 did not fit on {device}, went on with \d+$"):
-                recorder(images.repeat(3, 1, 1, 1)[:4096], range(4096))
+                recorder(many, range(4096))
             assert recorder.about()["scan"]["captured"] is True
         exact = unitvis.scan(model, images, precision="fp32", batch_size=1500, progress=False)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
     for name, top in exact.tops.items():  # where memory is short cuDNN takes algorithms that need less, with other bits
         np.testing.assert_allclose(top.values, want[name].values, rtol=1e-4)
-    run = recorder.ranked(open_source(images.repeat(3, 1, 1, 1)[:4096], None))
-    first = unitvis.scan(model, images.repeat(3, 1, 1, 1)[:4096], precision="fp32", progress=False)
+    run = recorder.ranked(open_source(many, None))
+    first = unitvis.scan(model, many, precision="fp32", progress=False)
     for name, top in run.tops.items():
         assert (top.images == first[name].images)[top.separated].all()
         assert (top.values == first[name].values)[top.separated].all()
