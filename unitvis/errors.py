@@ -3,6 +3,9 @@
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from numbers import Integral
+
+_INT64 = 2**63 - 1  # the largest number that 64 bits hold, with a sign
 
 
 class UnitvisError(Exception):
@@ -57,6 +60,15 @@ def closest_names(name: str, names: Iterable[str]) -> str:
 def abridged(names: list[str]) -> str:
     """The first eight names, separated by commas, and the number of the others."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def whole_number(name: str, value: object, least: int, most: int = _INT64) -> int:
+    """The value of an option as an int; UnitvisError unless it is a whole number, also one of NumPy, in this range."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most:
+        return int(value)
+    too_large = isinstance(value, Integral) and not isinstance(value, bool) and int(value) > most
+    wanted = f"of at most {most:,}" if too_large else f"of at least {least:,}"
+    raise UnitvisError(f"{name} must be a whole number {wanted}, not {value!r}")
 
 
 def check_unit(layer: str, unit: int, units: int) -> None:

@@ -52,8 +52,11 @@ def either(*schemas: Schema) -> Is:
 
 # Characters that stand for bytes of a path that are not UTF-8, or for nothing: neither UTF-8 nor a page can hold them.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-COUNT = whole(0, 2**62)
-BATCH_SIZE = whole(1, 2**40)
+MAX_ID = 2**63 - 2  # of an image: one more is the end of a range, and an int64
+ID = whole(0, MAX_ID)
+COUNT = whole(0, 2**63 - 1)
+MAX_K, MAX_BATCH_SIZE = 10**9, 2**40
+BATCH_SIZE = whole(1, MAX_BATCH_SIZE)
 NUMBER = Is("a finite number", lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max)
 SECONDS = Is("a number of seconds", lambda v: type(v) in (int, float) and abs(v) <= 1e12)
 TEXT = Is("text", lambda v: isinstance(v, str))  # with lone surrogates where it is a path

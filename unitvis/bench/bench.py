@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unitvis.bench.baselines import DeviceHook, Forward, HostHook
-from unitvis.errors import UnitvisError
+from unitvis.decoding.memory import available_memory
+from unitvis.errors import UnitvisError, whole_number
 from unitvis.half_precision.step import HALF
 from unitvis.network.canonical import canonical_settings
 from unitvis.network.forward import COMPUTE_BATCH, compute_batch
@@ -49,10 +51,16 @@ def bench(
     transform: the model's preprocessing; its crop is the size of the images (224 without one). count: number of images;
     None: as many as a minute allows. Raises UnitvisError if two contenders disagree.
     """
-    if count is not None and count < 1:
-        raise UnitvisError(f"the number of images must be at least 1, not {count}")
     crop = transform.crop or 224
     size = crop if isinstance(crop, tuple) else (crop, crop)
+    if count is not None:
+        count = whole_number("the number of images", count, 1)
+        need, free = count * 3 * math.prod(size), available_memory()
+        if need > free / 2:
+            raise UnitvisError(
+                f"{count:,} images of {size[0]} x {size[1]} take {need / 2**30:,.0f} GiB, more than half of the "
+                f"{free / 2**30:.1f} GiB that are free; give a smaller --count"
+            )
     network = Network(model, device=device, transform=transform)
     network.examine((network.input_channels(*size), *size))
     network.find_receptive_fields()

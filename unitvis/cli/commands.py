@@ -40,6 +40,13 @@ def _load_model(arguments: argparse.Namespace) -> models.Loaded:
     return models.load(arguments.model, arguments.weights, pretrained=arguments.pretrained)
 
 
+def _device(arguments: argparse.Namespace) -> str:
+    """The device that was given; without one a GPU if there is one."""
+    if arguments.device is not None:
+        return arguments.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _layers(arguments: argparse.Namespace) -> int:
     loaded = _load_model(arguments)
     size = arguments.crop or (loaded.transform and loaded.transform.crop) or (224, 224)
@@ -65,7 +72,7 @@ def _scan(arguments: argparse.Namespace) -> int:
         out=arguments.output,
         transform=given_transform(arguments, loaded.transform, "mean", "std"),
         batch_size=arguments.batch_size,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_device(arguments),
         precision=arguments.precision,
         unit=arguments.unit,
         inside=arguments.inside,
@@ -290,8 +297,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     transform = loaded.transform or Transform()
     if arguments.crop is not None:
         transform = replace(transform, crop=arguments.crop)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{loaded.spec}: {bench(loaded.model, transform, device, arguments.count)}")
+    print(f"{loaded.spec}: {bench(loaded.model, transform, _device(arguments), arguments.count)}")
     return DONE
 
 

@@ -58,7 +58,12 @@ def parser() -> argparse.ArgumentParser:
             metavar="ENDING",
             help="which files of a folder or of archives are images: .jpg, .seg.png, '' for names without an ending",
         )
-        sub.add_argument("--workers", type=int, metavar="N", help="processes that decode files (one a core)")
+        sub.add_argument(
+            "--workers",
+            type=int,
+            metavar="N",
+            help="processes that decode files (one a core; at most four a core, or 64)",
+        )
         sub.add_argument(
             "--checkpoint-every",
             type=float,

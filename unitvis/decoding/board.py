@@ -56,6 +56,11 @@ _PAGE = 4096
 _UNIT = 1_000_000  # bytes of memory that each of the locks for the budget stands for
 
 
+def slot_bytes(size: tuple[int, int]) -> int:
+    """Bytes of memory that one slot takes, for images of this (height, width)."""
+    return SLOT.itemsize + JOB_IMAGES * (RECORD.itemsize + math.prod(size) * 3)
+
+
 class Board:
     """Slots, records and pixels in a memory file; a worker makes its own from the arguments of the first.
 
@@ -73,7 +78,7 @@ class Board:
             (np.dtype("u1"), (slots, JOB_IMAGES, *size, 3)),
         ]
         ends = np.cumsum([-(-dtype.itemsize * math.prod(shape) // _PAGE) * _PAGE for dtype, shape in arrays]).tolist()
-        if os.fstat(file).st_size == 0:  # at once, so that memory which is lacking is an error here, not a crash later
+        if os.fstat(file).st_size == 0:  # at once, so that a limit which the system tells of is an error here
             os.posix_fallocate(file, 0, ends[-1])
         memory = mmap.mmap(file, ends[-1])
         self.slots, self.records, self._about, self.pixels = (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
 from threading import Condition
 from typing import Any, Protocol, TypeVar
 
@@ -140,11 +142,26 @@ def changed_globals() -> dict[str, Any]:
 
     A higher MAX_IMAGE_PIXELS, or none, changes nothing, since MAX_PIXELS is a limit beside it.
     """
-    found = {name: value for name, value in pillow_globals().items() if value != _DEFAULTS[name]}
+    found = {name: _as_json(value) for name, value in pillow_globals().items() if value != _DEFAULTS[name]}
     limit = found.get("MAX_IMAGE_PIXELS", 0)
     if limit is None or limit > MAX_PIXELS:
         del found["MAX_IMAGE_PIXELS"]
     return found
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as JSON can hold it: 10**8 for 1e8, None for infinity, which is no limit either."""
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer that no float holds
+        return None
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() else number
 
 
 def restore_globals(values: Mapping[str, Any]) -> None:

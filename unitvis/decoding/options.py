@@ -36,6 +36,11 @@ class Decoding:
     allow_truncated: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("scaled", "allow_truncated"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.bool_) or value not in (0, 1):
+                raise UnitvisError(f"{name}={value!r}; it must be True or False")
+            object.__setattr__(self, name, bool(value))  # as JSON has it
         if self.decoder not in DECODERS:
             raise UnitvisError(f"decoder={self.decoder!r}; it must be one of {', '.join(DECODERS)}")
         if self.decoder != "pillow" and importlib.util.find_spec(self.decoder) is None:

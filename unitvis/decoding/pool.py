@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.decoding import board as b
-from unitvis.decoding.board import JOB_IMAGES, Board
+from unitvis.decoding.board import JOB_IMAGES, Board, slot_bytes
 from unitvis.decoding.contents import Contents
 from unitvis.decoding.decode import pillow_globals
 from unitvis.decoding.geometry import ResizeCrop
+from unitvis.decoding.memory import available_memory
 from unitvis.decoding.options import Decoding
 from unitvis.decoding.processes import may_start, start
 from unitvis.decoding.worker import Reading
@@ -47,7 +48,8 @@ class Pool:
     """Context with worker processes; jobs of at most `JOB_IMAGES` images go in and come out in order.
 
     contents, decoding, geometry: how images are read. size: (height, width) that they have then. workers: number of
-    processes. ahead: number of images to be read in advance, at least. Raises PoolError where there are no workers.
+    processes. ahead: number of images to be read in advance, fewer where half of the free memory does not hold them.
+    images: number of all, at most. Raises PoolError where there are no workers.
     """
 
     def __init__(
@@ -59,10 +61,18 @@ class Pool:
         *,
         workers: int,
         ahead: int,
+        images: int,
     ) -> None:
         if not may_start():
             raise PoolError("this system has no memory files")
-        self.jobs = max(2 * workers + 1, -(-ahead // JOB_IMAGES))  # that can be under way at once
+        wanted = min(max(2 * workers + 1, -(-ahead // JOB_IMAGES)), -(-images // JOB_IMAGES))
+        room = available_memory() / 2  # Linux grants more than there is, and kills a process when it is used
+        self.jobs = int(min(wanted, room // slot_bytes(size)))  # that can be under way at once
+        if self.jobs < min(2, wanted):
+            raise PoolError(
+                f"{room / 2**20:,.0f} MB of shared memory cannot hold two jobs of {size[1]} x {size[0]} pixels"
+            )
+        workers = min(workers, self.jobs)  # each has one at a time
         self._issued = self._received = 0
         self._starts_left = 2 * workers  # that may fail before the first job is done
         self._workers: list[subprocess.Popen[bytes]] = []

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from unitvis.errors import UnitvisError, abridged, check_unit
 
 Units = Sequence[int] | Mapping[str, Sequence[int]] | None  # of every layer, or {layer: units}; None: by default
 MAX_LISTED_UNITS = 100_000  # in one range of `parse_units`
+_MAX_DIGITS = 100  # of a number in `parse_units`
 
 
 def checked_units(layer: str, number: int, units: Sequence[int] | None) -> list[int]:
     """The given units of a layer that has so many, or all for None; UnitvisError for none at all or one it has not."""
-    chosen = list(range(number) if units is None else (int(np.int64(u)) for u in units))
+    chosen = list(range(number) if units is None else map(int, units))
     for unit in chosen:
         check_unit(layer, unit, number)
     if not chosen:
@@ -57,6 +56,8 @@ def parse_units(text: str) -> list[int]:
         first, dash, last = item.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UnitvisError(f"units {text!r} cannot be read; write numbers and ranges, such as 0-8,12")
+        if max(len(first), len(last)) > _MAX_DIGITS:
+            raise UnitvisError(f"units {text[:40]!r}... have numbers of more than {_MAX_DIGITS} digits, as no unit has")
         end = int(last if dash else first) + 1
         if end - int(first) > MAX_LISTED_UNITS:
             raise UnitvisError(f"units {text!r} are more than the {MAX_LISTED_UNITS:,} that a sheet can hold")

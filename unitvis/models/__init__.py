@@ -69,7 +69,7 @@ def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = Tru
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise UnitvisError(f"model {spec!r} is not of the form {MODEL_FORMS}")
-    pretrained = pretrained and weights is None
+    pretrained = bool(pretrained) and weights is None
     if library == "torchvision":  # before any other form: what follows is looked up in the library, and never imported
         loaded = _torchvision(known, pretrained)
     elif library == "timm":

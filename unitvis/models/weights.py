@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from unitvis.errors import UnitvisError, abridged, error_text
 
 _STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net")  # where a state dict may lie
 _MAX_EXPANDED = 2**26  # bytes that a tensor may claim beyond those that the file holds of it
+_DEPTH = 2  # of dictionaries in an entry of a checkpoint that are searched for another network
 _SHOWN = 200  # characters of a tensor's name in a message
 
 
@@ -26,7 +27,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     names every other tensor that is missing, unexpected or of another shape.
     """
     own = model.state_dict()
-    state = _without_prefix(read_weights(Path(path)), set(own))
+    state = _without_prefix(read_weights(Path(path), own), set(own))
     _resize_head(model, state)
     own = model.state_dict()
     problems = {
@@ -39,6 +40,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ],
         "complex in place of real": [
             key for key in own if key in state and state[key].is_complex() and not own[key].is_complex()
+        ],
+        "whole numbers in place of real": [
+            f"{key} {str(state[key].dtype).removeprefix('torch.')}"
+            for key, _ in model.named_parameters()
+            if key in state and _is_real(own[key]) and not _is_real(state[key])
         ],
     }
     if any(problems.values()):
@@ -55,11 +61,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise UnitvisError(f"the weights in {path} cannot be loaded into the model ({error_text(error)})") from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint, by name, on the CPU.
 
     Reads safetensors, or a state dict with `torch.load(weights_only=True)`, also inside the dictionary of a training
-    loop (`_STATE_KEYS`). Raises UnitvisError if the file cannot be read.
+    loop (`_STATE_KEYS`). like: the state dict of the network; of what else in that dictionary fits it, such as averaged
+    weights, a warning tells. Raises UnitvisError if the file cannot be read, or if two of `_STATE_KEYS` hold different
+    networks that fit.
     """
     if not path.is_file():
         raise UnitvisError(f"there is no file {path} with weights")
@@ -79,6 +87,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if id(state) in outer:
             raise UnitvisError(f"{path} holds a dictionary that holds itself; save one state dict")
         outer.append(id(state))
+        if others := _other_networks(state, inner[0], like):
+            fitting = f"{path} holds several networks that fit, under {inner[0]!r}, {', '.join(map(repr, others))}"
+            if not set(inner).isdisjoint(others):
+                raise UnitvisError(f"{fitting}; save the one to load")
+            warnings.warn(f"{fitting}: {inner[0]!r} is loaded; save another one alone to load it")
         state = state[inner[0]]
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -88,6 +101,47 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if wrong := _tensor_problem(value):
             raise UnitvisError(f"{key[:_SHOWN]!r} in {path} {wrong}; save plain tensors that hold all their values")
     return state
+
+
+def _other_networks(entries: Mapping[Any, Any], chosen: str, like: Mapping[str, Tensor]) -> list[str]:
+    """The entries of a checkpoint beside the chosen one that hold a network that fits, and another than that."""
+    own = _networks(entries[chosen], like)
+    if not own:  # what is loaded does not fit, which is told later
+        return []
+    others = {str(key): _networks(value, like) for key, value in entries.items() if key != chosen}
+    return [key for key, found in others.items() if any(not _same(one, own[0]) for one in found)]
+
+
+def _networks(entry: Any, like: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors of each dictionary in an entry of a checkpoint that fits a network, by the network's names.
+
+    It fits where one prefix leads to all names, and to tensors of the same shapes but those of one layer, the last.
+    """
+    longest = max(map(len, like), default=0)
+    searched = {id(entry): entry} if isinstance(entry, dict) else {}
+    for _ in range(_DEPTH):
+        searched |= {id(one): one for each in searched.values() for one in each.values() if isinstance(one, dict)}
+    networks = []
+    for each in searched.values():
+        tensors = {
+            key: one
+            for key, one in each.items()
+            if isinstance(key, str) and isinstance(one, Tensor) and _tensor_problem(one) is None
+        }
+        found = Counter(key.removesuffix(name) for key in tensors for name in _endings(key, longest) if name in like)
+        for prefix in (prefix for prefix, count in found.items() if count == len(like)):
+            own = {name: tensors[prefix + name] for name in like}
+            if sum(own[name].shape != like[name].shape for name in like) <= 2:
+                networks.append(own)
+    return networks
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _tensor_problem(value: Tensor) -> str | None:

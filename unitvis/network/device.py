@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from unitvis.decoding.memory import available_memory
 from unitvis.errors import UnitvisError
 from unitvis.network.copies import copied
 from unitvis.network.memory import holding
@@ -93,11 +93,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes of memory that can be allocated on a device; infinite where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except OSError:  # /proc exists on Linux only; elsewhere the allocation itself has to fail
-        return float("inf")
+    return available_memory()
 
 
 _cudnn: Any = torch.backends.cudnn

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unitvis.errors import UnitvisError, first_line
+from unitvis.schema import MAX_ID
 from unitvis.sources.arrays import is_pixels
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
@@ -81,6 +82,8 @@ def checked_ids(ids: Tensor | Sequence[int], images: int) -> Tensor:
         raise UnitvisError(f"{images} images came with ids of shape {list(ids.shape)}")
     if ids.device.type == "cpu" and images and int(ids.min()) < 0:  # on a GPU a look would wait for it
         raise UnitvisError(f"an image came with the id {int(ids.min())}; ids are whole numbers from 0")
+    if ids.device.type == "cpu" and images and (last := int(ids.max())) > MAX_ID:
+        raise UnitvisError(f"an image came with the id {last}; ids go up to {MAX_ID}")
     return ids
 
 

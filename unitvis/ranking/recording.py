@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unitvis import models
-from unitvis.errors import UnitvisError, error_text
+from unitvis.errors import UnitvisError, error_text, whole_number
 from unitvis.half_precision.candidates import EXTRA_CANDIDATES
 from unitvis.half_precision.step import HALF, Step
 from unitvis.half_precision.suitability import NAMES, suitable_precision
@@ -24,6 +24,7 @@ from unitvis.network.memory import TooLargeError, holding, may_fit_in_parts, sho
 from unitvis.network.network import Network, Shape
 from unitvis.ranking.batches import check_coverage, checked_ids, checked_images, some_values
 from unitvis.ranking.watch import WeightsWatch
+from unitvis.schema import MAX_BATCH_SIZE, MAX_K
 from unitvis.sources.transform import Transform
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.magnitudes import ranked_magnitudes
@@ -57,8 +58,7 @@ class Recording:
         batch_size: int | None = None,
         weights: str = "fixed",
     ) -> None:
-        if not isinstance(k, int) or k < 1:
-            raise UnitvisError(f"k must be a whole number of at least 1, not {k!r}")
+        k = whole_number("k", k, 1, MAX_K)
         if unit not in ("channel", "neuron"):
             raise UnitvisError(f"unit must be 'channel' or 'neuron', not {unit!r}")
         if inside and unit == "neuron":
@@ -117,6 +117,8 @@ class Recording:
 
     def set_precision(self, precision: str, batch_size: int | None) -> None:
         """Choose how the images are computed, before the first one is. batch_size: None is `default_batch`."""
+        if batch_size is not None:
+            batch_size = whole_number("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         if precision != "fp32" and precision not in HALF:
             raise UnitvisError(f"precision must be fp32, {' or '.join(HALF)}, not {precision!r}")
         if precision != "fp32" and self._weights == "moving":

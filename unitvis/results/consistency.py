@@ -21,6 +21,8 @@ _MAX_BOX = 10**7  # pixels that a side of a box may lie from the image's corner
 
 def manifest_problem(manifest: Mapping[str, Any]) -> str | None:
     """What entries of a manifest contradict each other; None if none do."""
+    if not manifest["layers"]:
+        return "layers is empty"
     return (
         _crop_problem(manifest)
         or _count_problem(manifest)

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from unitvis.errors import UnitvisError, abridged
+from unitvis.errors import UnitvisError, abridged, first_line
 from unitvis.files import array_names, open_regular, parsed_json, read_arrays, read_json, replacing
 from unitvis.results.arrays import ARRAYS, LayerArrays, winners_of
 from unitvis.results.consistency import arrays_problem, manifest_problem, state_problem
@@ -44,6 +44,7 @@ _MAX_LINE = 2**20  # bytes of a line of images.jsonl: the longest path of a text
 _FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", "index.html")  # that a run may replace or remove
 _FOLDERS = ("sheets", "gallery", "projections")  # of pictures of a run, which are removed with it
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
+_NOT_WRITTEN = "a run is not written that nothing could read again"  # begins messages
 _MANIFEST_KEYS = MANIFEST_OF_A_SHARD.keys()
 _Data = TypeVar("_Data", bound=RunData)
 
@@ -64,6 +65,10 @@ def write_run(run: RunData, folder: Path) -> Path:
 def _write(run: RunData, folder: Path) -> None:
     """Write all files beside those of a run that is there, then put them in its place; the manifest comes last."""
     _refuse_obstacles(folder)  # before the first file is removed
+    refuse_unreadable(run.manifest)
+    for id, record in run.records.items():
+        if wrong := problem(record, RECORD, f"the record of image {id}"):
+            raise UnitvisError(f"{_NOT_WRITTEN}: {wrong}")
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
     with ExitStack() as stack:
         manifest = stack.enter_context(replacing(folder / "manifest.json"))  # entered first, so put in place last
@@ -83,6 +88,23 @@ def _write(run: RunData, folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         for drawn in _FOLDERS:
             shutil.rmtree(folder / drawn, ignore_errors=True)
+
+
+def refuse_unreadable(manifest: Mapping[str, Any]) -> None:
+    """Raise UnitvisError where `read_manifest` would refuse the entries of a manifest, or JSON cannot hold them.
+
+    A manifest without `seconds` is that of a scan that begins; of it those entries are checked that are there.
+    """
+    try:
+        held = json.loads(json.dumps(manifest))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UnitvisError(f"{_NOT_WRITTEN}: {first_line(error)}") from error
+    begins = "seconds" not in held
+    schema = MANIFEST_OF_A_SHARD if begins or held.get("partial") is True else MANIFEST
+    if begins:
+        schema = {key: one for key, one in schema.items() if key.removesuffix("?") in held}
+    if wrong := problem(held, schema) or (None if begins else manifest_problem(held)):
+        raise UnitvisError(f"{_NOT_WRITTEN}: {wrong}")
 
 
 def _refuse_obstacles(folder: Path) -> None:

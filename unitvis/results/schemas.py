@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from unitvis.decoding.options import SCHEMA as DECODING
 from unitvis.schema import (
     BATCH_SIZE,
     COUNT,
     FLAG,
+    ID,
     NUMBER,
     SECONDS,
     TEXT,
@@ -18,6 +18,7 @@ from unitvis.schema import (
     either,
     whole,
 )
+from unitvis.sources.description import SOURCE
 from unitvis.state.partial import SHARED
 
 _SIDE = whole(1, 10**6)  # pixels of an input, cells of a map
@@ -31,7 +32,7 @@ _LAYER: dict[str, Schema] = {
     "fed_by": Optional(TEXT),
     "inside?": (COUNT, COUNT, COUNT, COUNT),
 }
-_ODD = {"responses": COUNT, "units": COUNT, "first_image": COUNT}  # NaN or infinite responses
+_ODD = {"responses": COUNT, "units": COUNT, "first_image": ID}  # NaN or infinite responses
 _RANKED_LAYER = _LAYER | {
     "unit": choice("channel", "neuron"),
     "units": COUNT,
@@ -47,22 +48,11 @@ _RANKED_LAYER = _LAYER | {
     "infinite": Optional(_ODD),
     "unseparated": COUNT,
 }
-_SOURCE = {
-    "kind": TEXT,
-    "path?": Optional(either(TEXT, [TEXT])),
-    "images?": Optional(COUNT),
-    "others?": COUNT,
-    "other_endings?": ByName(COUNT),
-    "images_ending?": [TEXT],
-    "pillow?": ByName(Optional(either(COUNT, FLAG))),
-    "entry?": either(TEXT, COUNT),
-    "decoding?": DECODING,
-}
 _MANIFEST: dict[str, Schema] = SHARED | {
     "model": SHARED["model"] | {"spec?": Optional(TEXT), "file?": Optional(TEXT), "pretrained?": FLAG},
     "precision": choice("exact", "fp32", "fp16", "bf16"),
     "plan": TEXT,
-    "source": _SOURCE,
+    "source": SOURCE,
     "scan": {
         "precision": choice("fp32", "fp16", "bf16"),
         "batch_size": BATCH_SIZE,
@@ -70,8 +60,8 @@ _MANIFEST: dict[str, Schema] = SHARED | {
         "by_slot?": [TEXT],
     },
     "images": COUNT,
-    "coverage": [(COUNT, COUNT)],
-    "failures": [{"id": COUNT, "name": TEXT, "reason": TEXT}],
+    "coverage": [(ID, COUNT)],
+    "failures": [{"id": ID, "name": TEXT, "reason": TEXT}],
     "seconds": ByName(SECONDS),
     "rescored?": {"images": COUNT, "sample": COUNT, "outlying?": COUNT, "doubt": NUMBER},
     "weights?": choice("moving"),
@@ -84,7 +74,7 @@ _MANIFEST: dict[str, Schema] = SHARED | {
 }
 MANIFEST_OF_A_SHARD = _MANIFEST | {"layers": ByName(_LAYER)}
 MANIFEST = _MANIFEST | {"layers": ByName(_RANKED_LAYER)}
-RECORD = {"id": COUNT, "name": TEXT, "width?": Optional(COUNT), "height?": Optional(COUNT), "hash?": Optional(TEXT)}
+RECORD = {"id": ID, "name": TEXT, "width?": Optional(COUNT), "height?": Optional(COUNT), "hash?": Optional(TEXT)}
 DRAWN = {
     "run": TEXT,
     "sprite": (_SIDE, _SIDE),

@@ -25,10 +25,19 @@ from unitvis.network.forward import COMPUTE_BATCH
 from unitvis.scanning.signals import Signals
 from unitvis.schema import OBJECT, TEXT, ByName, problem, whole
 from unitvis.sources import Batch, PackSource, Source, open_source
-from unitvis.sources.base import ImageInfo, ImageInfoTable
+from unitvis.sources.base import ImageInfo, ImageInfoTable, checked_workers
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.names import Names
-from unitvis.sources.packed import BAKED_FIELDS, FORMAT, FORMAT_KEY, pack_source, pixels_hash, read_about, tables_hash
+from unitvis.sources.packed import (
+    BAKED_FIELDS,
+    FORMAT,
+    FORMAT_KEY,
+    pack_source,
+    pixels_hash,
+    read_about,
+    refuse_unreadable,
+    tables_hash,
+)
 from unitvis.sources.transform import Transform
 from unitvis.state.checkpoints import HOW_TO_RESUME, Arrays, Checkpoints, check_seconds
 from unitvis.state.partial import refuse_differences, same_images
@@ -76,6 +85,7 @@ def pack(
     Returns the pack, as `scan` takes it. Raises UnitvisError for errors that the user can fix.
     """
     check_seconds(every)
+    workers = checked_workers(workers)
     target = _checked_target(Path(path), overwrite, resume)
     source = open_source(
         images,
@@ -92,6 +102,7 @@ def pack(
             f"images of the kind {source.kind!r} cannot be packed; give a folder, a .txt list of paths or .tar archives"
         )
     packing = _Packing(target, source, every)
+    refuse_unreadable(packing.about())  # it is written hours later
     with packing.keeping_progress(), Signals() as signals:
         if not (resume and packing.resume()):
             ids = range(packing.done, packing.images) if packing.done else None
@@ -174,11 +185,11 @@ class _Packing:
     def _refuse_other_pack(self, what: str, about: Mapping[str, Any]) -> None:
         """Raise UnitvisError unless `about` has this pack's source and transform."""
         there, here = (
-            {"source": same_images(one["source"]), "transform": one["transform"]} for one in (about, self._about())
+            {"source": same_images(one["source"]), "transform": one["transform"]} for one in (about, self.about())
         )
         refuse_differences(f"{what} (then and now)", there, json.loads(json.dumps(here)))
 
-    def _about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         """Source and transform, as the JSON file and the checkpoints keep them."""
         assert self._source.transform is not None  # noqa: S101  files have one
         values = self._source.transform.to_json()
@@ -281,7 +292,7 @@ class _Packing:
         self._file.truncate(self._file_size(self.done))
         flush_to_disk(self._file)
         failures = {id: reason for id, reason in self._source.failure_reasons.items() if id < self.done}
-        about = self._about() | {"row": self._row_shape, "failures": failures}
+        about = self.about() | {"row": self._row_shape, "failures": failures}
         self._checkpoints.write(
             {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), "seen": self._rows[: self.done]}
         )
@@ -295,12 +306,13 @@ class _Packing:
         pixels = np.load(self._part, mmap_mode="r", allow_pickle=False)
         about = {
             FORMAT_KEY: FORMAT,
-            **self._about(),
+            **self.about(),
             "shape": list(pixels.shape),
             "pixels": pixels_hash(pixels),
             "tables": tables_hash(tables),
             "failures": [asdict(failure) for failure in self._source.failures],
         }
+        refuse_unreadable(about)
         self._target.unlink(missing_ok=True)  # the old array must never stand beside the new JSON file
         with replacing(self._target.with_suffix(".npz")) as part:
             write_arrays(part, tables)

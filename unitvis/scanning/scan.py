@@ -18,20 +18,22 @@ from unitvis import models
 from unitvis.attribution.effective_boxes import effective_boxes
 from unitvis.bars import bar, no_bars
 from unitvis.choices import CHECKPOINT_SECONDS, PRECISIONS
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, whole_number
 from unitvis.files import only_writer
 from unitvis.half_precision.suitability import NAMES
 from unitvis.network.device import default_batch
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
-from unitvis.results.folder import check_output
+from unitvis.results.folder import check_output, refuse_unreadable
 from unitvis.results.nonfinite import refuse_odd_responses
 from unitvis.run import Run
 from unitvis.scanning.cores import CoreSharing
 from unitvis.scanning.precision import Plan, judged_images, plan
 from unitvis.scanning.progress import Progress
 from unitvis.scanning.verify import compare_winners, layers_by_slot
+from unitvis.schema import MAX_BATCH_SIZE
 from unitvis.sources import Source, open_source
+from unitvis.sources.base import checked_workers
 from unitvis.sources.transform import Transform
 from unitvis.state.shards import parse_shard
 
@@ -98,14 +100,16 @@ def scan(
             computed again.
         every: seconds between checkpoints; SIGINT and SIGTERM write one and raise `Interrupted`.
         progress: show a progress bar on a terminal.
-        workers: processes that read and decode image files, or threads where there are few; None: one a core.
+        workers: processes that read and decode image files, or threads where there are few; None: one a core, at
+            most four a core, or 64.
 
     Returns the run. Raises UnitvisError for errors that the user can fix.
     """
     if precision not in PRECISIONS:
         raise UnitvisError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-    if batch_size is not None and batch_size < 1:
-        raise UnitvisError(f"batch_size must be at least 1, not {batch_size}")
+    if batch_size is not None:
+        batch_size = whole_number("batch_size", batch_size, 1, MAX_BATCH_SIZE)
+    workers = checked_workers(workers)
     own_shard = parse_shard(shard)
     folder = None if out is None else check_output(out, overwrite=overwrite, resume=resume)
     if resume and folder is None:
@@ -149,6 +153,10 @@ def scan(
                 recorder.set_precision(chosen_plan.precision, batch_size)
             if recorder.precision != "fp32" and first and not recorder.images:
                 chosen_plan = _settled(recorder, source, first[0].pixels, chosen_plan, asked=precision)
+            if first:  # the run is written hours later
+                if not recorder.network.layers:
+                    recorder.prepare(recorder.network.input_shape_of(first[0].pixels))
+                refuse_unreadable(recorder.about() | {"source": source.describe(), "precision": precision})
             total = source.length if tracker.ids is None else len(tracker.ids)
             counted = bar(total, "scan", initial=recorder.images, delay=0)
             with closing(batches), counted, CoreSharing(recorder, source) as core_sharing:

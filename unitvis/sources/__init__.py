@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from unitvis.decoding.options import Decoding
-from unitvis.errors import UnitvisError, abridged
+from unitvis.errors import UnitvisError, abridged, whole_number
 from unitvis.sources.arrays import ArraySource, mapped_array
 from unitvis.sources.base import Batch, Failure, Source
+from unitvis.sources.description import checked_entry
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.entries import is_batch
 from unitvis.sources.files import FileSource, folder_source, list_source, paths_source
@@ -77,11 +78,11 @@ def open_source(
         images_ending: which files of a folder or of archives are images, in place of a fixed table: one or more
             endings, each all that follows the name's first dot (".jpg", ".seg.png", "" for none), numbers apart; in any
             case.
-        entry: key or number of the image in the items or batches of a dataset, DataLoader or iterable.
+        entry: key or number of the image in the items or batches of a dataset, DataLoader or iterable; -1 is the last.
 
     Raises UnitvisError if `images` cannot be opened.
     """
-    endings = checked_endings(images_ending)
+    endings, entry = checked_endings(images_ending), checked_entry(entry)
     source = _open_any(images, transform, on_error, Decoding(decoder, scaled, allow_truncated), endings, entry)
     if endings is not None and not (isinstance(source, EncodedSource) and source.kind in _NAMED_BY_ENDING):
         raise UnitvisError(
@@ -90,9 +91,7 @@ def open_source(
     if entry is not None and not isinstance(source, DatasetSource | StreamSource):
         raise UnitvisError(f"entry={entry!r} names the image in items of a dataset or batches, not in a {source.kind}")
     if max_failures is not None:
-        if max_failures < 0:
-            raise UnitvisError(f"max_failures={max_failures}; at least 0 is needed")
-        source.max_failures = max_failures
+        source.max_failures = whole_number("max_failures", max_failures, 0)
     return source
 
 

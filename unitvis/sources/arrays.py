@@ -111,7 +111,7 @@ def mapped_array(path: str) -> NDArray[Any]:
     """The array of a .npy file, mapped into memory; UnitvisError if it cannot be read."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, TypeError) as error:
         raise UnitvisError(f"cannot read {path!r}: {' '.join(str(error).split())}") from error
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,12 +27,17 @@ from torch import Tensor
 
 from unitvis.decoding.cutting import Cutter
 from unitvis.decoding.geometry import Box
-from unitvis.errors import ImageError, UnitvisError
+from unitvis.decoding.memory import available_memory
+from unitvis.errors import ImageError, UnitvisError, whole_number
+from unitvis.schema import MAX_BATCH_SIZE
 from unitvis.sources.transform import Transform
 from unitvis.state.partial import SEEN
 
 Picture = tuple[Image.Image, Callable[[Box], Box]]  # and the map of a box in model-input pixels to pixels of that image
 Chunks = Iterator[tuple[Sequence[int], Tensor]]  # ids and pixels of some images
+
+_LARGE_BATCH = 2**28  # bytes of a batch for which it is looked whether there is memory
+WORKERS_PER_CORE, MAX_WORKERS = 4, 64  # that may be asked for: so many a core, or so many where there are few cores
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -121,11 +126,10 @@ class Source(ABC):
         ahead; results do not depend on it. pinned: gather images in pinned memory, which a GPU copies from while the
         host goes on; in ordinary memory where none can be had.
         """
-        if batch_size < 1:
-            raise UnitvisError(f"batch_size={batch_size}; at least 1 is needed")
+        batch_size = whole_number("batch_size", batch_size, 1, MAX_BATCH_SIZE)
         if ids is not None and not self.rereadable:
             raise UnitvisError(f"the {self.kind} can be read once only, so no image can be asked for by its id")
-        return self._batches(batch_size, usable_cores() if workers is None else workers, ids, pinned=pinned)
+        return self._batches(batch_size, checked_workers(workers), ids, pinned=pinned)
 
     @property
     def failures(self) -> list[Failure]:
@@ -250,6 +254,9 @@ class Source(ABC):
     def _batches(self, batch_size: int, workers: int, ids: Iterable[int] | None, *, pinned: bool) -> Generator[Batch]:
         """Regroup the images of `_chunks` into batches; a chunk that is a whole batch is not copied."""
         found, filled = False, 0
+        most = len(ids) if isinstance(ids, Sized) else self.length  # an id may be asked for again in a list
+        if most:  # memory for more would stay unused
+            batch_size = min(batch_size, most)
         for numbers, pixels in self._chunks(ids, batch_size, workers):
             self._check_same_size(numbers, pixels)
             found = True
@@ -488,16 +495,21 @@ def _room_for(images: int, like: Tensor, *, pinned: bool) -> Tensor:
     copies from it have ended.
     """
     shape = (images, *like.shape[1:])
+    need = images * like[0].numel() * like.element_size()
+    too_large = (
+        f"a batch of {images:,} images takes {need / 2**30:,.0f} GiB, which cannot be had; give a smaller batch size"
+    )
+    if (
+        like.device.type == "cpu" and need > _LARGE_BATCH and need > available_memory()
+    ):  # Linux would grant it, and kill whoever fills it
+        raise UnitvisError(too_large)
     if pinned and like.device.type == "cpu":
         with suppress(RuntimeError):  # there is no GPU, or the system pins no more
             return torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=True)
     try:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     except RuntimeError as error:
-        size = images * like[0].numel() * like.element_size() / 2**30
-        raise UnitvisError(
-            f"a batch of {images:,} images takes {size:,.0f} GiB, which cannot be had; give a smaller batch size"
-        ) from error
+        raise UnitvisError(too_large) from error
 
 
 def _copy_pixels(to: Tensor, pixels: Tensor) -> None:
@@ -518,3 +530,9 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sharing = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, cores // int(sharing)) if sharing.isdecimal() and int(sharing) else cores
+
+
+def checked_workers(workers: int | None) -> int:
+    """The number of workers that was asked for, None for one a core; UnitvisError for what is none, or too many."""
+    cores = usable_cores()
+    return cores if workers is None else whole_number("workers", workers, 0, max(MAX_WORKERS, WORKERS_PER_CORE * cores))

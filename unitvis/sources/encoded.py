@@ -165,7 +165,10 @@ class EncodedSource(ItemSource):
         size = (pixels.shape[1], pixels.shape[2])
         reading = self._contents, self._decoding, self._transform.geometry, size
         try:
-            with Pool(*reading, workers=workers, ahead=2 * batch_size) as pool, self._pausing(pool):
+            with (
+                Pool(*reading, workers=workers, ahead=2 * batch_size, images=self.length or 0) as pool,
+                self._pausing(pool),
+            ):
                 for numbers in id_groups(ids, JOB_IMAGES):
                     under_way.append(numbers)
                     pool.issue([self.place(id) for id in numbers])

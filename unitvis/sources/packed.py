@@ -8,6 +8,7 @@ pack: the source of the images, their transform, the failures with their reasons
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import warnings
@@ -26,9 +27,10 @@ from unitvis.decoding.options import SCHEMA as DECODING
 from unitvis.decoding.options import Decoding
 from unitvis.errors import UnitvisError, abridged, first_line
 from unitvis.files import array_names, open_regular, read_arrays, read_json
-from unitvis.schema import COUNT, OBJECT, TEXT, Is, Schema, choice, either, problem, whole
+from unitvis.schema import COUNT, ID, OBJECT, TEXT, Is, Schema, choice, either, problem, whole
 from unitvis.sources.arrays import ArraySource, mapped_array
 from unitvis.sources.base import Chunks, ImageInfoTable, Picture, Source
+from unitvis.sources.description import SOURCE
 from unitvis.sources.encoded import EncodedSource
 from unitvis.sources.files import FileSource
 from unitvis.sources.names import Names
@@ -44,19 +46,19 @@ BAKED_FIELDS = ("resize", "crop", "interpolation")  # fields of a transform that
 _TABLES = ("names", "starts", "seen")  # arrays of the .npz file
 _SAMPLED_IMAGES = 16  # images that are checked in place of all
 _ABOUT: dict[str, Schema] = {  # of the JSON file
-    "source": {
+    "source": SOURCE
+    | {
         "kind": choice("folder", "list", "tar"),
         "path": either(TEXT, [TEXT]),
         "images": COUNT,
         "names": TEXT,
         "decoding": DECODING,
-        "images_ending?": [TEXT],
     },
     "transform": OBJECT,
     "shape": (whole(1, 2**40), whole(1, 10**6), whole(1, 10**6), whole(3, 3)),
     "pixels": TEXT,
     "tables": TEXT,
-    "failures": [{"id": COUNT, "reason": Is("text that is not empty", lambda v: isinstance(v, str) and v != "")}],
+    "failures": [{"id": ID, "reason": Is("text that is not empty", lambda v: isinstance(v, str) and v != "")}],
 }
 
 
@@ -274,6 +276,17 @@ def read_about(path: str | Path) -> dict[str, Any] | None:
     except UnitvisError as error:
         raise UnitvisError(f"{path} is damaged: {error}; pack again") from error
     return about
+
+
+def refuse_unreadable(about: Mapping[str, Any]) -> None:
+    """Raise UnitvisError where `read_about` would refuse entries of a pack's JSON file; those that are there count."""
+    try:
+        held = json.loads(json.dumps(about))
+        wrong = problem(held, {key: schema for key, schema in _ABOUT.items() if key in held})
+    except TypeError as error:  # of a value that JSON cannot hold
+        wrong = first_line(error)
+    if wrong:
+        raise UnitvisError(f"a pack is not written that nothing could read again: {wrong}")
 
 
 def _contents_problem(about: Mapping[str, Any], pixels: NDArray[Any], tables: Arrays) -> str | None:

@@ -10,6 +10,7 @@ import tarfile
 import time
 import warnings
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -114,7 +115,7 @@ def _choices(pattern: str) -> list[tuple[int, int, Iterable[str]]]:
     """For each part of a path with braces, what it may be: how many texts, how long the longest is, and the texts."""
     if len(pattern) > _MAX_PATTERN:
         raise UnitvisError(f"{pattern[:80]!r}... has {len(pattern):,} characters, so it is no path of archives")
-    if os.path.exists(pattern):
+    if "{" not in pattern or os.path.exists(pattern):
         return [(1, len(pattern), [pattern])]
     parts = _BRACES.split(pattern)  # text, inside of braces, text, ...
     return [_brace_names(part, pattern) if i % 2 else (1, len(part), [part]) for i, part in enumerate(parts)]
@@ -156,11 +157,11 @@ def tar_source(
     """
     given = [path] if isinstance(path, str) else path
     shards = list(map(os.path.abspath, archives_of(path)))
+    if len(set(shards)) < len(shards):
+        twice = next(shard for shard, times in Counter(shards).items() if times > 1)
+        raise UnitvisError(f"the archive {twice!r} is named twice")
     if missing := [shard for shard in shards if not os.path.isfile(shard)]:
         raise UnitvisError(f"{len(missing)} of {len(shards)} archives are not there: {abridged(missing)}")
-    if len(set(shards)) < len(shards):
-        twice = next(shard for i, shard in enumerate(shards) if shard in shards[:i])
-        raise UnitvisError(f"the archive {twice!r} is named twice")
     index = _shard_index(shards, decoding.allow_truncated, endings)
     others = index.chosen.others
     if not len(index.names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -158,15 +158,20 @@ def _checked_colour(name: str, value: Any) -> tuple[float, ...] | None:
     numbers = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
     numbers = [numbers] if isinstance(numbers, Real) else numbers
     wanted = isinstance(numbers, tuple | list) and len(numbers) in (1, 3)
-    if not wanted or not all(isinstance(number, Real) and _is_finite(number) for number in numbers):
+    if not wanted or not all(isinstance(number, Real) for number in numbers):
         raise UnitvisError(
             f"{name}={value!r}; three numbers are needed, for red, green and blue, or one for all channels"
         )
+    if not all(_is_finite(number) for number in numbers):
+        raise UnitvisError(f"{name}={value!r}; every value must be a finite number")
     if name == "std" and min(numbers) <= 0:
         raise UnitvisError(f"std={value!r}; every value must be above 0")
     return tuple(float(number) for number in numbers)
 
 
 def _is_finite(number: Any) -> bool:
-    """True for a number that a float can hold: math.isfinite raises for larger integers."""
-    return bool(abs(number) <= sys.float_info.max)
+    """True for a number that a float can hold."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # of a larger integer
+        return False

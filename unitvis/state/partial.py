@@ -18,6 +18,8 @@ from unitvis.files import parsed_json, read_arrays, write_arrays
 from unitvis.schema import (
     BATCH_SIZE,
     COUNT,
+    MAX_ID,
+    MAX_K,
     NUMBER,
     OBJECT,
     SECONDS,
@@ -50,7 +52,7 @@ SHARED: dict[str, Schema] = {
         "loud_channels?": ByName(NUMBERS),
     },
     "input": (whole(1, 10**6), whole(1, 10**6), whole(1, 10**6)),
-    "k": whole(1, 10**9),
+    "k": whole(1, MAX_K),
     "unit": choice("channel", "neuron"),
     "transform": Optional(OBJECT),
     "fingerprint": OBJECT,
@@ -127,6 +129,8 @@ class Partial:
             "reasons": reasons,
             "seconds": self.seconds,
         }
+        if wrong := problem(about, _ABOUT):
+            raise UnitvisError(f"nothing could read again what is to be written of this scan: {wrong}")
         return {
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
             "state": self.topk.tensor.numpy(),
@@ -210,7 +214,7 @@ def _arrays_problem(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     for ids in (*(images[images != -1] for images in held), seen):
         if len(outside := ids[~covered.holds(ids)]):
             return f"image {outside[0]} holds a place, or a line in the table of images, and was not scanned"
-    if len(outside := failed[(failed < 0) | (failed >= (np.inf if total is None else total))]):
+    if len(outside := failed[(failed < 0) | (failed >= (MAX_ID + 1 if total is None else total))]):
         return f"image {outside[0]} is said to have failed, of {total}"
     return None
 

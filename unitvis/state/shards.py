@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
-from unitvis.errors import UnitvisError
+from unitvis.errors import UnitvisError, whole_number
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ def parse_shard(value: object) -> Shard | None:
     if value is None or isinstance(value, Shard):
         return value
     numbers: list[int] = []
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)/(\d+)", value)):
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,18})/(\d{1,18})", value)):
         numbers = [int(number) for number in found.groups()]
-    elif isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(one, int) for one in value):
-        numbers = list(value)
+    elif isinstance(value, tuple | list) and len(value) == 2:
+        with suppress(UnitvisError):
+            numbers = [whole_number("a number of a shard", one, 1) for one in value]
     if not numbers or not 1 <= numbers[0] <= numbers[1]:
         raise UnitvisError(f"shard {value!r} is none; write I/N, from 1/N to N/N")
     return Shard(*numbers)

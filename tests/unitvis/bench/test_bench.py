@@ -105,7 +105,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert re.search(r"^unitvis, float32 +[\d,]+ +[\d.]+ +[\d.]+ +[\d.]+$", printed, re.MULTILINE)
     assert "what scan does with these images: float32" in printed
     code, _, error = call(capsys, "bench", spec, "--count", "0")
-    assert (code, error) == (cli.USAGE, "unitvis: the number of images must be at least 1, not 0")
+    assert (code, error) == (cli.USAGE, "unitvis: the number of images must be a whole number of at least 1, not 0")
 
 
 def test_without_a_model_it_is_the_demos(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

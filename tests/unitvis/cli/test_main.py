@@ -263,6 +263,14 @@ def refused(case: str, model: str, folder: Path, tmp: Path) -> tuple[list[object
         "device": ([*scan, "--device", "cuda:7"], "cuda:7"),
         "device without a way": ([*scan, "--device", "mps"], "a model on device 'mps' cannot be scanned"),
         "no such device": ([*scan, "--device", "gpu"], "'gpu'"),
+        "no device": ([*scan, "--device", ""], "device '' is unknown; give cpu"),
+        "mean": ([*scan, "--mean", "nan"], "mean=(nan,); every value must be a finite number"),
+        "large mean": ([*scan, "--mean", "1e400"], "mean=(inf,); every value must be a finite number"),
+        "infinite std": ([*scan, "--std", 1, 1, "inf"], "std=(1.0, 1.0, inf); every value must be a finite number"),
+        "large batch size": ([*scan, "--batch-size", 10**20], "batch_size must be a whole number of at most"),
+        "many workers": ([*scan, "--workers", 10**20], "workers must be a whole number of at most"),
+        "large count": (["bench", model, "--count", 10**20], "the number of images must be a whole number of at most"),
+        "many images": (["bench", model, "--count", 10**15], "more than half of the"),
         "k": ([*scan, "-k", 0], "k must be a whole number of at least 1, not 0"),
         "output is a file": ([*scan[:4], tmp / "file", *SIZE], "is a file; a run is a folder"),
         "output is no run": ([*scan[:4], tmp / "full", *SIZE, "--overwrite"], "holds no run"),
@@ -289,7 +297,8 @@ def refused(case: str, model: str, folder: Path, tmp: Path) -> tuple[list[object
 @pytest.mark.parametrize(
     "case",
     """no transform|empty folder|no readable image|missing folder|one image|wrong array|flat array|different sizes|
-    crop too large|negative std|interpolation|layer|device|device without a way|no such device|k|
+    crop too large|negative std|mean|large mean|infinite std|large batch size|many workers|large count|many images|
+    no device|interpolation|layer|device|device without a way|no such device|k|
     output is a file|output is no run|model form|model file|model module|model function|model number|model raises|
     forward raises|model exits|weights|weights that do not fit|weights of a whole model|not a run|sheet of nothing|
     sheet ending|sheet is a folder|sheet size|sheet folder""".replace("\n    ", "").split("|"),

@@ -14,6 +14,10 @@ def test_units_are_read_from_text() -> None:
     for text in ("", "a", "1-", "-3", "1,,2", "²"):
         with pytest.raises(UnitvisError, match="cannot be read; write numbers and ranges"):
             parse_units(text)
+    with pytest.raises(UnitvisError, match="have numbers of more than 100 digits, as no unit has"):
+        parse_units("9" * 5000)
+    with pytest.raises(UnitvisError, match="layer 'a' has no unit 99999999999999999999; it has 4, from 0"):
+        units_by_layer({"a": 4}, parse_units("9" * 20))
     with pytest.raises(UnitvisError, match="more than the 100,000 that a sheet can hold"):
         parse_units("0-999999999999")
 

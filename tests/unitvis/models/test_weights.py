@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,72 @@ def test_a_short_expanded_tensor_is_loaded(tmp_path: Path) -> None:
     torch.save(model.state_dict() | {"0.bias": torch.ones(1).expand(4)}, tmp_path / "w.pt")
     load_weights(model, tmp_path / "w.pt")
     assert model[0].bias.tolist() == [1, 1, 1, 1]
+
+
+def two(first: float, second: float) -> list[dict[str, Any]]:
+    """The state dicts of a network whose weights all are one of two numbers."""
+    state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)).state_dict()
+    return [{name: torch.full_like(tensor, value) for name, tensor in state.items()} for value in (first, second)]
+
+
+ONE, TWO = two(1, 2)
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(4, 3, 3, 3)}}, "param_groups": [{"lr": 0.1}]}
+HEAD = TWO | {"2.weight": torch.zeros(9, 4), "2.bias": torch.zeros(9)}  # of another number of classes
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        ({"state_dict": ONE, "ema": TWO}, r"under 'state_dict', 'ema': 'state_dict' is loaded; save another one alone"),
+        (
+            {"state_dict": ONE, "ema": {"shadow": {f"module.{k}": v for k, v in TWO.items()}}},
+            "under 'state_dict', 'ema': 's",
+        ),
+        ({"model": ONE, "model_ema": HEAD, "x": ONE}, "under 'model', 'model_ema': 'model' is loaded"),
+        ({"state_dict": {"model": ONE, "ema": TWO}}, "under 'model', 'ema': 'model' is loaded"),
+        ({"state_dict": ONE, "optimizer": OPTIMIZER, "scheduler": {"last": 3}, "epoch": 3, "args": {}}, None),
+        ({"state_dict": ONE, "model": dict(ONE)}, None),
+        ({"net": ONE, "critic": {"0.weight": torch.zeros(1, 4), "2.bias": torch.zeros(1)}}, None),
+    ],
+    ids=["ema", "inside", "head", "below", "training", "twins", "another network"],
+)
+def test_a_warning_tells_which_network_of_a_checkpoint_is_loaded(
+    saved: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    torch.save(saved, tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match=f"holds several networks that fit, {told}") if told else nullcontext():
+        load_weights(model, tmp_path / "w.pt")
+    assert all((tensor == 1).all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"state_dict": TWO, "model": ONE}, "several networks that fit, under 'state_dict', 'model'; save the one to"),
+        ({"net": TWO, "model": ONE, "ema": ONE}, "under 'model', 'net'"),
+        (
+            ONE | {"0.weight": ONE["0.weight"].to(torch.int8)},
+            r"\(whole numbers in place of real: 0.weight int8\); name",
+        ),
+        (ONE | {"0.bias": ONE["0.bias"].bool()}, "whole numbers in place of real: 0.bias bool"),
+    ],
+)
+def test_weights_of_which_nobody_knows_what_they_are_are_refused(
+    saved: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    torch.save(saved, tmp_path / "w.pt")
+    with pytest.raises(UnitvisError, match=message):
+        load_weights(model, tmp_path / "w.pt")
+
+
+def test_weights_in_another_precision_and_buffers_of_whole_numbers_are_loaded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.register_buffer("mean", torch.zeros(3))
+    saved = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    torch.save(saved | {"mean": torch.tensor([1, 2, 3])}, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert model.get_buffer("mean").tolist() == [1, 2, 3]

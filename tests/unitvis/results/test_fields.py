@@ -39,6 +39,7 @@ MANIFEST: list[Row] = [
     ("model.file", "other.pt", TOLD, "never opened; the hash of the weights is compared"),
     ("model.pretrained", False, TOLD, "the hash of the weights is compared"),
     ("input", [3, 14, 12], READ, r"transform.crop is 12 and the input \[14, 12\]"),
+    ("layers", {}, READ, "layers is empty"),
     ("L0.name", "x", READ, "layers.0.name is 'x'"),
     ("L0.channels", 7, READ, "6 units in 7 channels"),
     ("L0.height", 20, VERIFY, "layers.0.height is 20 and 10"),

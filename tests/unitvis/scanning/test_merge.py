@@ -422,9 +422,11 @@ def named_in_runs(folder: Path, **origin: object) -> list[Path]:
     """Write shards whose manifests name this model."""
     folders = []
     for number, run in enumerate(shards(2)):
-        manifest = run.manifest | {"model": run.manifest["model"] | {"file": None, "pretrained": False} | origin}
-        changed = unitvis.Run(run.tops, manifest, run.records, partial=run.partial)
-        folders.append(changed.save(folder / f"shard-{number}"))
+        own = unitvis.Run(run.tops, dict(run.manifest), run.records, partial=run.partial)
+        folders.append(own.save(folder / f"shard-{number}"))
+        manifest = json.loads((folders[-1] / "manifest.json").read_text())
+        manifest["model"] |= {"file": None, "pretrained": False} | origin
+        (folders[-1] / "manifest.json").write_text(json.dumps(manifest))
     return folders
 
 

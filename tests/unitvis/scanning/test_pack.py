@@ -20,7 +20,7 @@ import pytest
 import unitvis
 from support.packs import BROKEN, COUNT, NORMAL, originals, pack, same, scan
 from unitvis import Interrupted, UnitvisError
-from unitvis.sources import open_source
+from unitvis.sources import FileSource, open_source
 
 packing = importlib.import_module("unitvis.scanning.pack")
 
@@ -334,3 +334,20 @@ def test_refusals(
         shutil.copy(file, f"there{file.suffix}")
     with pytest.raises(UnitvisError, match=message):
         pack(options.pop("images", folder), Path(path), **options)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"others": "x"}, "source.others is 'x', not a whole number from 0"),
+        ({"images_ending": [b"x"]}, "Object of type bytes is not JSON serializable"),
+    ],
+)
+def test_a_pack_that_could_not_be_read_is_refused_before_an_image_is(
+    entry: dict[str, object], message: str, unchanged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = FileSource.describe
+    monkeypatch.setattr(FileSource, "describe", lambda self: described(self) | entry)
+    with pytest.raises(UnitvisError, match=f"a pack is not written that nothing could read again: {message}"):
+        pack(unchanged, tmp_path / "x.npy")
+    assert not list(tmp_path.iterdir())

@@ -102,7 +102,7 @@ class Mixing(nn.Module):
         (small_net(), images(2), {"k": 0}, "k must be a whole number of at least 1, not 0"),
         (small_net(), images(2), {"unit": "filter"}, "'channel' or 'neuron', not 'filter'"),
         (small_net(), images(2), {"precision": "fp8"}, "exact, fp32, fp16, bf16, not 'fp8'"),
-        (small_net(), images(2), {"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        (small_net(), images(2), {"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         (lambda x: x, images(2), {}, "must be a torch.nn.Module, not function"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from support.sources import PLAIN, SMALL, everything, noise, write
 from unitvis.decoding.contents import FileContents
 from unitvis.errors import UnitvisError
-from unitvis.sources import Failure, open_source
+from unitvis.sources import Failure, base, open_source
 from unitvis.sources.transform import Transform
 
 DEADLINE = 300  # seconds after which what a test waits for is taken to never happen
@@ -179,3 +180,20 @@ def test_a_pinned_batch_is_given_to_nobody_else_before_it_is_copied(tmp_path):
     for batch in source.batches(8, pinned=True):
         copies.append(batch.pixels.cuda(non_blocking=True))
     assert torch.equal(torch.cat(copies).cpu(), want)
+
+
+def test_a_batch_takes_no_more_memory_than_its_source_fills_and_there_is(monkeypatch):
+    monkeypatch.setattr(base, "_LARGE_BATCH", 1000)
+    images = [noise(i) for i in range(20)]
+    for free, refused in ((20 * 192, False), (20 * 192 - 1, True)):
+        monkeypatch.setattr(base, "available_memory", lambda free=free: float(free))
+        said = pytest.raises(
+            UnitvisError, match="a batch of 20 images takes 0 GiB, which cannot be had; give a smaller"
+        )
+        with said if refused else nullcontext():
+            assert everything(open_source(images, PLAIN), 10**9)[0] == list(range(20))
+
+
+def test_an_image_that_is_asked_for_again_comes_in_the_same_batch():
+    batches = list(open_source([noise(i) for i in range(3)], PLAIN).batches(16, ids=[2, 0, 2, 1, 0, 2]))
+    assert [batch.ids.tolist() for batch in batches] == [[2, 0, 2, 1, 0, 2]]

@@ -54,7 +54,7 @@ def test_pixels_need_a_transform(tmp_path):
 
 
 def test_wrong_batch_size(folder):
-    with pytest.raises(UnitvisError, match="batch_size=0"):
+    with pytest.raises(UnitvisError, match="batch_size must be a whole number of at least 1, not 0"):
         open_source(folder, PLAIN).batches(0)
 
 
@@ -84,7 +84,7 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
         open_source(tmp_path / name, PLAIN)
 
 
-@pytest.mark.parametrize("shape", [(-8, 8, 8, 3), (10**30, 8, 8, 3), (10**12, 8, 8, 3)])
+@pytest.mark.parametrize("shape", [(-8, 8, 8, 3), (10**30, 8, 8, 3), (10**12, 8, 8, 3), (True, 8, 8, 3)])
 def test_arrays_of_impossible_shapes_are_refused(shape, tmp_path):
     header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
     (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(1536))

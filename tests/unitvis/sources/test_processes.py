@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from support.sources import PLAIN, everything, write
 from unitvis.decoding import pool
+from unitvis.decoding.board import Board, slot_bytes
 from unitvis.decoding.contents import FileContents
 from unitvis.decoding.crew import Crew
 from unitvis.decoding.processes import may_start
@@ -342,3 +344,36 @@ def test_too_many_open_files_are_no_fault_of_the_images(folder, tmp_path, monkey
         monkeypatch.setattr(FileContents, "_read", opened)
     with pytest.raises(UnitvisError, match=r"files cannot be read: Too many open files; raise the limit \(ulimit -n\)"):
         list(source.batches(4, workers=workers))
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "slots"),
+    [
+        (None, {"workers": 1, "batch_size": 4}, 3),
+        (None, {"workers": 2, "batch_size": 10**9}, 4),  # of 27 images
+        (7, {"workers": 2, "batch_size": 10**9}, 3),
+        (4, {"workers": 60, "batch_size": 4}, 2),
+        (3, {"workers": 2, "batch_size": 4}, None),
+    ],
+)
+def test_reading_ahead_takes_no_more_memory_than_there_is(free, options, slots, folder, monkeypatch):
+    """free: memory, in slots of the board."""
+    wanted = everything_about(open_source(folder, PLAIN), options["batch_size"], workers=0)
+    made = []
+    create = Board.create
+    monkeypatch.setattr(Board, "create", lambda slots, *rest: made.append(slots) or create(slots, *rest))
+    if free is not None:
+        monkeypatch.setattr(pool, "available_memory", lambda: float(free * slot_bytes((8, 8))))
+    told = pytest.warns(UserWarning, match=r"in threads, since .* 0 MB of shared memory cannot hold two jobs of 8 x 8")
+    with nullcontext() if slots else told:
+        assert everything_about(open_source(folder, PLAIN), **options) == wanted
+    assert made == ([slots] if slots else [])
+
+
+def test_a_slot_takes_the_memory_that_a_board_needs_for_it():
+    sizes = []
+    for slots in (100, 300):
+        board = Board.create(slots, (5, 7), None)
+        sizes.append(os.fstat(board.arguments[0]).st_size)
+        board.close()
+    assert sizes[1] - sizes[0] == pytest.approx(200 * slot_bytes((5, 7)), abs=3 * 4096)

@@ -562,3 +562,9 @@ def test_extended_headers_with_attributes_are_read(tmp_path):
         info.pax_headers = {"SCHILY.xattr.user.note": "a=b\n7 c=" * 8000, "comment": "9" * 900}
         archive.addfile(info, io.BytesIO(encoded(0)))
     assert open_source(path, PLAIN).name(0) == f"a.tar/{info.name}"
+
+
+def test_an_archive_that_comes_again_after_many_is_found_at_once(tmp_path):
+    paths = [str(tmp_path / f"{number}.tar") for number in range(60_000)]
+    with in_time(), pytest.raises(UnitvisError, match=r"the archive '.*59999.tar' is named twice"):
+        open_source([*paths, paths[-1]], PLAIN)
