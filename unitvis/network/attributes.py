@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import re
 from collections import deque
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from unitvis.network.contents import Contents, Describer, class_values, is_plain
+
 _LOOKED_INTO = (nn.Module, list, dict, set, deque, tuple)
 _PLAIN = frozenset([bool, int, float, str, type(None), torch.Tensor, nn.Parameter])  # the usual rest, told apart fast
 # What PyTorch keeps in a module for itself (`_ALL`); of that, a forward pass may change what `_OWN` names.
@@ -20,45 +21,68 @@ _OWN = frozenset(["training", "_modules", "_non_persistent_buffers_set"])
 _ALL = frozenset(vars(nn.Module()))
 _OF_PYTORCH = _ALL - _OWN
 
-
-# Texts that name a place, which may be another one for the same network: paths, devices.
-_PLACE = re.compile(r".*[/\\].*|(cpu|cuda|mps|xpu|meta)(:\d+)?", re.DOTALL)
-_LONGEST = 200  # characters of an attribute in a description
+# Of modules of PyTorch that print themselves, what follows from the class or cannot be changed without an error.
+_FIXED = frozenset(["transposed", "return_indices"])
 
 Attribute = tuple[int, str]  # id of a module's `vars`, and the name of one of its attributes
 
 
-def plain_attributes(model: nn.Module, changing: Collection[Attribute] = ()) -> dict[str, str]:
-    """What Python prints of each attribute that is a number, a text, a boolean, None or a tuple of these, by full name.
+def described_attributes(
+    model: nn.Module, counters: Collection[str] = (), changing: Collection[Attribute] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What a model's attributes hold: texts by full name, and numbers of the float arrays inside, by name and place.
 
-    changing: those that a forward pass changes, such as counters, which are left out, as are texts that name a path or
-    a device. Tuples with texts are sorted. Modules of PyTorch that print themselves, as `Conv2d`, are left out whole.
+    counters, changing: buffers, by name, and attributes that a forward pass changes, which are left out. Told are
+    numbers, texts, booleans, None, arrays, and containers, data classes and namespaces of these (see `Describer`) in
+    attributes of modules and of their classes (`class Block.expansion`), and buffers that the state leaves out. Of
+    PyTorch's modules that print themselves, as `Conv2d`, those attributes are left out that they print.
     """
-    found = {}
-    for path, module in model.named_modules():
-        own = type(module)
-        printed = own.__module__.startswith("torch.nn.modules.") and own.extra_repr is not nn.Module.extra_repr
-        if printed or isinstance(module, torch.jit.ScriptModule):
+    found: dict[str, str] = {}
+    arrays: dict[str, str] = {}
+    for key, name, contents in _contents_of_attributes(model):
+        if name not in counters and key not in changing:
+            found[name] = contents.text
+            arrays |= {name + place: numbers for place, numbers in contents.arrays.items()}
+    return found, arrays
+
+
+def contents_of(model: nn.Module) -> dict[Attribute, Contents]:
+    """What a model's attributes hold, to see afterwards which of them a forward pass changed in place."""
+    return {key: contents for key, _, contents in _contents_of_attributes(model)}
+
+
+def _contents_of_attributes(model: nn.Module) -> Iterator[tuple[Attribute, str, Contents]]:
+    modules = [pair for pair in model.named_modules() if not isinstance(pair[1], torch.jit.ScriptModule)]
+    tensors = (*model.parameters(), *model.buffers())
+    describer = Describer({id(one) for one in (*model.modules(), *tensors)})
+    classes = set()
+    for path, module in modules:
+        own, attributes, prefix = type(module), vars(module), f"{path}." if path else ""
+        pytorch, printed = own.__module__.startswith("torch."), _printed(own)
+        for name in sorted(attributes.keys() - _ALL - printed):
+            if pytorch and name.startswith("_") and (printed or not is_plain(attributes[name])):
+                continue  # what PyTorch keeps for itself
+            if contents := describer.contents(attributes[name]):
+                yield (id(attributes), name), prefix + name, contents
+        for name, buffer in module._buffers.items():
+            unsaved = buffer is not None and name in module._non_persistent_buffers_set
+            if unsaved and (contents := describer.buffer(buffer)):
+                yield (id(attributes), name), prefix + name, contents
+        if own in classes:
             continue
-        attributes = vars(module)
-        for name in sorted(attributes.keys() - _ALL):
-            if _is_plain(attributes[name]) and (id(attributes), name) not in changing:
-                value = attributes[name]
-                # Python orders a set of texts anew in each process, and so a tuple that was made of one.
-                mixed = isinstance(value, tuple) and any(isinstance(item, str) for item in value)
-                text = repr(tuple(sorted(value, key=repr)) if mixed else value)
-                if len(text) > _LONGEST:
-                    text = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
-                found[f"{path}.{name}" if path else name] = text
-    return found
+        classes.add(own)
+        for name, value in class_values(own).items():
+            if contents := describer.contents(value):
+                yield (id(own), name), f"class {own.__name__}.{name}", contents
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, str):
-        return type(value) is str and not _PLACE.fullmatch(value)
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float)
+def _printed(own: type[nn.Module]) -> frozenset[str]:
+    """The attributes that a module of PyTorch's that prints itself tells by that, and `_FIXED`."""
+    if not own.__module__.startswith("torch.nn.modules.") or own.extra_repr is nn.Module.extra_repr:
+        return frozenset()
+    code = own.extra_repr.__code__
+    formats = " ".join(text for text in code.co_consts if isinstance(text, str))
+    return frozenset([*code.co_names, *re.findall(r"\{(\w+)", formats)]) | _FIXED
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unitvis.errors import UnitvisError
-from unitvis.network.attributes import Attribute, kept_attributes
+from unitvis.network.attributes import Attribute, contents_of, kept_attributes
 
 LEARNING_PASSES = 5  # the first two get images of zeros, by which an observed range does not change
 
@@ -185,9 +185,13 @@ class Tensors:
 
         UnitvisError where a later pass changes a tensor that the first ones did not.
         """
+        learning = self._passes < LEARNING_PASSES
         with turn(self._model), kept_attributes(self._model) as changed:
+            before = contents_of(self._model) if learning else {}
             yield from self._kept()
-        self.changing_attributes |= changed
+            now = contents_of(self._model) if learning else {}
+        in_place = {key for key, contents in before.items() if now.get(key) != contents}
+        self.changing_attributes |= changed | in_place
 
     def _kept(self) -> Iterator[None]:
         learning = self._passes < LEARNING_PASSES

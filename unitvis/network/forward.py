@@ -106,9 +106,10 @@ class Hooks:
 
     def __enter__(self) -> Self:
         modules = dict(self._model.named_modules())
-        for index, name in enumerate(self._layers):
+        for name in self._layers:
             if name not in modules:
                 raise UnitvisError(f"the model has no layer {name!r}; {closest_names(name, filter(None, modules))}")
+        for index, name in enumerate(self._layers):
             self._handles.append(modules[name].register_forward_hook(self._hook(index, name)))
         return self
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from unitvis.network.attributes import Attribute, plain_attributes
+from unitvis.network.attributes import Attribute, described_attributes
+from unitvis.network.contents import flat
 from unitvis.state.noise_numbers import encoded
 
 NOISE_IMAGES = 2
@@ -29,7 +30,7 @@ def describe_model(
 
     counters: names of buffers that a forward pass changes, such as a number of calls, which are left out; changing:
     attributes that it changes. Returns {"class": name, "parameters": number, "weights": hexadecimal, "modules":
-    hexadecimal, "attributes": see `plain_attributes`}.
+    hexadecimal, "attributes" and, where there are any, "arrays": see `described_attributes`}.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):
@@ -37,9 +38,10 @@ def describe_model(
             for leaf in tree_leaves(value):  # state that is no tensor: quantised weights, extra state
                 digest.update(f"{name} {_outline(leaf)}".encode())
                 if isinstance(leaf, Tensor):
-                    digest.update(_plain(leaf).view(torch.uint8).numpy().data)
+                    digest.update(flat(leaf).view(torch.uint8).numpy().data)
     hashes = {"weights": digest.hexdigest(), "modules": _modules_hash(model)}
-    return {**outline(model), **hashes, "attributes": plain_attributes(model, changing)}
+    attributes, arrays = described_attributes(model, counters, changing)
+    return {**outline(model), **hashes, "attributes": attributes, **({"arrays": arrays} if arrays else {})}
 
 
 def outline(model: nn.Module) -> Description:
@@ -77,14 +79,6 @@ def channel_numbers(maps: Tensor) -> str:
     number = torch.arange(values.shape[1], dtype=torch.float64, device="cpu")
     weights = (number.square() * _GOLDEN_RATIO).frac() + 0.5
     return encoded((torch.maximum(values, -0.5 * values) @ weights / weights.sum()).float().numpy())
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A tensor's values on the CPU, flat; of quantised and sparse ones those that they stand for."""
-    tensor = tensor.detach().cpu()
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    return (tensor.to_dense() if tensor.layout != torch.strided else tensor).contiguous().flatten()
 
 
 def _outline(leaf: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,6 +28,7 @@ from unitvis.network.inputs import input_channels, refuse_channels_last
 from unitvis.network.layers import Examination, Layer, maps_of_two
 from unitvis.network.receptive_fields.fields import followed_fields
 from unitvis.network.receptive_fields.receptive_field import ReceptiveField
+from unitvis.network.user_hooks import silent_hooks
 from unitvis.sources.transform import Transform
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -59,6 +61,7 @@ class Network:
         self._channels: int | None = None  # of the model's input; None: not looked at yet
         self.bits = Bits()  # what is known of them
         self._tensors = Tensors(self.model)
+        self.silent_hooks: Counter[str] = Counter()  # of the model's own, by module, that return nothing
         self.preparation = 0.0  # seconds that finding layers and receptive fields took
 
     @torch.inference_mode(False)
@@ -77,7 +80,8 @@ class Network:
         """
         start = time.perf_counter()
         try:
-            with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
+            settings = canonical_settings(self.device)
+            with self.evaluating(), self._tensors.kept(), settings, silent_hooks(self.model) as self.silent_hooks:
                 examination = Examination(self.model, self._blank_image(shape))
         except UnitvisError as error:
             if not self._mixed_types:
@@ -112,7 +116,7 @@ class Network:
     def find_receptive_fields(self) -> None:
         """Fill in `fields` and `followed`; UnitvisError for a layer that has none, see `receptive_fields`."""
         start = time.perf_counter()
-        with Tensors(self.model).kept():  # the copy that is traced shares the parameters
+        with self.evaluating(), Tensors(self.model).kept():  # the copy that is traced shares the parameters
             self.fields, self.followed = followed_fields(self.model, self._layer_axes(), self.input_shape)
         self.preparation += time.perf_counter() - start
 
@@ -269,7 +273,10 @@ class Network:
             if not self.layers:
                 return outline(self.model)
             responses = self.responses_to_noise()  # first: it shows tensors that a pass changes
-            self._description = describe_model(self.model, self._tensors.changing, self._tensors.changing_attributes)
+            with self.evaluating():  # which may merge weights
+                self._description = describe_model(
+                    self.model, self._tensors.changing, self._tensors.changing_attributes
+                )
             self._description |= responses
         return self._description
 

@@ -6,14 +6,14 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unitvis import models
-from unitvis.errors import UnitvisError, error_text, whole_number
+from unitvis.errors import UnitvisError, abridged, error_text, whole_number
 from unitvis.half_precision.candidates import EXTRA_CANDIDATES
 from unitvis.half_precision.step import HALF, Step
 from unitvis.half_precision.suitability import NAMES, suitable_precision
@@ -90,7 +90,6 @@ class Recording:
         self._watch: WeightsWatch | None = None  # of weights that are to stay fixed, from the first call on
         self._canonical: CanonicalPass  # in float32, once it has begun
         self._step: Step  # in half precision, once it has begun
-        self._stack = ExitStack()
         self._open = False
         self._lock = threading.RLock()  # held while images or results are taken, by one thread at a time
         self.set_precision(precision, batch_size)
@@ -99,21 +98,19 @@ class Recording:
         if self._open:
             raise UnitvisError("this Recorder's block is open already; leave it before you enter it again")
         self._tell_of_lost_images()
-        self._begun = False  # the hooks of an earlier block are gone
-        self._stack.enter_context(self.network.evaluating())
+        self._begun = False  # the model may have changed since an earlier block
         self._open = True
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        with self._stack:
-            self._open = False
-            try:
-                if error is None:
-                    self.flush()
-            finally:  # without an exception none wait any more
-                waiting = 0 if self._waiting is None else len(self._waiting[1])
-                self._lost = waiting + (0 if error is None else self._raised)
-                self._waiting, self._raised = None, 0
+        self._open = False
+        try:
+            if error is None:
+                self.flush()
+        finally:  # without an exception none wait any more
+            waiting = 0 if self._waiting is None else len(self._waiting[1])
+            self._lost = waiting + (0 if error is None else self._raised)
+            self._waiting, self._raised = None, 0
 
     def set_precision(self, precision: str, batch_size: int | None) -> None:
         """Choose how the images are computed, before the first one is. batch_size: None is `default_batch`."""
@@ -155,6 +152,13 @@ class Recording:
 
     def _prepare(self, shape: Shape) -> None:
         self.network.examine(shape, self._layers, self._unit, self._exclude)
+        if silent := self.network.silent_hooks:
+            named = abridged([f"{number} on {name or 'the model'}" for name, number in silent.items()])
+            warnings.warn(
+                f"the model has forward hooks that return nothing ({named}); if they collect what they see, they also "
+                f"get noise, repeated images and symbolic tensors, with which the network is examined: remove them "
+                f"before, and register them again afterwards"
+            )
         try:
             self.network.description  # noqa: B018  it is kept
         except UnitvisError:
@@ -197,7 +201,7 @@ class Recording:
             raise UnitvisError("a Recorder records inside its block: with unitvis.Recorder(...) as recorder: ...")
         given = checked_images(batch, self._like, self.network.transform)
         if self._weights == "fixed" and self._watch is None:
-            self._watch = WeightsWatch(self._given)
+            self._watch = WeightsWatch(self._given, self.network.evaluating)
         if not self._settled and len(given) and (reason := self.settle_precision(given)):
             warnings.warn(f"{reason}; the images are scanned in {NAMES[self.precision]}")
         images = self._moved(given) if self.precision == "fp32" else given
@@ -259,7 +263,8 @@ class Recording:
             if not self._begun:
                 with self._passes():
                     self._begin(images[: self._size])
-            self._halving(lambda: self._fold_all(images, ids))
+            with self._canonical if self.precision == "fp32" else nullcontext():  # hooks for the length of this call
+                self._halving(lambda: self._fold_all(images, ids))
         self.images += len(ids)
         if self.precision != "fp32":
             self.batch_sizes.add(self._size)
@@ -347,8 +352,9 @@ class Recording:
             channels = 0 if self.precision == "fp32" else self.network.input_shape[0]
             self.largest_inputs = ranked_magnitudes(channels, self.network.device)
         if self.precision == "fp32":
-            self._canonical = self._stack.enter_context(self.network.reading())
-            self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])
+            self._canonical = self.network.reading()
+            with self._canonical:
+                self.network.check_independence(self._canonical, images[:COMPUTE_BATCH])
             if (layer := self.network.unfollowed) is not None:
                 warnings.warn(
                     f"the model's code could not be followed as far as layer {layer!r} and may mix the images of later "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 
 import torch
@@ -21,12 +21,15 @@ class WeightsWatch:
     keeps on the host and raises with each write. Where these moved, as by `model.to(memory_format=...)`, hashes tell
     whether values did. What a pass itself writes (a counter of calls) does not count. Writes that bypass the counters
     (`parameter.data`) are found by `refuse`, by a hash, unless they were taken back.
+
+    evaluating: makes the context in which values are compared, the model's eval mode, which may merge weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._take_in()
-        self._hashes = _hashes(model)
+    def __init__(self, model: nn.Module, evaluating: Callable[[], AbstractContextManager[None]]) -> None:
+        self._model, self._evaluating = model, evaluating
+        with evaluating():
+            self._hashes = _hashes(model)
+            self._take_in()
         self._dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
         self._moved: str | None = None  # name of a tensor
         self.own: set[str] = set()  # names of the tensors that a pass writes
@@ -44,8 +47,11 @@ class WeightsWatch:
 
     def look(self) -> None:
         """Note a tensor that got other values since the last pass; UnitvisError if it got another type of numbers."""
-        if self._moved is not None or not self._moved_marks():
-            return
+        if self._moved is None and self._moved_marks():
+            with self._evaluating():
+                self._look()
+
+    def _look(self) -> None:
         changed = self._changed()
         now = dict(_tensors(self._model))
         for name in sorted(changed & now.keys() & self._dtypes.keys()):
@@ -63,7 +69,8 @@ class WeightsWatch:
         """Raise UnitvisError that names a tensor that moved, if one did. hashes: compare contents, too."""
         self.look()
         if hashes and self._moved is None:
-            now = _hashes(self._model)
+            with self._evaluating():
+                now = _hashes(self._model)
             names = {name for name in {**self._hashes, **now} if self._hashes.get(name) != now.get(name)}
             self._moved = min(names - self.own, default=None)
         if self._moved is not None:

@@ -68,7 +68,7 @@ class CoreSharing:
 
 def compute_rate(recorder: Recorder, images: Tensor) -> float:
     """Measure images/s of the canonical pass on one compute batch; nothing is recorded."""
-    with recorder.network.reading() as canonical:
+    with recorder.network.evaluating(), recorder.network.reading() as canonical:
         start = time.perf_counter()
         canonical.keys(images[:COMPUTE_BATCH], recorder.topk.threshold())
         return COMPUTE_BATCH / (time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -87,6 +88,11 @@ class Progress:
             raise UnitvisError(f"a {self._source.kind} is read once, so a scan of it cannot be resumed")
         if part := self._checkpoints.read(Partial.from_arrays, PARTIAL_ARRAYS):
             if part.identity["precision"] in precisions:
+                if precision in HALF and part.identity["precision"] != precision:
+                    warnings.warn(
+                        f"the scan in {self._folder} was begun in {part.identity['precision']} and goes on in it, not "
+                        f"in {precision} as asked; for another precision start again with --overwrite"
+                    )
                 self._recorder.set_precision(part.identity["precision"], batch_size)
             self._prepare_same_scan(f"the scan in {self._folder} cannot be resumed (then and now)", part.identity)
             self._recorder.restore(part.ordered(self._recorder.network.layer_names))

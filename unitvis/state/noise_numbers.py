@@ -52,6 +52,22 @@ def changed_layers(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
     return list({**loud, **quiet}.values())
 
 
+def changed_arrays(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The arrays that two descriptions of a model both have and whose numbers differ by more than rounding, by name.
+
+    Rounding is a share of the number or, for small ones, of a twentieth of the mean magnitude of the array's numbers:
+    other hardware rounds a table of sines otherwise.
+    """
+    arrays = [described.get("arrays") or {} for described in (one, other)]
+    changed = []
+    for name in sorted(arrays[0].keys() & arrays[1].keys()):
+        then, now = (decoded(each[name]).astype(np.float64) for each in arrays)
+        least = np.abs(then).mean() / 20 if len(then) else 0
+        if then.shape != now.shape or not np.allclose(then, now, rtol=ROUNDING, atol=ROUNDING * least):
+            changed.append(name)
+    return changed
+
+
 def _changed(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str) -> dict[str, str]:
     """What `changed_layers` says of each layer, by name, for the entries of a description that begin with `prefix`."""
     layers, channels = ([d.get(prefix + key) or {} for d in (one, other)] for key in ("responses", "channels"))

@@ -34,7 +34,7 @@ from unitvis.schema import (
 )
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.magnitudes import shape_of_ranked
-from unitvis.state.noise_numbers import NUMBERS, changed_layers
+from unitvis.state.noise_numbers import NUMBERS, changed_arrays, changed_layers
 from unitvis.state.topk import TopK
 
 Identity = dict[str, Any]
@@ -46,6 +46,7 @@ SHARED: dict[str, Schema] = {
         "weights?": UNICODE,
         "modules?": TEXT,
         "attributes?": ByName(TEXT),
+        "arrays?": ByName(NUMBERS),
         "responses?": ByName(Optional([NUMBER])),
         "channels?": ByName(NUMBERS),
         "loud_responses?": ByName(Optional([NUMBER])),
@@ -75,7 +76,7 @@ FORMAT = 3  # version of the arrays
 OTHER_POSITIONS = "the positions whose boxes lie in the image are not those that were ranked (then and now)"
 PARTIAL_ARRAYS = ("about", "state", "largest_inputs", "coverage", "failed", "reason", "seen")  # their names
 # Entries of a model that are equal up to rounding, see `noise_numbers`.
-_NOISE = ("responses", "channels", "loud_responses", "loud_channels")
+_ROUNDED = ("arrays", "responses", "channels", "loud_responses", "loud_channels")
 # Of an image that was read: hash of its bytes or pixels, original width and height.
 SEEN = np.dtype([("id", "<i8"), ("digest", "V16"), ("width", "<u4"), ("height", "<u4")])
 
@@ -238,7 +239,7 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     shared = {key: manifest[key] for key in ("input", "k", "unit", "transform", "fingerprint")}
     shared["precision"] = manifest["scan"]["precision"]
     described = manifest["model"]
-    keys = ("class", "parameters", "weights", "modules", "attributes", *_NOISE)
+    keys = ("class", "parameters", "weights", "modules", "attributes", *_ROUNDED)
     model = {key: described[key] for key in keys if key in described}
     layers = {name: [info[key] for key in ("channels", "height", "width")] for name, info in manifest["layers"].items()}
     if inside := ranked_inside(manifest):
@@ -265,15 +266,17 @@ def same_images(source: Mapping[str, Any]) -> dict[str, Any]:
 def differences(one: Any, other: Any, name: str = "") -> Iterable[str]:
     """What is not equal in two identities, as sentences: `k is 9 and 5`."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        changed = changed_layers(one, other) if name == "model" else []
+        changed, arrays = (changed_layers(one, other), changed_arrays(one, other)) if name == "model" else ([], [])
         if name == "model":
-            one, other = ({k: v for k, v in each.items() if k not in _NOISE} for each in (one, other))
+            one, other = ({k: v for k, v in each.items() if k not in _ROUNDED} for each in (one, other))
             both = one.get("attributes", {}).keys() & other.get("attributes", {}).keys()
             for each in (one, other):  # versions of a library may give a module more attributes
                 each["attributes"] = {k: v for k, v in each.get("attributes", {}).items() if k in both}
         for key in [*one, *(key for key in other if key not in one)]:
             inside = f"{name}.{key}" if name else key
             yield from differences(one.get(key, "nothing"), other.get(key, "nothing"), inside)
+        if arrays:
+            yield f"the numbers in {abridged(arrays)} differ"
         if changed:
             yield f"the network computes something else in {abridged(changed)}"
     elif one != other:

@@ -176,7 +176,10 @@ def test_weights_that_a_loop_trains_meanwhile_stay_trained() -> None:
         recorder(images(16, 9))
     assert (model[0].weight == 2).all()
     assert not model[0].down.any()
+    assert model[0].merged  # as the loop left it
+    model.train()
     assert not model[0].merged
+    assert (model[0].weight == 2).all()
 
 
 def test_an_eval_that_cannot_be_taken_back_is_refused() -> None:

@@ -138,18 +138,18 @@ def test_another_network_is_neither_resumed_nor_merged_nor_drawn(edit: str, tmp_
 
 
 class Gains(nn.Module):
-    """A layer of 256 channels, each times a number that is no tensor of the model."""
+    """A layer of 256 channels, each times a number that no attribute of the model holds."""
 
     def __init__(self, gains: dict[int, float] | None = None, strongest: float = 1.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.scaled = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 256, 3), nn.Identity()
         self.second.weight.data[0] *= strongest
-        self.gains = gains or {}
+        self.gains = lambda: gains or {}
 
     def forward(self, x: Tensor) -> Tensor:
         gain = torch.ones(256, 1, 1)
-        for channel, value in self.gains.items():
+        for channel, value in self.gains().items():
             gain[channel] = value
         return self.scaled(self.second(self.first(x).relu()) * gain)
 

@@ -204,6 +204,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda limit: monkeypatch.setattr(Wide, "limit", limit)
 
 
+@pytest.mark.filterwarnings("ignore:the model has forward hooks that return nothing")
 def test_a_compute_batch_in_float32_is_never_halved(wide: Callable[[int], None]) -> None:
     """Fewer images would have other bits: it is refused, nothing is lost, and it may be given again."""
     torch.manual_seed(0)

@@ -109,6 +109,18 @@ def test_a_scan_that_crashed_goes_on_to_the_same_bytes(
     assert asked[0] == [id for id in range(COUNT) if id not in done and (id in good or id > max(done, default=-1))]
 
 
+def test_a_scan_that_goes_on_in_another_precision_than_was_asked_for_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stopping(3, crash, patch)
+        with pytest.raises(StoppedError):
+            scan(folder, tmp_path / "run", precision="fp32")
+    with pytest.warns(UserWarning, match=r"begun in fp32 and goes on in it, not in fp16 as asked; .* --overwrite"):
+        run = scan(folder, tmp_path / "run", resume=True, precision="fp16")
+    assert run.manifest["scan"]["precision"] == "fp32"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
     number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
