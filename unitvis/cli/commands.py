@@ -25,6 +25,7 @@ from unitvis.files import replacing
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS, draw
 from unitvis.pages.figures import DPI, figure
+from unitvis.results.drawn_files import scanned_file
 from unitvis.run import Run, load
 from unitvis.scanning.merge import merge
 from unitvis.scanning.pack import pack
@@ -194,6 +195,18 @@ def _check_picture(target: Path) -> None:
         raise UnitvisError(f"{target} is a folder; name a file")
 
 
+def _check_replaced(target: Path, run: Run) -> None:
+    """Raise UnitvisError where the picture would replace an image that the run ranked or cuts patches from."""
+    if not target.exists():
+        return
+    try:
+        source = run.source
+    except UnitvisError:  # the images are gone, and drawing says so
+        return
+    if scanned_file(source, [target]) is not None:
+        raise UnitvisError(f"{target} is one of the images that were scanned, and would be replaced; give another path")
+
+
 def _save_picture(page: Image.Image, target: Path) -> None:
     """Write a picture to a path that `_check_picture` has passed, and print its size."""
     kind = {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG")
@@ -217,6 +230,7 @@ def _sheet(arguments: argparse.Namespace) -> int:
         raise UnitvisError("--weights needs --model, the network that was scanned")
     units = parse_choice(arguments.units)
     run = load(arguments.run, arguments.images)
+    _check_replaced(arguments.output, run)
     if arguments.figure:
         if arguments.size:
             raise UnitvisError("a figure has patches of one size; leave out --size")
@@ -235,6 +249,7 @@ def _overview(arguments: argparse.Namespace) -> int:
     target = arguments.output or arguments.run / "overview.png"
     run = load(arguments.run, arguments.images)
     _check_picture(target)
+    _check_replaced(target, run)
     _save_picture(run.overview(arguments.layer), target)
     return DONE
 
@@ -260,6 +275,8 @@ def _figure(run: Run, arguments: argparse.Namespace, units: Units) -> Image.Imag
 
 def _maps(arguments: argparse.Namespace) -> int:
     _check_picture(arguments.output)
+    if arguments.output.exists() and Path(arguments.image).exists() and arguments.output.samefile(arguments.image):
+        raise UnitvisError(f"{arguments.output} is the image itself, and would be replaced; give another path")
     units = parse_choice(arguments.units)
     loaded = _load_model(arguments)
     transform = given_transform(arguments, loaded.transform, "mean", "std")

@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", choices=PRECISIONS, default="exact")
     sub.add_argument("--unit", choices=UNITS, default="channel", help="what is ranked")
     sub.add_argument(
-        "--inside", action="store_true", help="rank only positions whose patches lie in the image, not at its border"
+        "--inside", action="store_true", help="rank only positions that read no padding at the image's border"
     )
     sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
     sub.add_argument("--resume", action="store_true", help="continue the interrupted scan in RUN")

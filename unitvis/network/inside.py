@@ -1,4 +1,4 @@
-"""Ranking inside the image: the positions whose drawn boxes no padding enters."""
+"""Ranking inside the image: the positions whose responses, or whose drawn boxes, no padding enters."""
 
 from __future__ import annotations
 
@@ -18,31 +18,36 @@ from unitvis.network.receptive_fields.receptive_field import ReceptiveField, see
 
 
 def rank_inside(network: Network) -> None:
-    """Set the layers' `inside`: the rectangle of positions whose boxes, as they are drawn, lie in the image.
+    """Set the layers' `inside`: the largest rectangle of positions that lie in the image.
 
-    The box is the receptive field, or where that is wider than half of the image the effective box, whose side is found
-    for the neuron in the middle of the map from fixed noise, and kept in `drawn_sides`. A layer without such positions
-    is ranked everywhere, and a warning names it. Padding excites many units of deep layers more than any picture does
-    ("Padding Aware Neurons", arXiv 2309.08048).
+    Where a layer's receptive field is at most half as wide and high as the image, such positions read no padding.
+    Where it is wider, their effective boxes, as they are drawn, lie in the image; the side is found for the neuron in
+    the middle of the map from fixed noise, and kept in `drawn_sides`. A layer without such positions is ranked
+    everywhere, and a warning names it. Padding excites many units of deep layers more than any picture does ("Padding
+    Aware Neurons", arXiv 2309.08048).
     """
     size, fields = network.input_shape[1:], network.fields
     wide = [layer for layer in network.layers if _has_wide_field(fields[layer.name], size)]
     sides = _sides_from_noise(network, wide)
-    layers, everywhere = [], []
+    layers = []
+    everywhere: dict[str, list[str]] = {}  # layers by the reason
     for layer in network.layers:
         side, field = sides.get(layer.name), fields[layer.name]
-        without_box = layer in wide and side is None
-        found = None if without_box or field.method == "unknown" else _rectangle(field.positions_inside(side))
+        if field.method == "unknown" or (layer in wide and side is None):
+            found, reason = None, "no box is known"
+        else:
+            found = largest_rectangle(field.positions_inside(side))
+            reason = "no position reads the image alone" if side is None else "no effective box lies in the image"
         if found is None:
-            everywhere.append(layer.name)
+            everywhere.setdefault(reason, []).append(layer.name)
         elif side is not None:
             network.drawn_sides[layer.name] = side
         layers.append(replace(layer, inside=found or (0, layer.height, 0, layer.width)))
     network.layers = layers
-    if everywhere:
+    for reason, names in everywhere.items():
         warnings.warn(
-            f"in {len(everywhere)} of {len(layers)} layers no box lies in the image ({abridged(everywhere)}), so all "
-            "of their positions are ranked"
+            f"in {len(names)} of {len(layers)} layers {reason} ({abridged(names)}), so all of their positions are "
+            "ranked"
         )
 
 
@@ -65,10 +70,18 @@ def _sides_from_noise(network: Network, layers: list[Layer]) -> dict[str, int | 
     return effective_sides(network, chosen, dict(enumerate(noise(network.input_shape, MAX_TOGETHER))))
 
 
-def _rectangle(inside: NDArray[np.bool_]) -> Rectangle | None:
-    """The rectangle that the positions [H, W] make; None where there are none, or they make no rectangle."""
-    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-    if not len(rows):
-        return None
-    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    return (top, bottom, left, right) if inside[top:bottom, left:right].all() else None
+def largest_rectangle(inside: NDArray[np.bool_]) -> Rectangle | None:
+    """The rectangle with most positions, all of them True in bool [H, W]; the first of equal ones, None without any."""
+    best, found = 0, None
+    heights = np.zeros(inside.shape[1], np.int64)  # of the columns of True that end in a row
+    for row, line in enumerate(inside):
+        heights = np.where(line, heights + 1, 0)
+        starts: list[tuple[int, int]] = []  # left, and height, of rectangles that may grow to the right; ascending
+        for column, height in enumerate([*heights.tolist(), 0]):
+            left = column
+            while starts and starts[-1][1] >= height:
+                left, high = starts.pop()
+                if (size := high * (column - left)) > best:
+                    best, found = size, (row + 1 - high, row + 1, left, column)
+            starts.append((left, height))
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from unitvis.errors import UnitvisError
 from unitvis.files import make_folder, replacing
 from unitvis.pages import earlier, facts, pictures, projections, sprites
 from unitvis.results.data import RunData
+from unitvis.results.drawn_files import remove_drawn, warn_of_kept
 from unitvis.results.folder import holds_run
 from unitvis.results.same_model import checked_network
 
@@ -109,7 +109,7 @@ def _prepare_folder(run: RunData, folder: Path) -> Path:
             f"{folder} is not empty and holds no gallery, so nothing is written there; give another path"
         )
     if not earlier.drawings(run, folder):
-        shutil.rmtree(folder / "gallery", ignore_errors=True)
+        warn_of_kept(folder, remove_drawn(folder, ["gallery"]))
     try:
         make_folder(folder / "gallery")
     except OSError as error:

@@ -42,7 +42,7 @@ class Recorder(Recording):
     model: a module, or a spec such as "torchvision:alexnet", which brings its transform. layers: names or shell
     patterns; None: every convolution, after the BatchNorm that directly follows it. exclude: names or shell patterns of
     layers to leave out. unit: "channel" ranks the largest response over positions, "neuron" every element of the map.
-    inside: rank only positions whose drawn boxes lie in the image, see `inside.rank_inside`.
+    inside: rank only positions that read no padding, see `inside.rank_inside`.
     device: None is the model's own. transform: normalises pixels, which must come resized and cropped as it would.
     precision: "fp32" is canonical (compute batches of 16); "fp16" and "bf16" rank what a copy of the model gives in
     half precision, in batches of batch_size (None: 64, on a GPU 256), which is halved where memory runs out. weights:

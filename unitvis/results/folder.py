@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Container, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,9 +31,11 @@ from unitvis.files import array_names, open_regular, parsed_json, read_arrays, r
 from unitvis.results.arrays import ARRAYS, LayerArrays, winners_of
 from unitvis.results.consistency import arrays_problem, manifest_problem, state_problem
 from unitvis.results.data import RunData
+from unitvis.results.drawn_files import FOLDERS, refuse_scanned_pictures, remove_drawn, warn_of_kept
 from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD
 from unitvis.schema import problem
 from unitvis.sources import open_as_described
+from unitvis.sources.base import Source
 from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import PARTIAL_ARRAYS, differences, identity, read_partial
 
@@ -42,7 +43,6 @@ FORMAT = 1  # version of the folder's format, in the manifest
 _HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
 _MAX_LINE = 2**20  # bytes of a line of images.jsonl: the longest path of a text list, six characters a byte, twice over
 _FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", "index.html")  # that a run may replace or remove
-_FOLDERS = ("sheets", "gallery", "projections")  # of pictures of a run, which are removed with it
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
 _NOT_WRITTEN = "a run is not written that nothing could read again"  # begins messages
 _MANIFEST_KEYS = MANIFEST_OF_A_SHARD.keys()
@@ -63,12 +63,17 @@ def write_run(run: RunData, folder: Path) -> Path:
 
 
 def _write(run: RunData, folder: Path) -> None:
-    """Write all files beside those of a run that is there, then put them in its place; the manifest comes last."""
+    """Write all files beside those of a run that is there, then put them in its place; the manifest comes last.
+
+    Its pictures go first, while it is whole: they can be drawn again. The checkpoints of a scan go last.
+    """
     _refuse_obstacles(folder)  # before the first file is removed
     refuse_unreadable(run.manifest)
     for id, record in run.records.items():
         if wrong := problem(record, RECORD, f"the record of image {id}"):
             raise UnitvisError(f"{_NOT_WRITTEN}: {wrong}")
+    if (source := _source_of(run, folder)) is not None:
+        refuse_scanned_pictures(folder, source)
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
     with ExitStack() as stack:
         manifest = stack.enter_context(replacing(folder / "manifest.json"))  # entered first, so put in place last
@@ -84,10 +89,31 @@ def _write(run: RunData, folder: Path) -> None:
         hashes = {name: _file_hash(path) for name, path in parts.items()}
         manifest.write_text(json.dumps({**run.manifest, "files": hashes}, indent=1) + "\n", encoding="utf-8")
         # All is written, so no disk that fills up can cost the run that was there.
-        for name in ("manifest.json", "top.npz", "state.npz", "index.html"):
+        (folder / "index.html").unlink(missing_ok=True)
+        kept = remove_drawn(folder)
+        for name in ("manifest.json", "top.npz", "state.npz"):
             (folder / name).unlink(missing_ok=True)
-        for drawn in _FOLDERS:
-            shutil.rmtree(folder / drawn, ignore_errors=True)
+    Checkpoints(folder / SCAN_CHECKPOINT).remove()
+    warn_of_kept(folder, kept)  # now that no filter that makes warnings errors can cost the run
+
+
+def _source_of(run: RunData, folder: Path) -> Source | None:
+    """The images of a run that is written where there are pictures; None where it knows no way to them."""
+    if not any((folder / name).exists() for name in FOLDERS):
+        return None
+    try:
+        return run.source
+    except UnitvisError:
+        return None
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run that is not drawn, or a scan of one, and its folder unless that holds something else."""
+    names = (*_FILES, *Checkpoints(folder / SCAN_CHECKPOINT).names)
+    for name in (*names, *(f"{name}.part" for name in names)):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def refuse_unreadable(manifest: Mapping[str, Any]) -> None:
@@ -118,7 +144,7 @@ def _refuse_obstacles(folder: Path) -> None:
                 raise UnitvisError(
                     f"{path} is a folder, where a file of the run belongs; remove it, or give another path"
                 )
-    for path in (folder / name for name in _FOLDERS):
+    for path in (folder / name for name in FOLDERS):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise UnitvisError(f"{path} is a file or a link, where a folder belongs; remove it, or give another path")
 

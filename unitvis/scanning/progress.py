@@ -234,11 +234,6 @@ class Progress:
             ) from error
         self.checkpoint_seconds += time.perf_counter() - start
 
-    def remove_checkpoints(self) -> None:
-        """Remove the checkpoints of a finished or abandoned scan."""
-        if self._checkpoints is not None:
-            self._checkpoints.remove()
-
     def snapshot(self) -> Partial:
         """State of the scan so far, taken at once."""
         return self._recorder.snapshot(self.identity, self._source.failure_reasons, self.seconds, self._source)

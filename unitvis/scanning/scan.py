@@ -24,6 +24,7 @@ from unitvis.half_precision.suitability import NAMES
 from unitvis.network.device import default_batch
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
+from unitvis.results.drawn_files import refuse_scanned_pictures
 from unitvis.results.folder import check_output, refuse_unreadable
 from unitvis.results.nonfinite import refuse_odd_responses
 from unitvis.run import Run
@@ -86,8 +87,7 @@ def scan(
         precision: "exact" may find candidates in half precision and decides by canonical float32 responses, "fp32"
             computes only those, "fp16" and "bf16" rank responses in half precision.
         unit: "channel" ranks the largest response over positions, "neuron" every element of the map.
-        inside: rank only positions whose drawn boxes lie in the image, so that no padding helps to win; see
-            `rank_inside`. For channels.
+        inside: rank only positions that read no padding, see `rank_inside`. For channels.
         shard: (i, n) or "i/n", counted from 1: scan that part of the images; `merge` makes a run of all shards.
         on_error: "skip" lists unreadable images in the manifest and counts NaN and infinite responses there, "raise"
             raises UnitvisError.
@@ -135,9 +135,8 @@ def scan(
     with bars, only_writer(folder), Progress(folder, recorder, source, own_shard, every) as tracker:
         if folder is not None:  # another command may have written there while the model was loaded
             check_output(folder, overwrite=overwrite, resume=resume)
+            refuse_scanned_pictures(folder, source)
         with recorder:
-            if folder is not None and not resume:
-                tracker.remove_checkpoints()
             if precision != "exact":
                 recorder.set_precision(precision, batch_size)
             if folder is not None and resume:
@@ -186,7 +185,6 @@ def scan(
             finish_run(run, source, recorder.network, on_error)
         if folder is not None:
             run.write(folder)
-            tracker.remove_checkpoints()
     return run
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,12 +15,13 @@ from torch import distributed, nn
 
 from unitvis import models
 from unitvis.errors import UnitvisError
-from unitvis.results.folder import check_output
+from unitvis.results.folder import check_output, remove_run
 from unitvis.run import Run
 from unitvis.scanning.merge import merge
 from unitvis.scanning.scan import scan
 
 _Value = TypeVar("_Value")
+_SHARD = re.compile(r"\d+-of-\d+")  # the name of a shard's folder
 _TIMEOUT = datetime.timedelta(days=30)  # shards take different times; a process that dies ends the wait anyway
 
 
@@ -49,7 +50,8 @@ def scan_together(
     folder = Path(out)
     with _process_group() as (rank, size):
         shards = folder.with_name(f"{folder.name}.shards")
-        resume = resume or _attempt() > 0
+        started_over = overwrite and _attempt() == 0
+        resume = resume or (_attempt() > 0 and not overwrite)
         if resume and (folder / "manifest.json").exists():
             options |= {"out": folder, "device": device, "resume": True}
             return _in_every_process(lambda: scan(model, images, layers, k, **options) if rank == 0 else None)
@@ -57,28 +59,35 @@ def scan_together(
         if device is not None and torch.device(device).type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         paths = [shards / f"{number + 1}-of-{size}" for number in range(size)]
-        own: dict[str, Any] = {"out": paths[rank], "shard": (rank + 1, size), "resume": resume, "device": device}
+        own: dict[str, Any] = {"out": paths[rank], "shard": (rank + 1, size), "device": device}
+        own |= {"resume": resume or (overwrite and not started_over), "overwrite": started_over}
         own["progress"] = options.pop("progress", True) and rank == 0
         _in_every_process(lambda: scan(model, images, layers, k, **own, **options))
 
         def merged() -> Run:
             run = merge(paths, model, images=images, device=device, on_error=options.get("on_error", "skip"))
             run.write(folder)
-            shutil.rmtree(shards)
+            for path in _shards_in(shards):
+                remove_run(path)
+            with suppress(OSError):  # it holds other files
+                shards.rmdir()
             return run
 
         return _in_every_process(lambda: merged() if rank == 0 else None)  # the others wait, and do not take its cores
 
 
 def _check_folders(folder: Path, shards: Path, overwrite: bool, resume: bool) -> None:
-    """Check or empty the folders of the run and of its shards."""
+    """Check the folders of the run and of its shards; those of an earlier scan stay until theirs are written."""
     check_output(folder, overwrite=overwrite, resume=resume)
-    if shards.exists() and overwrite:
-        shutil.rmtree(shards)
-    if shards.exists() and not resume:
+    if _shards_in(shards) and not resume and not overwrite:
         raise UnitvisError(
             f"{shards} holds a scan that is not finished; resume it (--resume) or start again (--overwrite)"
         )
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The folders of shards in a folder, as `scan_together` names them."""
+    return [path for path in sorted(folder.glob("*-of-*")) if _SHARD.fullmatch(path.name) and path.is_dir()]
 
 
 def _attempt() -> int:

@@ -146,6 +146,10 @@ class Source(ABC):
         for id, reason in reasons.items():
             self._note_failure(id, reason)
 
+    def files(self) -> Iterable[bytes]:
+        """Paths of the image files, each of which is one image; none where images come from elsewhere."""
+        return ()
+
     def name(self, id: int) -> str:
         """Name of the image in messages and the manifest."""
         return f"image {id}"

@@ -40,13 +40,16 @@ class FileSource(EncodedSource):
         self, kind: str, path: str | None, root: bytes, names: Names, transform: Transform | None, **options: Any
     ) -> None:
         super().__init__(kind, names, FileContents(root), transform, **options)
-        self.path = path
+        self.path, self._root = path, root
 
     def _origin(self) -> str | None:
         return self.path
 
     def place(self, id: int) -> bytes:
         return self._names[id]
+
+    def files(self) -> Iterator[bytes]:
+        return (os.path.join(self._root, self._names[id]) for id in range(len(self._names)))
 
 
 def folder_source(

@@ -111,6 +111,9 @@ class PackSource(Source):
         """What cuts patches from the original files; None if they are gone."""
         return None if self._originals is None else self._originals.cutter(input_size, grey=grey)
 
+    def files(self) -> Iterable[bytes]:
+        return () if self._originals is None else self._originals.files()
+
     def place(self, id: int) -> Any:
         """Where the original file of an image is."""
         assert self._originals is not None  # noqa: S101  there is no cutter without

@@ -25,13 +25,15 @@ _Parsed = TypeVar("_Parsed")
 class Checkpoints:
     """A file with the newest checkpoint, and beside it the one before, should the newest be damaged.
 
-    every: seconds between two of them.
+    Checkpoints that are there and were not read, of a scan that is not gone on with, stay until the first one is
+    written. every: seconds between two of them.
     """
 
     def __init__(self, path: Path, every: float = CHECKPOINT_SECONDS) -> None:
         check_seconds(every)
         self._path, self._previous = path, path.with_name(f"{path.stem}.previous{path.suffix}")
         self._every, self._last = every, time.perf_counter()
+        self._goes_on = False  # what is there belongs to this scan
 
     @property
     def names(self) -> set[str]:
@@ -54,7 +56,9 @@ class Checkpoints:
             write_arrays(part, arrays)
             with suppress(FileNotFoundError):
                 self._path.replace(self._previous)
-        self._last = time.perf_counter()
+        if not self._goes_on:
+            self._previous.unlink(missing_ok=True)
+        self._last, self._goes_on = time.perf_counter(), True
 
     def read(self, parse: Callable[[Arrays], _Parsed], names: Collection[str]) -> _Parsed | None:
         """What `parse` makes of the newest whole checkpoint, None without one; UnitvisError where none is whole.
@@ -75,6 +79,7 @@ class Checkpoints:
                 continue
             if damaged:
                 warnings.warn(f"{damaged}; going on with the checkpoint before it")
+            self._goes_on = True
             return parsed
         if damaged:
             raise UnitvisError(f"{damaged}, and there is no other checkpoint; start again with --overwrite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support import brute
 from support.scans import arrays, by_half, images, pictures, scan
 from unitvis.drawing.patches import crop_of, drawn_box, units_at_the_border
 from unitvis.errors import UnitvisError
+from unitvis.network.inside import largest_rectangle
 from unitvis.ranking.recorder import Recorder
 from unitvis.scanning.merge import merge
 from unitvis.scanning.verify import verify
@@ -120,10 +122,11 @@ def test_nan_counts_inside_only() -> None:
 
 
 def test_a_layer_without_such_positions_is_ranked_everywhere_and_named() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 9, stride=8, padding=8)).eval()
-    pixels = images(5, 8)
-    with pytest.warns(UserWarning, match=r"in 1 of 2 layers no box lies in the image \(1\), so all of their positions"):
-        run = scan(model, pixels, ["0", "1"], 2, inside=True)
+    wide, narrow = nn.Conv2d(4, 3, 9, stride=8, padding=8), nn.Conv2d(4, 3, 2, stride=9, padding=1)
+    for last, reason in (wide, "no effective box lies in the image"), (narrow, "no position reads the image alone"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), last).eval()
+        with pytest.warns(UserWarning, match=rf"in 1 of 2 layers {reason} \(1\), so all of their positions are ranked"):
+            run = scan(model, images(5, 8), ["0", "1"], 2, inside=True)
     assert run["1"].info["inside"] == [0, run["1"].info["height"], 0, run["1"].info["width"]]
     assert run["0"].info["inside"] == [1, 7, 1, 7]
 
@@ -150,6 +153,85 @@ def test_a_forged_rectangle_is_refused() -> None:
     run.manifest["layers"]["0"]["inside"] = [0, 24, 0, 24]
     with pytest.raises(UnitvisError, match=r"positions whose boxes lie in the image are not those .*0 is"):
         verify(run, model)
+
+
+class Padded(nn.Sequential):
+    """Convolutions whose padding is all one value; layers are numbered as those of `nn.Sequential`."""
+
+    value = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                (high, wide), own = layer.padding, (layer.weight, layer.bias, layer.stride, 0, layer.dilation)
+                x = nn.functional.conv2d(nn.functional.pad(x, (wide, wide, high, high), value=self.value), *own)
+            else:
+                x = layer(x)
+        return x
+
+
+class Cropped(nn.Module):
+    """Leaves out the two outermost rows and columns, so that padding follows on pixels that have neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., 2:-2, 2:-2]
+
+
+def dilated(cin: int, cout: int, kernel: int, padding: int, dilation: int = 1, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, kernel, stride, padding, dilation)
+
+
+PADDED = {
+    "a row whose box leaves out a tap in the padding": [dilated(3, 4, 3, 2, 2)],
+    "before another": [dilated(3, 4, 3, 2, 2), nn.ReLU(), dilated(4, 4, 3, 1)],
+    "after another": [dilated(3, 4, 3, 1), nn.ReLU(), dilated(4, 4, 3, 2, 2)],
+    "of one pixel": [dilated(3, 4, 3, 2, 2), dilated(4, 4, 1, 1)],
+    "gaps": [dilated(3, 6, 4, 1, 2), nn.SiLU(), dilated(6, 8, 2, 2)],
+    "stride": [dilated(3, 4, 3, 1, 2, 2), nn.ReLU(), dilated(4, 4, 3, 2, 2)],
+    "pooling, and up again": [
+        dilated(3, 4, 3, 1),
+        nn.MaxPool2d(2),
+        nn.Upsample(scale_factor=2),
+        dilated(4, 4, 3, 2, 2),
+    ],
+    "a crop": [Cropped(), dilated(3, 4, 3, 1)],
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_positions_inside_are_those_that_no_padding_changes(name: str) -> None:
+    model, pixels = Padded(*PADDED[name]).double().eval(), images(2, 32).double()
+    layer = str(len(model) - 1)
+    with torch.no_grad():
+        maps = []
+        for Padded.value in (0.0, 1000.0):
+            maps.append(model(pixels))
+        Padded.value = 0.0
+    unchanged = (maps[0] == maps[1]).all(dim=1).all(dim=0).numpy()
+    plain = nn.Sequential(*model).float().eval()
+    assert np.array_equal(unitvis.receptive_field(plain, layer, 32).positions_inside(), unchanged)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        top, bottom, left, right = scan(plain, pixels.float(), [layer], 2, inside=True)[layer].info["inside"]
+    rows = np.flatnonzero(unchanged.any(axis=1))
+    assert [top, bottom, left, right] == [rows[0], rows[-1] + 1] * 2
+
+
+def test_the_largest_rectangle_is_that_of_brute_force() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        inside = generator.random(generator.integers(1, 7, 2)) < 0.75
+        spans = [[(a, b) for b in range(n + 1) for a in range(b)] for n in inside.shape]
+        sizes = [inside[a:b, c:d].size for a, b in spans[0] for c, d in spans[1] if inside[a:b, c:d].all()]
+        found = largest_rectangle(inside)
+        if found is None:
+            assert not sizes
+            continue
+        top, bottom, left, right = found
+        assert inside[top:bottom, left:right].all()
+        assert (bottom - top) * (right - left) == max(sizes)
+    rows = np.isin(np.arange(31), [1, *range(3, 28), 29])
+    assert largest_rectangle(rows[:, None] & rows) == (3, 28, 3, 28)
 
 
 def test_neurons_are_refused() -> None:

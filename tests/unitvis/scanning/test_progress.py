@@ -534,6 +534,40 @@ def test_an_older_run_stays_until_the_resumed_one_is_there(
     assert unitvis.load(out).manifest["k"] == 9
 
 
+class Refuses(nn.Module):
+    """Fails when it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("no")
+
+
+@pytest.mark.parametrize("options", [{"layers": "nope"}, {"k": 0}, {"model": Refuses()}, {"batch_size": 0}])
+def test_a_scan_that_cannot_start_costs_no_checkpoint(
+    options: dict[str, object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    unfinished(folder, out, monkeypatch)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "progress.npz" in before
+    with pytest.raises(UnitvisError):
+        scan(folder, out, overwrite=True, **options)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_that_is_saved_over_an_unfinished_scan_ends_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = scan(folder, None), tmp_path / "run"
+    unfinished(folder, out, monkeypatch)
+    run.save(out, overwrite=True)
+    assert not list(out.glob("progress*"))
+    assert unitvis.load(out)
+
+
 def lines(process: subprocess.Popen[str]) -> Iterator[str]:
     assert process.stderr is not None
     return iter(process.stderr.readline, "")

@@ -7,15 +7,19 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import unitvis
 from support import photos
 from support.commands import TWO_CONVOLUTIONS, model_file
+from support.scans import two_convolutions
 from unitvis import UnitvisError, cli
 
 ROOT = Path(__file__).parents[3]
@@ -134,3 +138,32 @@ def test_what_fails_elsewhere_fails_here(failures: int, monkeypatch: pytest.Monk
         assert torchrun._in_every_process(lambda: 3) == 3
     with pytest.raises(UnitvisError, match="two holds a run already"):
         torchrun._in_every_process(refuse)
+
+
+def test_shards_of_an_earlier_scan_stay_until_theirs_are_there_and_other_files_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unitvis.scanning import torchrun
+
+    monkeypatch.setattr(torchrun, "_process_group", lambda: nullcontext((0, 1)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), np.uint8)
+    given: dict[str, Any] = {"transform": unitvis.Transform(), "progress": False, "device": "cpu"}
+    shards = tmp_path / "run.shards"
+    for number, of in ((1, 1), (2, 4)):
+        unitvis.scan(two_convolutions(), pixels, out=shards / f"{number}-of-{of}", shard=(number, of), **given)
+    (shards / "1-of-1" / "notes.txt").write_text("mine")
+    (shards / "4-of-hearts").mkdir()
+    before = {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+    with pytest.raises(UnitvisError, match=r"run.shards holds a scan that is not finished; resume it"):
+        torchrun.scan_together(two_convolutions(), pixels, out=tmp_path / "run", **given)
+    with pytest.raises(UnitvisError, match="no layer is named 'nope'"):
+        torchrun.scan_together(two_convolutions(), pixels, "nope", out=tmp_path / "run", overwrite=True, **given)
+    assert {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()} == before
+    run = torchrun.scan_together(two_convolutions(), pixels, out=tmp_path / "run", overwrite=True, **given)
+    assert run is not None
+    assert {path.relative_to(shards).as_posix() for path in shards.rglob("*")} == {
+        "1-of-1",
+        "1-of-1/notes.txt",
+        "4-of-hearts",
+    }

@@ -59,6 +59,29 @@ def test_the_newest_is_read_and_the_one_before_is_kept(checkpoints: Checkpoints,
     assert checkpoints.read(number, arrays(0)) == 2
 
 
+def test_those_of_another_scan_stay_until_its_successor_has_one(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count in range(2):
+        checkpoints.write(arrays(count))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    successor = Checkpoints(tmp_path / "state.npz")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.savez", full)
+        with pytest.raises(OSError, match="full"):
+            successor.write(arrays(5))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    successor.write(arrays(5))
+    assert {path.name for path in tmp_path.iterdir()} == {"state.npz"}  # no damage leads back to the other scan
+    successor.write(arrays(6))
+    (tmp_path / "state.npz").unlink()
+    assert Checkpoints(tmp_path / "state.npz").read(number, arrays(0)) == 5
+
+
 def test_without_a_checkpoint_none_is_read(checkpoints: Checkpoints) -> None:
     assert not checkpoints.exist
     assert checkpoints.read(number, arrays(0)) is None

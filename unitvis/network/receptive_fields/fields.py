@@ -26,7 +26,7 @@ from unitvis.network.receptive_fields.layer_maps import (
     layer_maps,
     training_mode_hint,
 )
-from unitvis.network.receptive_fields.reach import EMPTY, Reach, collapse
+from unitvis.network.receptive_fields.reach import EMPTY, PADDED, Reach, collapse
 from unitvis.network.receptive_fields.receptive_field import InputSize, ReceptiveField
 from unitvis.network.receptive_fields.rules import Unsupported
 from unitvis.network.receptive_fields.trace import (
@@ -150,13 +150,14 @@ def _field(layer: str, traced: Traced, input_size: tuple[int, int]) -> Receptive
 
 def _traced_field(layer: str, map_shape: tuple[int, ...], rows: Reach, columns: Reach) -> ReceptiveField:
     """The ReceptiveField of a layer with maps of shape [N, C, H, W], which input rows and columns reach as given."""
-    sides, sizes, strides, whole_image = [], [], [], True
+    sides, sizes, strides, whole_image, image_alone = [], [], [], True, np.ones((1, 1), bool)
     for reach, n in ((rows, map_shape[2]), (columns, map_shape[3])):
-        bounds = collapse(reach.bounds[:, 0])  # [4, C, H, W] of the first image; all images have the same
+        bounds = collapse(reach.bounds[:, 0])  # [5, C, H, W] of the first image; all images have the same
         first, end = _box_sides(bounds, reach.extent)
         sides.append(np.stack([first, end]))
         sizes.append(int((end - first).max()))
         strides.append(_stride(bounds, reach, n))
+        image_alone = image_alone & _read_image_alone(bounds, reach.extent)
         whole_image &= bool((bounds[0] == 0).all() and (bounds[1] == reach.extent - 1).all())
     has_stride = max(map_shape[2:]) > 1 and None not in strides
     return ReceptiveField.from_sides(
@@ -167,11 +168,12 @@ def _traced_field(layer: str, map_shape: tuple[int, ...], rows: Reach, columns: 
         size=(sizes[0], sizes[1]),
         stride=(float(strides[0] or 0), float(strides[1] or 0)) if has_stride else None,
         whole_image=whole_image,
+        image_alone=image_alone,
     )
 
 
 def _box_sides(bounds: Tensor, extent: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """First pixel and end (exclusive) of boxes along one axis, int32 [C, H, W], from bounds [4, C, H, W] of a `Reach`.
+    """First pixel and end (exclusive) of boxes along one axis, int32 [C, H, W], from bounds [5, C, H, W] of a `Reach`.
 
     A side at the image's border is moved outwards to the virtual bound, so that the box may leave the image.
     """
@@ -185,12 +187,23 @@ def _box_sides(bounds: Tensor, extent: int) -> tuple[NDArray[np.int32], NDArray[
     return first.to(torch.int32).numpy(), end.to(torch.int32).numpy()
 
 
+def _read_image_alone(bounds: Tensor, extent: int) -> NDArray[np.bool_]:
+    """Where the neurons of all channels read pixels and, along one axis, no padding: bool [H, W].
+
+    bounds: [5, C, H, W] of a `Reach`. Virtual bounds tell of padding that was not noted: along an axis that was moved
+    when the padding came, or of bounds that are infinite.
+    """
+    virtual_first, virtual_end = -bounds[2], bounds[3] + 1
+    within = (virtual_first > -1e-3) & (virtual_end < extent + 1e-3)  # rounding error of fractions after up-sampling
+    return (within & (bounds[4] != PADDED) & (bounds[0] != EMPTY)).all(dim=0).numpy()
+
+
 def _stride(bounds: Tensor, reach: Reach, n: int) -> float | None:
     """Input pixels from one neuron to the next along the reach's axis, on a map with n positions; None: not constant.
 
-    bounds: [4, C, H, W] of the reach.
+    bounds: [5, C, H, W] of the reach.
     """
-    virtual = bounds[2:]
+    virtual = bounds[2:4]
     if n == 1 or bool(virtual.isinf().any()):
         return reach.step
     first, last = virtual.diff(dim=reach.axis)  # of size 0 along the axis where the bounds do not change

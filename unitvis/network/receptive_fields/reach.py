@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-EMPTY = -math.inf  # all four bounds of the empty interval
+EMPTY = -math.inf  # all bounds of the empty interval, and "no padding is read"
+PADDED = 0.0  # padding is read: more than `EMPTY`, so that it survives every union
+ROWS = 5  # of a reach's bounds
 UNREAD = 1 << 40  # in a window's table of positions: an entry that reads nothing
 
 
@@ -22,9 +24,10 @@ UNREAD = 1 << 40  # in a window's table of positions: an entry that reads nothin
 class Reach:
     """The interval of input positions, along one input axis, that can change each element of a tensor.
 
-    bounds: float64 [4, *shape]: -first and last position, exact; then the same *virtual*: as if the image went on
-    where the network pads. With the minus sign every union is a maximum, with -inf for the empty interval. A virtual
-    bound of +inf belongs to an element that would depend on all of an image of any size.
+    bounds: float64 [5, *shape]: -first and last position, exact; then the same *virtual*: as if the image went on
+    where the network pads; then `PADDED` where padding along this axis is read, else `EMPTY`. With the minus sign every
+    union is a maximum, with -inf for the empty interval. A virtual bound of +inf belongs to an element that would
+    depend on all of an image of any size.
     """
 
     bounds: Tensor
@@ -49,11 +52,12 @@ def input_reach(shape: Sequence[int], axis: int) -> Reach:
     view = [1] * len(shape)
     view[axis] = extent
     position = torch.arange(extent, dtype=torch.float64).reshape(view)
-    return Reach(torch.stack([-position, position] * 2), axis, extent, 1.0)
+    unpadded = torch.full_like(position, EMPTY)
+    return Reach(torch.stack([-position, position, -position, position, unpadded]), axis, extent, 1.0)
 
 
 def collapse(bounds: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-    """Reduce to size 1 each dimension (all, or those given) along which bounds [4, *shape] are constant."""
+    """Reduce to size 1 each dimension (all, or those given) along which bounds [5, *shape] are constant."""
     for dim in range(bounds.ndim - 1) if dims is None else dims:
         first = bounds.narrow(dim + 1, 0, 1)
         if bounds.shape[dim + 1] > 1 and torch.equal(bounds, first.expand_as(bounds)):
@@ -66,7 +70,7 @@ def aligned(reach: Reach, ndim: int) -> Reach:
     if reach.ndim == ndim:
         return reach
     shape = reach.bounds.shape
-    return replace(reach, bounds=reach.bounds.reshape(4, *[1] * (ndim - reach.ndim), *shape[1:]))
+    return replace(reach, bounds=reach.bounds.reshape(ROWS, *[1] * (ndim - reach.ndim), *shape[1:]))
 
 
 def union(reaches: Sequence[Reach], ndim: int) -> Reach:
@@ -83,16 +87,16 @@ def reduced(reach: Reach, dims: Sequence[int], keepdim: bool = True) -> Reach:
     if over:
         # A reduction over image positions (elements whose centres lie at least a step apart) is no window that slides
         # beyond the border: its virtual interval becomes the exact one, or infinite where that is the whole axis.
-        centres = (bounds[3:] - bounds[2:3]) / 2
+        centres = (bounds[3:4] - bounds[2:3]) / 2
         highest = centres.nan_to_num(nan=-math.inf).amax(over, keepdim=True)
         slides = highest - centres.nan_to_num(nan=math.inf).amin(over, keepdim=True) < reach.step
         bounds = bounds.amax(over, keepdim=True)
         everything = (bounds[:1] == 0) & (bounds[1:2] == reach.extent - 1)
         exact = torch.where(everything, math.inf, bounds[:2])
-        bounds = torch.cat([bounds[:2], torch.where(slides, bounds[2:], exact)])
+        bounds = torch.cat([bounds[:2], torch.where(slides, bounds[2:4], exact), bounds[4:]])
     if not keepdim:
         kept = [size for dim, size in enumerate(bounds.shape[1:]) if dim not in dims]
-        bounds = bounds.reshape(4, *kept)
+        bounds = bounds.reshape(ROWS, *kept)
     return replace(reach, bounds=bounds)
 
 
@@ -100,8 +104,9 @@ def windowed(reach: Reach, dim: int, n: int, positions: Tensor, ratio: float = 1
     """The reach of windows along one dimension of size n (its size in the reach may be 1).
 
     positions: int64 [outputs, window], the positions that each output reads; `UNREAD` entries read nothing. Those
-    outside [0, n) are padding: nothing reaches them exactly, and virtually the map goes on with its own slope. ratio:
-    the stride of the window, below 1 for up-sampling.
+    outside [0, n) are padding: nothing reaches them exactly, and virtually the map goes on with its own slope. Along
+    another dimension than the reach's own (channels, say) they are not noted as padding. ratio: the stride of the
+    window, below 1 for up-sampling.
     """
     own_axis = reach.axis == dim - reach.ndim
     step = reach.step * ratio if own_axis else reach.step
@@ -111,17 +116,18 @@ def windowed(reach: Reach, dim: int, n: int, positions: Tensor, ratio: float = 1
     read = positions != UNREAD
     before = max(0, -int(positions.min()))
     after = max(0, int(positions[read].max()) - n + 1) if bool(read.any()) else 0
-    lines = reach.widened(dim, n).movedim(dim + 1, -1)  # [4, ..., n]
+    lines = reach.widened(dim, n).movedim(dim + 1, -1)  # [5, ..., n]
     first, last = lines[..., :1], lines[..., -1:]
     if n > 1:
         # inf - inf is NaN, and a slope of 0 keeps infinite and empty intervals as they are.
         slope = ((last - first) / (n - 1)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     else:
-        sign = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64).reshape(4, *[1] * reach.ndim)
+        sign = torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.0], dtype=torch.float64).reshape(ROWS, *[1] * reach.ndim)
         slope = sign * (reach.step if own_axis else 0.0)
     left = first - slope * torch.arange(before, 0, -1)
     right = last + slope * torch.arange(1, after + 1)
     left[:2] = right[:2] = EMPTY
+    left[4] = right[4] = PADDED if own_axis else EMPTY
     lines = torch.cat([left, lines, right], -1)
     bounds = torch.full((*lines.shape[:-1], len(positions)), EMPTY, dtype=torch.float64)
     for position, is_read in zip(positions.unbind(1), read.unbind(1), strict=True):
@@ -152,7 +158,7 @@ def reshaped(reach: Reach, old: Sequence[int], new: Sequence[int]) -> Reach:
         before += [1] * (i - start_i) if constant else old[start_i:i]
         after += [1] * (j - start_j) if constant else new[start_j:j]
         split += range(start_j, j)
-    bounds = reach.bounds.expand(4, *before).reshape(4, *after)
+    bounds = reach.bounds.expand(ROWS, *before).reshape(ROWS, *after)
     return replace(reach, bounds=collapse(bounds, split))
 
 
@@ -181,7 +187,7 @@ def concatenated(reaches: Sequence[Reach], sizes: Sequence[int], dim: int) -> Re
 
 def unreached(like: Reach, ndim: int) -> Reach:
     """The reach of a constant with `ndim` dimensions: empty intervals along the axis of `like`."""
-    return replace(like, bounds=torch.full((4, *[1] * ndim), EMPTY, dtype=torch.float64))
+    return replace(like, bounds=torch.full((ROWS, *[1] * ndim), EMPTY, dtype=torch.float64))
 
 
 ZERO_OFFSET = 2.0**24  # added to bounds so that none is 0; float64 keeps the fractions of virtual ones beside it
@@ -201,7 +207,7 @@ def moved(
     offset = []
     for reach, shape in zip(reaches, shapes, strict=True):
         sizes = [n if dims is None or d in dims else reach.bounds.shape[d + 1] for d, n in enumerate(shape)]
-        bounds = reach.bounds.expand(4, *sizes)
+        bounds = reach.bounds.expand(ROWS, *sizes)
         offset.append(torch.where(bounds == EMPTY, 0.0, bounds + ZERO_OFFSET))
     outputs = [move(operands) for operands in zip(*offset, strict=True)]
     stacked = [torch.stack(output) for output in zip(*outputs, strict=True)]

@@ -34,6 +34,7 @@ class ReceptiveField:
     note: str  # why the boxes are unknown, else empty
     _rows: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] top and bottom
     _columns: NDArray[np.int32] = field(repr=False)  # [2, 1|C, 1|H, 1|W] left and right
+    _image_alone: NDArray[np.bool_] = field(repr=False)  # [1|H, 1|W] no channel's neuron reads padding
 
     @classmethod
     def from_sides(
@@ -46,24 +47,27 @@ class ReceptiveField:
         size: tuple[int, int],
         stride: tuple[float, float] | None,
         whole_image: bool,
+        image_alone: NDArray[np.bool_],
     ) -> Self:
         """Build the traced field of a layer with maps of shape [N, C, H, W].
 
         sides: (top, bottom) and (left, right) of every neuron's box, each int32 [2, 1|C, 1|H, 1|W]; ignored where every
-        box is the whole image.
+        box is the whole image. image_alone: bool [1|H, 1|W], the positions where no channel's neuron reads padding.
         """
         if whole_image:
             sides = _whole(input_size)
         _, channels, height, width = map_shape
         rows, columns = sides
-        return cls(layer, input_size, (height, width), channels, size, stride, whole_image, "traced", "", rows, columns)
+        about = (height, width), channels, size, stride, whole_image, "traced", ""
+        return cls(layer, input_size, *about, rows, columns, image_alone)
 
     @classmethod
     def unknown(cls, layer: str, map_shape: Sequence[int], input_size: tuple[int, int], note: str) -> Self:
         """Build the field of a layer with maps of shape [N, C, H, W] whose boxes are unknown; note: the reason."""
         _, channels, height, width = map_shape
-        sides = _whole(input_size)
-        return cls(layer, input_size, (height, width), channels, input_size, None, False, "unknown", note, *sides)
+        rows, columns = _whole(input_size)
+        about = (height, width), channels, input_size, None, False, "unknown", note
+        return cls(layer, input_size, *about, rows, columns, np.zeros((1, 1), bool))
 
     def boxes(self, channels: ArrayLike, rows: ArrayLike, columns: ArrayLike) -> NDArray[np.int32]:
         """Return the neurons' boxes: int32 [n, 4] left, top, right, bottom (half-open); they may leave the image.
@@ -89,13 +93,15 @@ class ReceptiveField:
         return np.stack([left, top, right, bottom], axis=-1).astype(np.int32, copy=False).reshape(-1, 4)
 
     def positions_inside(self, side: int | None = None) -> NDArray[np.bool_]:
-        """Bool [H, W]: the boxes of all channels lie in the image. side: of squares with the boxes' centres, in place
-        of the boxes.
+        """Bool [H, W]: no channel's neuron reads padding. With side: squares of that side, with the centres of the
+        neurons' boxes, lie in the image, whatever the neurons read.
         """
+        if side is None:
+            return np.broadcast_to(self._image_alone, self.map_size)
         inside = np.ones((1, 1, 1), bool)
         for (first, last), extent in zip((self._rows, self._columns), self.input_size, strict=True):
-            low, high = (first, last) if side is None else ((start := (first + last - side) // 2), start + side)
-            inside = inside & (low >= 0) & (high <= extent) & (first < last)
+            start = (first + last - side) // 2
+            inside = inside & (start >= 0) & (start + side <= extent) & (first < last)
         return np.broadcast_to(inside.all(axis=0), self.map_size)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from unitvis.errors import error_text
 from unitvis.network.receptive_fields.reach import (
+    ROWS,
     UNREAD,
     Reach,
     aligned,
@@ -404,7 +405,7 @@ def _convolution(call: Call) -> Reach:
     for operand in (weight, bias):  # filters computed from the image: each output channel depends on all its weights
         if operand is not None and operand.reach is not None:
             per_channel = reduced(operand.reach, range(1, len(operand.shape)), keepdim=False)
-            reaches.append(replace(per_channel, bounds=per_channel.bounds.reshape(4, 1, -1, *[1] * ndim)))
+            reaches.append(replace(per_channel, bounds=per_channel.bounds.reshape(ROWS, 1, -1, *[1] * ndim)))
     return union(reaches, len(call.shape))
 
 
