@@ -141,8 +141,8 @@ def magnitudes(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
         means = _sum_of_four(_sum_of_four(whole, 5), 3) / (rows[:, None] * columns).to(x.device)
         found.append(means.amax((2, 3)))
     tiles = F.pad(means, (0, -means.shape[3] % 4, 0, -means.shape[2] % 4))
-    rows, columns = tiles.shape[2] // 4, tiles.shape[3] // 4
-    tiles = tiles.reshape(*means.shape[:2], rows, 4, columns, 4).movedim(4, 3)  # [N, C, tiles, tiles, 4 rows, 4 columns]
+    down, across = tiles.shape[2] // 4, tiles.shape[3] // 4
+    tiles = tiles.reshape(*means.shape[:2], down, 4, across, 4).movedim(4, 3)  # [N, C, down, across, 4, 4]
     four = means.new_zeros(*means.shape[:2], 4)
     for part in tiles.flatten(2, 4).unbind(2):
         four += part
