@@ -3,7 +3,8 @@
 FOLDER: photographs. MODEL: specs of networks; AlexNet with random weights is measured anyway. Each network scans the
 photographs once in float32; then everything is drawn into a new folder, three times: sheets, gallery, response maps and
 filters. Prints the seconds of each turn, by the clock and of all processes together, with the files and megabytes that
-were written. Writes benchmarks/results/long/drawing.json.
+were written, and how often as long it took as the plain loop of `benchmarks.plain` in one process takes to decode the
+photographs, before and after. Writes benchmarks/results/long/drawing.json.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.reading import plain
 from benchmarks.results import record
 from support import zoos
 from unitvis import models
@@ -59,7 +62,12 @@ def measure(loaded: models.Loaded, photographs: Path, scratch: Path) -> dict[str
     """Scan with a network and draw the run `TURNS` times."""
     transform = loaded.transform or Transform(resize=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     run = scan(loaded.model, photographs, transform=transform, precision="fp32", progress=False)
-    turns = [drawn(run, loaded.model, scratch / str(turn)) for turn in range(TURNS)]
+    paths, turns = sorted(photographs.iterdir()), []
+    for number in range(TURNS):
+        before = plain(paths, scratch)["images_s"]
+        turn = drawn(run, loaded.model, scratch / str(number))
+        seconds = len(paths) / statistics.mean([before, plain(paths, scratch)["images_s"]])
+        turns.append(turn | {"x_plain_loop": round(turn["seconds"] / seconds, 2)})
     units = sum(len(top) for top in run.tops.values())
     return {"network": Path(loaded.spec).name, "units": units, "images": run.manifest["images"], "turns": turns}
 
