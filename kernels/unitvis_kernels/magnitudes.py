@@ -182,10 +182,10 @@ def _magnitudes_kernel(
     for tile in range((height3 + 3) // 4 * tiles_in_a_row):
         row, column = tile // tiles_in_a_row * 256, tile % tiles_in_a_row * 256  # in pixels
         low0, high0, low1, high1, low2, high2 = zeros, zeros, zeros, zeros, zeros, zeros
-        for i in range(4):
+        for i in range(tl.minimum(height1, 4)):
             h = row + 16 * tl.arange(0, 16)[:, None] + 4 * i
             left0, right0, left1, right1, left2, right2 = zeros, zeros, zeros, zeros, zeros, zeros
-            for j in range(4):
+            for j in range(tl.minimum(width1, 4)):
                 w = column + 16 * tl.arange(0, 16)[None, :] + 4 * j
                 p, columns = x + (h * x_h + w * x_w), width - w
                 row0 = _row_of_block(p, h < height, columns, x_w, CHANNELS, WORD)

@@ -408,9 +408,7 @@ def kernel_magnitudes(x: Tensor, *constants: tuple[float, ...]) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize(
-    ("C", "size"), [(1, (1, 1)), (4, (20, 33)), (3, (17, 20)), (3, (6, 7)), (1, (65, 132))], ids=str
-)
+@pytest.mark.parametrize(("C", "size"), [(1, (1, 1)), (4, (6, 9)), (3, (9, 20)), (1, (65, 132))], ids=str)
 def test_magnitudes(C: int, size: tuple[int, int]) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, C, *size, generator=g) * torch.tensor([1, 4000])[:, None, None, None]

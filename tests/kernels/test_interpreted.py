@@ -12,9 +12,11 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("group", ["argmax", "topk", "epilogue", "normalize", "magnitudes", "conv"])
+@pytest.mark.parametrize("group", ["argmax", "topk", "epilogue", "normalize", "magnitudes", "conv", "addresses"])
 def test_interpreted_kernels_equal_naive(group: str) -> None:
-    file = Path(__file__).with_name("interpreted_conv.py" if group == "conv" else "interpreted.py")
+    file = Path(__file__).with_name(
+        {"conv": "interpreted_conv.py", "addresses": "interpreted_addresses.py"}.get(group, "interpreted.py")
+    )
     command = [sys.executable, "-m", "pytest", str(file), "-k", f"test_{group}", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run(
         command, cwd=file.parents[2], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
