@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,9 @@ from PIL import Image
 
 from unitvis.drawing import sheets
 from unitvis.drawing.notebook import PATCH_SIZE, layer_html, png, run_html
-from unitvis.drawing.overview import overview
+from unitvis.drawing.overview import overview, printed_overview
+from unitvis.drawing.page import Page
+from unitvis.drawing.printing import printed_sheet
 from unitvis.errors import UnitvisError, check_unit
 from unitvis.files import only_writer
 from unitvis.results.arrays import LayerArrays
@@ -112,15 +115,44 @@ class Run(RunData):
         """Draw a unit's patches as a 3x3 tile, strongest first. crop, size: see `patch`."""
         return sheets.tile(self, layer, unit, crop=crop, size=size)
 
+    @overload
     def sheet(
         self, layer: str, units: Sequence[int] | None = None, *, crop: str | None = None, size: int | None = None
-    ) -> Image.Image:
-        """Draw a page of tiles with unit numbers and largest values. units: None: all. crop, size: see `patch`."""
-        return sheets.sheet(self, layer, units, crop=crop, size=size)
+    ) -> Image.Image: ...
+    @overload
+    def sheet(
+        self, layer: str, units: Sequence[int] | None = None, *, crop: str | None = None, width: float | str
+    ) -> Page: ...
+    def sheet(
+        self,
+        layer: str,
+        units: Sequence[int] | None = None,
+        *,
+        crop: str | None = None,
+        size: int | None = None,
+        width: float | str | None = None,
+    ) -> Image.Image | Page:
+        """Draw a page of tiles with unit numbers and largest values. units: None: all. crop, size: see `patch`.
 
-    def overview(self, layers: Sequence[str] | None = None) -> Image.Image:
-        """Draw nine units of each layer side by side, chosen by rule. layers: None: five of the run's."""
-        return overview(self, layers)
+        width: of a page for print, in millimetres or as "160mm", "16cm" or "6.3in"; a `Page` is returned, which is
+        saved as PNG, SVG or PDF, and patches are as large as it allows.
+        """
+        if width is None:
+            return sheets.sheet(self, layer, units, crop=crop, size=size)
+        if size is not None:
+            raise UnitvisError(f"patches are as large as a page of width={width} allows; leave out size={size}")
+        return printed_sheet(self, layer, units, crop=crop, width=width)
+
+    @overload
+    def overview(self, layers: Sequence[str] | None = None) -> Image.Image: ...
+    @overload
+    def overview(self, layers: Sequence[str] | None = None, *, width: float | str) -> Page: ...
+    def overview(self, layers: Sequence[str] | None = None, *, width: float | str | None = None) -> Image.Image | Page:
+        """Draw nine units of each layer side by side, chosen by rule.
+
+        layers: None: five of the run's. width: draws a `Page` for print, see `sheet`.
+        """
+        return overview(self, layers) if width is None else printed_overview(self, layers, width=width)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the run into a folder: a new or empty one, or with `overwrite` one that holds a run; returns it."""

@@ -19,7 +19,8 @@ from unitvis.attribution.filters import filters_of_first
 from unitvis.attribution.responses import seen_by
 from unitvis.drawing.colours import signed
 from unitvis.drawing.notebook import png
-from unitvis.drawing.sheets import FAINT, INK, MAX_PAGE_PIXELS, PAPER, fitting_name
+from unitvis.drawing.page import MAX_PAGE_PIXELS, PAPER
+from unitvis.drawing.sheets import FAINT, INK, fitting_name
 from unitvis.drawing.units import checked_units
 from unitvis.errors import UnitvisError
 from unitvis.sources.transform import Transform

@@ -19,12 +19,13 @@ from unitvis.attribution.feature_maps import feature_maps
 from unitvis.cli.codes import DONE, SKIPPED, WRONG
 from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_times, print_verified
 from unitvis.drawing import sheets
+from unitvis.drawing.page import DPI, ENDINGS, PICTURES, Page, check_ending, page_dots
 from unitvis.drawing.units import Units, parse_choice, units_by_layer
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.files import replacing
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS, draw
-from unitvis.pages.figures import DPI, figure
+from unitvis.pages.figures import figure
 from unitvis.results.drawn_files import scanned_file
 from unitvis.run import Run, load
 from unitvis.scanning.merge import merge
@@ -35,6 +36,7 @@ from unitvis.scanning.verify import verify
 from unitvis.sources.transform import Transform
 
 MAX_PATCH_SIDE = 2048  # of a patch on a sheet, in pixels
+PAGE_WIDTH = "160mm"  # of SVG and PDF if no other is given: the text of an A4 page
 
 
 def _load_model(arguments: argparse.Namespace) -> models.Loaded:
@@ -185,10 +187,9 @@ def _render_into(
     return time.perf_counter() - start
 
 
-def _check_picture(target: Path) -> None:
+def _check_picture(target: Path, endings: tuple[str, ...] = ENDINGS) -> None:
     """Raise UnitvisError, before anything is drawn, where no picture can be written to a path."""
-    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UnitvisError(f"{target} must end in .png, .jpg or .webp")
+    check_ending(target, endings)
     if not target.parent.is_dir():
         raise UnitvisError(f"there is no folder {target.parent} to write {target.name} into")
     if target.is_dir():
@@ -207,17 +208,30 @@ def _check_replaced(target: Path, run: Run) -> None:
         raise UnitvisError(f"{target} is one of the images that were scanned, and would be replaced; give another path")
 
 
-def _save_picture(page: Image.Image, target: Path) -> None:
+def _width(arguments: argparse.Namespace) -> str | None:
+    """The width of a page for print, checked; None for a picture for screens."""
+    if arguments.width is None:
+        return None if arguments.output is None or arguments.output.suffix.lower() in PICTURES else PAGE_WIDTH
+    page_dots(arguments.width)
+    return str(arguments.width)
+
+
+def _save_picture(page: Image.Image | Page, target: Path) -> None:
     """Write a picture to a path that `_check_picture` has passed, and print its size."""
-    kind = {".png": "PNG", ".webp": "WEBP"}.get(target.suffix.lower(), "JPEG")
+    size = f"{page.width} x {page.height} pixels"
     try:
-        with replacing(target) as part:
-            page.save(part, kind, dpi=(DPI, DPI))
+        if isinstance(page, Page):
+            page.save(target)
+            wide, high = page.millimetres
+            size = f"{wide:g} x {high:g} mm" + (f", {size}" if target.suffix.lower() in PICTURES else "")
+        else:
+            with replacing(target) as part:
+                page.save(part, PICTURES[target.suffix.lower()], dpi=(DPI, DPI))
     except OSError as error:
         raise UnitvisError(
             f"{target} could not be written: {error.strerror or error}; make room there, or give another path"
         ) from error
-    print(f"{target}: {page.width} x {page.height} pixels")
+    print(f"{target}: {size}")
 
 
 def _sheet(arguments: argparse.Namespace) -> int:
@@ -228,33 +242,43 @@ def _sheet(arguments: argparse.Namespace) -> int:
         raise UnitvisError("--model and --project are for projections, which --figure paper alone draws")
     if arguments.weights and not arguments.model:
         raise UnitvisError("--weights needs --model, the network that was scanned")
+    if (width := _width(arguments)) and arguments.size:
+        raise UnitvisError(
+            "patches on a page for print (--width, .svg, .pdf) are as large as it allows; leave out --size"
+        )
     units = parse_choice(arguments.units)
     run = load(arguments.run, arguments.images)
     _check_replaced(arguments.output, run)
+    page: Image.Image | Page
     if arguments.figure:
         if arguments.size:
             raise UnitvisError("a figure has patches of one size; leave out --size")
-        page = _figure(run, arguments, units)
+        page = _figure(run, arguments, units, width)
     elif len(arguments.layer) > 1:
         raise UnitvisError("several layers go on one page as a figure: --figure lecture or --figure paper")
     else:
         (layer,) = arguments.layer
         chosen = units_by_layer({layer: len(run[layer])}, units).get(layer)
-        page = run.sheet(layer, chosen, crop=arguments.crop, size=arguments.size)
+        if width is None:
+            page = run.sheet(layer, chosen, crop=arguments.crop, size=arguments.size)
+        else:
+            page = run.sheet(layer, chosen, crop=arguments.crop, width=width)
     _save_picture(page, arguments.output)
     return DONE
 
 
 def _overview(arguments: argparse.Namespace) -> int:
     target = arguments.output or arguments.run / "overview.png"
+    width = _width(arguments)
     run = load(arguments.run, arguments.images)
     _check_picture(target)
     _check_replaced(target, run)
-    _save_picture(run.overview(arguments.layer), target)
+    page = run.overview(arguments.layer) if width is None else run.overview(arguments.layer, width=width)
+    _save_picture(page, target)
     return DONE
 
 
-def _figure(run: Run, arguments: argparse.Namespace, units: Units) -> Image.Image:
+def _figure(run: Run, arguments: argparse.Namespace, units: Units, width: str | None) -> Page:
     """Draw a figure; Interrupted for Ctrl-C."""
     try:
         return figure(
@@ -262,6 +286,7 @@ def _figure(run: Run, arguments: argparse.Namespace, units: Units) -> Image.Imag
             arguments.layer,
             arguments.figure,
             units,
+            width=width,
             crop=arguments.crop,
             model=_given_network(arguments),
             project=arguments.project or True,
@@ -274,7 +299,7 @@ def _figure(run: Run, arguments: argparse.Namespace, units: Units) -> Image.Imag
 
 
 def _maps(arguments: argparse.Namespace) -> int:
-    _check_picture(arguments.output)
+    _check_picture(arguments.output, tuple(PICTURES))
     if arguments.output.exists() and Path(arguments.image).exists() and arguments.output.samefile(arguments.image):
         raise UnitvisError(f"{arguments.output} is the image itself, and would be replaced; give another path")
     units = parse_choice(arguments.units)

@@ -87,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     def project_option(sub: argparse.ArgumentParser, text: str) -> None:
         sub.add_argument("--project", nargs="?", choices=PROJECTIONS, const=PROJECTIONS[0], default=False, help=text)
 
+    def page_options(sub: argparse.ArgumentParser, told: str, *, required: bool = False) -> None:
+        sub.add_argument("-o", "--output", type=Path, required=required, metavar="FILE.png|svg|pdf", help=told)
+        sub.add_argument("--width", metavar="160mm", help="of a page for print (mm, cm, in); of SVG and PDF 160mm")
+
     def units_option(sub: argparse.ArgumentParser, text: str) -> None:
         sub.add_argument("--units", action="append", default=[], metavar="[LAYER/]0-8,12", help=text)
 
@@ -168,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     run_argument(sub)
     sub.add_argument("layer", metavar="LAYER", nargs="+", help="with --figure also several")
     sub.add_argument("--figure", choices=FIGURES, help="nine units a layer; paper: projections beside patches")
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png")
+    page_options(sub, "SVG and PDF are for print", required=True)
     units_option(sub, "which units; default: all, of a figure nine; may be repeated with other layers")
     sub.add_argument("--model", help="for --figure paper: the network, to compute projections that the run lacks")
     sub.add_argument("--weights", type=Path, metavar="FILE", help="safetensors or a state dict to load into it")
@@ -180,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("overview", "Draw nine units of some layers side by side, chosen by rule: the slide for a lecture.")
     run_argument(sub)
     sub.add_argument("layer", metavar="LAYER", nargs="*", help="which; default: five of the run's, evenly spaced")
-    sub.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="(RUN/overview.png)")
+    page_options(sub, "(RUN/overview.png); SVG and PDF are for print")
     images_option(sub)
 
     sub = command("maps", "Draw what all units of one layer respond to one image.")

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from unitvis.drawing.page import PAPER, Page, page_dots
 from unitvis.drawing.patches import Cells, LayerCuts, crop_of, drawn_boxes, patches_by_winner
-from unitvis.drawing.sheets import FAINT, INK, PAPER, compose, drawable, fitting_name
+from unitvis.drawing.printing import Section, Words, printed
+from unitvis.drawing.sheets import FAINT, INK, compose, drawable, fitting_name
 from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays, extent_text
 from unitvis.results.data import RunData
@@ -40,12 +42,36 @@ class Block:
     captions: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What an overview shows: its blocks, patches at the slide's size, and its two lines, see `slide`."""
+
+    blocks: Sequence[Block]
+    cells: Mapping[str, Cells]
+    told: str
+    rule: str
+
+
 def overview(run: RunData, layers: Sequence[str] | None = None) -> Image.Image:
     """Draw nine units of each layer, chosen by `most_different`; the slide says so.
 
     layers: names; None: five of the run's, evenly spaced. Raises UnitvisError for a layer that the run does not have.
     """
     run = drawable(run)
+    shown = _chosen(run, layers)
+    return slide(run, shown.blocks, shown.cells, shown.told, shown.rule)
+
+
+def printed_overview(run: RunData, layers: Sequence[str] | None = None, *, width: float | str) -> Page:
+    """Draw what `overview` does as a page for print, with the numbers of the units. width: see `Run.sheet`."""
+    run, dots = drawable(run), page_dots(width)
+    shown = _chosen(run, layers)
+    sections = [Section(one.layer, one.units, crop_of(run, one.layer, None), [one.line]) for one in shown.blocks]
+    return printed(run, sections, Words(QUESTION, [shown.told], [shown.rule]), dots)
+
+
+def _chosen(run: RunData, layers: Sequence[str] | None) -> Chosen:
+    """Choose layers and units; see `overview`."""
     run.need_winners()
     names = list(layers) if layers else _evenly_spaced(run.layers, LAYERS)
     if len(names) > MAX_LAYERS:
@@ -62,7 +88,7 @@ def overview(run: RunData, layers: Sequence[str] | None = None) -> Image.Image:
     told += "unit saw. Strongest first, at most one patch an image."
     few = any(len(candidates[name]) < len(firing[name]) for name in names)
     rule = RULE + (f" (of layers with more than {MAX_CANDIDATES} units, of as many, evenly spaced)." if few else ".")
-    return slide(run, blocks, cells, told, rule)
+    return Chosen(blocks, cells, told, rule)
 
 
 def _evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from unitvis.drawing.hands import Hands
+from unitvis.drawing.page import MAX_PAGE_PIXELS, PAPER
 from unitvis.drawing.patches import Cells, LayerCuts, crop_of, cut_layers, patches_by_winner
 from unitvis.drawing.units import checked_units
 from unitvis.errors import UnitvisError, check_unit, printable
@@ -22,7 +23,7 @@ from unitvis.results.data import RunData
 
 Drawn = TypeVar("Drawn", bound=RunData)
 
-PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (120, 120, 120)  # colours of page, text and smaller text
+INK, FAINT = (30, 30, 30), (120, 120, 120)  # colours of text and of smaller text
 EMPTY, EMPTY_MARK = (238, 238, 238), (205, 205, 205)  # colours of a placeholder and of the line through it
 _MAX_CHARACTERS = 400  # of a layer's name on a page
 MAX_BYTES_IN_MEMORY = 1_200_000_000  # of patches and response maps that are held at once while a run is rendered
@@ -30,7 +31,6 @@ PATCH_SIZE = 112  # pixels of a patch when it is cut: a multiple of 16, so that 
 # Of zlib: what takes more time makes photographs hardly smaller.
 _PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 MAX_PATCHES = 25  # of a unit, in a tile: of a larger k only the strongest are drawn
-MAX_PAGE_PIXELS = 100_000_000  # of a picture; PNG files of more are not opened by many programs
 _SHEET_PIXELS = 32_000_000  # of a page of a layer's sheet, about; a layer with more units has several
 # Units of a layer that its sheet shows, at most: single neurons are too many to draw them all; channels are so
 # only in a run that no network gave.
@@ -195,25 +195,25 @@ def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int,
     small = ImageFont.load_default(max(text, 12))
     columns = math.ceil(math.sqrt(len(units) * (1 if len(units) <= 9 else 1.6)))  # up to nine units make a square
     rows = math.ceil(len(units) / columns)
-    lines = _caption(run, top, units, crop)
-    caption = small.getbbox("Ag")[3] * 1.35
-    head = round(margin + heading.getbbox("Ag")[3] * 1.4 + caption * len(lines) + margin / 2)
+    lines = caption(run, top, units, crop)
+    line_height = small.getbbox("Ag")[3] * 1.35
+    head = round(margin + heading.getbbox("Ag")[3] * 1.4 + line_height * len(lines) + margin / 2)
     needed = max(math.ceil(small.getlength(line)) for line in lines)
     width = 2 * margin + max(columns * wide + (columns - 1) * margin, needed)
     page = Image.new("RGB", (width, head + rows * (high + 2 * text + margin) + margin // 2), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((margin, margin), fitting_name(layer, heading, width - 2 * margin), INK, heading)
     for number, line in enumerate(lines):
-        draw.text((margin, margin + heading.getbbox("Ag")[3] * 1.4 + number * caption), line, FAINT, small)
+        draw.text((margin, margin + heading.getbbox("Ag")[3] * 1.4 + number * line_height), line, FAINT, small)
     for number, unit in enumerate(units):
         x, y = margin + number % columns * (wide + margin), head + number // columns * (high + 2 * text + margin)
         page.paste(compose(top, unit, cells, size), (x, y))
         draw.text((x, y + high + text * 0.25), unit_name(top, unit), INK, font)
-        draw.text((x + wide, y + high + text * 0.25), _note(top, unit), FAINT, font, anchor="ra")
+        draw.text((x + wide, y + high + text * 0.25), note(top, unit), FAINT, font, anchor="ra")
     return page
 
 
-def _caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) -> list[str]:
+def caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) -> list[str]:
     """The lines below a sheet's heading."""
     info, field = top.info, top.info["receptive_field"]
     height, width = run.input_size
@@ -259,7 +259,7 @@ def unit_name(top: LayerArrays, unit: int) -> str:
     return f"{unit // (height * width)}/{unit // width % height}/{unit % width}"
 
 
-def _note(top: LayerArrays, unit: int) -> str:
+def note(top: LayerArrays, unit: int) -> str:
     """The text beside a unit's number: its largest value and any status but separated, or "dead", or "no response"."""
     if top.images[unit, 0] < 0:
         return "no response"

@@ -71,7 +71,7 @@ def test_a_layer_of_many_units_has_several_pages(tmp_path: Path, drawn: list[lis
 def test_single_neurons_are_drawn_by_choice(tmp_path: Path, drawn: list[list[int]]) -> None:
     run = wide_run(100, 2, 4, unit="neuron")
     assert len(run["0"]) == 1600
-    captions = sheets._caption(run, run["0"], sheets._units_on_sheet(run["0"]), "rf")
+    captions = sheets.caption(run, run["0"], sheets._units_on_sheet(run["0"]), "rf")
     assert captions[0].startswith("1,024 of 1,600 neurons, map 4 x 4")
     sheets.render(run, tmp_path)
     (units,) = drawn

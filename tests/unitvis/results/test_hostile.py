@@ -315,7 +315,7 @@ def test_of_more_channels_than_a_network_has_some_are_drawn(tmp_path: Path, monk
     run = unitvis.scan(nn.Sequential(nn.Conv2d(3, 150, 1)), pixels, k=1, transform=unitvis.Transform(), progress=False)
     shown = sheets._units_on_sheet(run["0"])
     assert (len(set(shown)), shown[0], shown[-1]) == (100, 0, 149)
-    assert sheets._caption(run, run["0"], shown, "rf")[0].startswith("100 of 150 channels")
+    assert sheets.caption(run, run["0"], shown, "rf")[0].startswith("100 of 150 channels")
     assert sheets.memory_groups(run, None) == [["0"]]
     monkeypatch.setattr(sheets, "MAX_BYTES_IN_MEMORY", 200_000)  # more than the few patches that all winners share
     two = unitvis.Run({"a": run["0"], "b": run["0"]}, run.manifest, {}, run.source)
