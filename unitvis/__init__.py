@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from unitvis.attribution.deconvnet import Projection, project
     from unitvis.attribution.feature_maps import FeatureMaps, feature_maps
     from unitvis.attribution.responses import ResponseMap, response_map
+    from unitvis.drawing.page import Page
     from unitvis.network.receptive_fields.fields import receptive_field
     from unitvis.network.receptive_fields.receptive_field import ReceptiveField
     from unitvis.pages import gallery
@@ -26,6 +27,7 @@ __all__ = [
     "ImageError",
     "Interrupted",
     "LayerTop",
+    "Page",
     "Projection",
     "ReceptiveField",
     "Recorder",
@@ -48,6 +50,7 @@ __all__ = [
 _MODULES = {
     "FeatureMaps": "attribution.feature_maps",
     "LayerTop": "run",
+    "Page": "drawing.page",
     "Projection": "attribution.deconvnet",
     "ReceptiveField": "network.receptive_fields.receptive_field",
     "Recorder": "ranking.recorder",

@@ -19,10 +19,9 @@ from unitvis.attribution.feature_maps import feature_maps
 from unitvis.cli.codes import DONE, SKIPPED, WRONG
 from unitvis.cli.report import print_drawn, print_layers, print_pack, print_run, print_times, print_verified
 from unitvis.drawing import sheets
-from unitvis.drawing.page import DPI, ENDINGS, PICTURES, Page, check_ending, page_dots
+from unitvis.drawing.page import ENDINGS, PICTURES, Page, check_ending, page_dots, save_picture
 from unitvis.drawing.units import Units, parse_choice, units_by_layer
 from unitvis.errors import Interrupted, UnitvisError
-from unitvis.files import replacing
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS, draw
 from unitvis.pages.figures import figure
@@ -225,8 +224,7 @@ def _save_picture(page: Image.Image | Page, target: Path) -> None:
             wide, high = page.millimetres
             size = f"{wide:g} x {high:g} mm" + (f", {size}" if target.suffix.lower() in PICTURES else "")
         else:
-            with replacing(target) as part:
-                page.save(part, PICTURES[target.suffix.lower()], dpi=(DPI, DPI))
+            save_picture(page, target)
     except OSError as error:
         raise UnitvisError(
             f"{target} could not be written: {error.strerror or error}; make room there, or give another path"

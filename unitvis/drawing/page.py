@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -21,8 +22,9 @@ PAPER, FRAME = (255, 255, 255), (205, 205, 205)  # colours of a page and of the 
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # formats of pixels alone, by ending
 ENDINGS = (*PICTURES, ".svg", ".pdf")  # of the files that a page is saved as
 MAX_PAGE_PIXELS = 100_000_000  # of a picture; PNG files of more are not opened by many programs
-MAX_SIDE = 32_000  # dots of a page's side: a JPEG picture, which a PDF holds, has at most 65,535 pixels a side
-_JPEG = {"quality": 95, "subsampling": 0}  # of pictures in SVG and PDF; no text or edge of a patch is blurred
+_MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}  # pixels
+MAX_SIDE = 32_000  # dots of a page's side: half of what a JPEG picture has, which a PDF holds
+_JPEG = {"quality": 95, "subsampling": 0}  # text and the edges of patches are not blurred
 _UNITS = {"mm": 1.0, "cm": 10.0, "in": 25.4}  # millimetres
 _WIDTHS = 40.0, 1000.0  # millimetres: of a page, at least and at most
 _NO_XML = re.compile("[\ufffe\uffff]")  # characters that `printable` leaves and XML does not allow
@@ -53,11 +55,6 @@ class Page:
         """Width and height, to a tenth."""
         return round(self.width / MILLIMETRE, 1), round(self.height / MILLIMETRE, 1)
 
-    @property
-    def least_points(self) -> float:
-        """Size of the smallest text in points; infinite without any."""
-        return min((text.size / POINT for text in self._texts), default=float("inf"))
-
     def place(self, picture: Image.Image, x: int, y: int) -> None:
         """Put a picture's upper left corner at a place, with a hairline around it; a pixel takes a dot."""
         self._frames.append((x - 1, y - 1, x + picture.width + 1, y + picture.height + 1))
@@ -77,18 +74,18 @@ class Page:
             draw.rectangle((left * scale, upper * scale, right * scale - 1, lower * scale - 1), FRAME)
         for x, y, picture in self._pictures:
             size = picture.width * scale, picture.height * scale
-            page.paste(picture.resize(size) if scale > 1 else picture, (x * scale, y * scale))
+            page.paste(picture.resize(size, Image.Resampling.NEAREST), (x * scale, y * scale))
         for one in self._texts:
-            font = ImageFont.load_default(one.size * scale)
-            draw.text((one.x * scale, one.y * scale), one.text, one.colour, font, anchor="rs" if one.ends else "ls")
+            place, anchor = (one.x * scale, one.y * scale), "rs" if one.ends else "ls"
+            draw.text(place, one.text, one.colour, font(one.size * scale), anchor=anchor)
         return page
 
     def svg(self) -> str:
         """Write the page as SVG that needs no other file: text as text, in an embedded font, and pictures as JPEG."""
-        wide, high = self.millimetres
+        wide, _ = self.millimetres
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{wide:g}mm" '
-            f'height="{high:g}mm" viewBox="0 0 {self.width} {self.height}">',
+            f'height="{wide * self.height / self.width:.3f}mm" viewBox="0 0 {self.width} {self.height}">',
             f"<style>{_font_face()}text{{font-family:Aileron,Helvetica,Arial,sans-serif;white-space:pre}}</style>",
             f'<rect width="{self.width}" height="{self.height}" fill="#fff"/>',
         ]
@@ -116,17 +113,15 @@ class Page:
         be more than `MAX_PAGE_PIXELS`.
         """
         check_ending(path := Path(path), ENDINGS)
+        if path.suffix.lower() in PICTURES:
+            save_picture(self.image(), path)
+            return
         with replacing(path) as part:
-            part.write_bytes(self._bytes(path.suffix.lower()))
+            part.write_bytes(self.svg().encode() if path.suffix.lower() == ".svg" else self._pdf())
 
-    def _bytes(self, ending: str) -> bytes:
-        if ending == ".svg":
-            return self.svg().encode()
-        if ending == ".pdf":
-            scale = 2 if 4 * self.width * self.height <= MAX_PAGE_PIXELS else 1
-            return _encoded(self.image(scale), "PDF", resolution=DPI * scale, **_JPEG)
-        kind = PICTURES[ending]
-        return _encoded(self.image(), kind, dpi=(DPI, DPI), **(_JPEG if kind == "JPEG" else {}))
+    def _pdf(self) -> bytes:
+        scale = 2 if 4 * self.width * self.height <= MAX_PAGE_PIXELS else 1
+        return _encoded(self.image(scale), "PDF", resolution=DPI * scale, **_JPEG)
 
     def _repr_png_(self) -> bytes:
         return _encoded(self.image().reduce(2), "PNG")
@@ -137,6 +132,15 @@ def check_ending(path: Path, endings: tuple[str, ...]) -> None:
     if path.suffix.lower() not in endings:
         told = [ending for ending in endings if ending != ".jpeg"]
         raise UnitvisError(f"{path} must end in {', '.join(told[:-1])} or {told[-1]}")
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture with `DPI` pixels an inch, in the format of the path's ending, one of `PICTURES`."""
+    kind = PICTURES[path.suffix.lower()]
+    if max(picture.size) > (most := _MAX_SIDES.get(kind, MAX_PAGE_PIXELS)):
+        raise UnitvisError(f"a {kind} file has at most {most:,} pixels a side, not {max(picture.size):,}; write a .png")
+    with replacing(path) as part:
+        part.write_bytes(_encoded(picture, kind, dpi=(DPI, DPI), **(_JPEG if kind == "JPEG" else {})))
 
 
 def page_dots(width: float | str) -> int:
@@ -156,10 +160,16 @@ def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+@lru_cache(maxsize=32)
+def font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of pages, whose size is given in pixels."""
+    return ImageFont.load_default(size)
+
+
 def _font_face() -> str:
-    """The font that pages are painted in, as a rule of CSS: programs that cannot read it show a similar one."""
-    font = ImageFont.load_default(10)
-    if not isinstance(font, ImageFont.FreeTypeFont) or not font.font_bytes:
+    """The font of pages as a rule of CSS, where it can be embedded; programs that cannot read it show a similar one."""
+    loaded = font(10)
+    if not isinstance(loaded, ImageFont.FreeTypeFont) or not loaded.font_bytes:
         return ""
-    data = base64.b64encode(font.font_bytes).decode()
+    data = base64.b64encode(loaded.font_bytes).decode()
     return f"@font-face{{font-family:Aileron;src:url(data:font/ttf;base64,{data})}}"

@@ -7,9 +7,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageFont
+from PIL import Image
 
-from unitvis.drawing.page import MAX_PAGE_PIXELS, MAX_SIDE, MILLIMETRE, POINT, Page, page_dots
+from unitvis.drawing.page import MAX_PAGE_PIXELS, MAX_SIDE, MILLIMETRE, POINT, Page, font, page_dots
 from unitvis.drawing.patches import Cells, LayerCuts, crop_of, patches_by_winner
 from unitvis.drawing.sheets import (
     FAINT,
@@ -35,7 +35,8 @@ _MARGIN = MILLIMETRE  # around a page of a given width, which has margins of its
 _WIDE_MARGIN = 6 * MILLIMETRE  # around another
 _LEAST_PATCH = 2.5 * MILLIMETRE  # width of a patch, where the page is long enough
 _LEAST_SECTION = 50 * MILLIMETRE  # width of a layer on a page without a given width, for the lines of text above it
-_ASPECT = 1.45  # height of a page at most, where that leaves patches of the least width; times its width
+_ASPECT = 1.55  # height of a page at most, where that leaves patches of the least width; times its width, as A4's text
+_WIDE = 2.0  # width of a page without a given width at most, times its height, where that is possible
 _ROOM = 0.92  # of a line's width that its text takes at most: programs may show another font
 
 DrawTile = Callable[[int, int], Image.Image]  # (unit, pixels of a patch) -> a picture as large as its tile
@@ -83,18 +84,13 @@ class Arrangement:
 def printed(
     run: RunData, sections: Sequence[Section], words: Words, width: int | None, layers: int | None = None
 ) -> Page:
-    """Draw layers on a page.
+    """Draw layers on a page, arranged so that patches cover as much of it as they can.
 
-    width: dots; the layers are arranged so that patches cover as much of the page as they can. None: patches have
-    `PATCH_SIZE` dots, and `layers` layers stand in a row. Raises UnitvisError where the page would be too large.
+    width: dots; None: patches have `PATCH_SIZE` dots. layers: how many stand in a row, if that is given. Raises
+    UnitvisError where the page would be too large.
     """
     layout = _Layout(run, sections, words, width)
-    if width is None:
-        tiles = max(math.ceil(math.sqrt(len(section.units))) for section in sections)
-        chosen = Arrangement(layers or len(sections), max(1, tiles), stacked=False, patch=PATCH_SIZE)
-    else:
-        chosen = layout.best()
-    return layout.page(chosen)
+    return layout.page(layout.best(layers))
 
 
 def printed_sheet(
@@ -117,48 +113,53 @@ class _Layout:
         self._k = run.manifest["k"]
         self._text = (_POINTS if width is None else LEAST_POINTS) * POINT
         self._heading = self._text * _HEADING
+        self._between = round(1.5 * self._text)  # halves, and layers whose halves are not apart
         self._margin = round(_WIDE_MARGIN if width is None else _MARGIN)
         self._halves = 2 if any(section.beside for section in sections) else 1
-        font = self._font = ImageFont.load_default(self._text)
+        self._font = font(self._text)
         self._names = [[unit_name(run[section.layer], unit) for unit in section.units] for section in sections]
-        names = [font.getlength(name) for own in self._names for name in own]
-        notes = [font.getlength(text) for section in sections for text in section.notes] or [0.0] * len(names)
+        names = [self._font.getlength(name) for own in self._names for name in own]
+        notes = [self._font.getlength(text) for section in sections for text in section.notes] or [0.0] * len(names)
         both = max((a + b + (b and self._text) for a, b in zip(names, notes, strict=True)), default=0.0)
         self._label_widths = both, max([*names, *notes], default=0.0)  # of name and note in one line, or in two
 
-    def best(self) -> Arrangement:
+    def best(self, layers: int | None) -> Arrangement:
         """The arrangement whose patches cover most of the page, with little left empty.
 
         Among those in which a patch has the least width and every unit's number fits below its tile; and of these
-        those that are not too high, or else the least high.
+        those that are not too high or wide, or else those that are so least. layers: in a row, None: any number.
         """
         found: list[tuple[tuple[bool, float, float], Arrangement]] = []
-        most = max(1, *(len(section.units) for section in self._sections))
+        counts = {len(section.units) for section in self._sections}
+        # How many tiles may stand in a row; where more of them make no fewer rows, they would only leave a hole.
+        fewest = {tuple(-(-count // tiles) for count in counts): tiles for tiles in range(max(1, *counts), 0, -1)}
         for stacked in (False, True)[: self._halves]:
-            for layers in range(1, len(self._sections) + 1):
-                for tiles in range(1, most + 1):
-                    patch = self._patch(layers, tiles, stacked)
+            for columns in (layers,) if layers else range(1, len(self._sections) + 1):
+                for tiles in sorted(fewest.values()):
+                    patch = self._patch(columns, tiles, stacked)
                     if patch < _LEAST_PATCH and found:
                         break  # more tiles make it smaller still
-                    arrangement = Arrangement(layers, tiles, stacked, max(1, patch))
+                    arrangement = Arrangement(columns, tiles, stacked, max(1, patch))
                     found.append((self._rank(arrangement), arrangement))
         return min(found, key=lambda pair: pair[0])[1]
 
     def _rank(self, arrangement: Arrangement) -> tuple[bool, float, float]:
         """Less is better, see `best`."""
-        assert self._width is not None  # noqa: S101 - for mypy
         wide, high = tile_shape(self._k, arrangement.patch)
-        height, units = self._height(arrangement), sum(len(section.units) for section in self._sections)
+        width, height = self._inner(arrangement)[0] + 2 * self._margin, self._height(arrangement)
+        units = sum(len(section.units) for section in self._sections)
         rows = self._rows(arrangement)
         places = sum(max(self._tile_rows(section, arrangement) for section in row) for row in rows)
         filled = units / max(1, places * arrangement.layers * arrangement.tiles)
-        covered = units * self._halves * wide * high / (self._width * height)
+        covered = units * self._halves * wide * high / (width * height)
         bad = arrangement.patch < _LEAST_PATCH or self._label_widths[1] > wide
-        return bad, max(0.0, height - _ASPECT * self._width), -covered * filled**2
+        too_wide = 0.0 if self._width else width - _WIDE * height
+        return bad, max(0.0, height - _ASPECT * width, too_wide), -covered * filled**3
 
     def _patch(self, layers: int, tiles: int, stacked: bool) -> int:
         """The largest patch with which so many layers and tiles fit side by side."""
-        assert self._width is not None  # noqa: S101 - for mypy
+        if self._width is None:
+            return PATCH_SIZE
         room = self._width - 2 * self._margin
 
         def needed(patch: int) -> int:
@@ -167,12 +168,12 @@ class _Layout:
         return bisect_right(range(1, room), room, key=needed)
 
     def _apart(self, stacked: bool) -> int:
-        """Between layers; more where their halves are apart as well."""
-        return round(self._text * (3.5 if self._halves == 2 and not stacked else 1.5))
+        """Between layers; more where their halves stand side by side."""
+        return self._between if stacked or self._halves == 1 else 2 * self._between
 
     def _section_width(self, tiles: int, stacked: bool, patch: int) -> int:
         half = tiles * tile_shape(self._k, patch)[0] + (tiles - 1) * _gap(patch)
-        return half if stacked or self._halves == 1 else 2 * half + self._apart(True)
+        return half if stacked or self._halves == 1 else 2 * half + self._between
 
     def _step(self, arrangement: Arrangement) -> int:
         """The height of a row of tiles with its numbers and the space below."""
@@ -202,21 +203,25 @@ class _Layout:
 
     def _inner(self, arrangement: Arrangement) -> tuple[int, int]:
         """Widths of the page within its margins, and of a layer."""
-        if self._width is None:
-            section = max(self._section_width(arrangement.tiles, False, arrangement.patch), round(_LEAST_SECTION))
-            return (section + self._apart(False)) * arrangement.layers - self._apart(False), section
-        inner = self._width - 2 * self._margin
         apart = self._apart(arrangement.stacked)
+        if self._width is None:
+            section = self._section_width(arrangement.tiles, arrangement.stacked, arrangement.patch)
+            section = max(section, round(_LEAST_SECTION))
+            return (section + apart) * arrangement.layers - apart, section
+        inner = self._width - 2 * self._margin
         return inner, (inner + apart) // arrangement.layers - apart
 
-    def _words_height(self, inner: int) -> int:
-        title = [self._text * _TITLE] * len(self._wrapped(self._title(), inner, self._text * _TITLE))
-        told, foot = (self._wrapped(lines, inner, self._text) for lines in (self._words.told, self._words.foot))
-        sizes = title + [self._text] * (len(told) + len(foot))
-        return round(sum(_LINE * size for size in sizes) + (self._text if title or told else 0))
+    def _wrapped_words(self, inner: int) -> tuple[list[str], list[str], list[str]]:
+        """The lines of the title, below it, and at the foot, on a page so wide within its margins."""
+        title = [self._words.title] if self._words.title else []
+        sizes = (title, self._text * _TITLE), (self._words.told, self._text), (self._words.foot, self._text)
+        wrapped = [self._wrapped(lines, inner, size) for lines, size in sizes]
+        return wrapped[0], wrapped[1], wrapped[2]
 
-    def _title(self) -> list[str]:
-        return [self._words.title] if self._words.title else []
+    def _words_height(self, inner: int) -> int:
+        title, told, foot = self._wrapped_words(inner)
+        lines = _TITLE * len(title) + len(told) + len(foot)
+        return round((_LINE * lines + bool(title or told)) * self._text)
 
     def _lines(self, section: Section, arrangement: Arrangement) -> list[str]:
         where = "above" if arrangement.stacked else "left"
@@ -224,9 +229,9 @@ class _Layout:
 
     def _head(self, section: Section, arrangement: Arrangement, width: int) -> tuple[str, float | None, list[str]]:
         """A layer's name, where the line beside it begins, None if it stands below, and the lines."""
-        font = ImageFont.load_default(self._heading)
-        name, lines = fitting_name(section.layer, font, round(width * _ROOM)), self._lines(section, arrangement)
-        begin, line = font.getlength(name) + 1.5 * self._text, "; ".join(lines)
+        heading = font(self._heading)
+        name, lines = fitting_name(section.layer, heading, round(width * _ROOM)), self._lines(section, arrangement)
+        begin, line = heading.getlength(name) + 1.5 * self._text, "; ".join(lines)
         if begin + self._font.getlength(line) <= width * _ROOM:
             return name, begin, [line]
         return name, None, self._wrapped(lines, width, self._text)
@@ -238,12 +243,12 @@ class _Layout:
 
     def _wrapped(self, lines: Iterable[str], width: int, size: float) -> list[str]:
         """Lines that are at most so wide, broken between words."""
-        font, found = ImageFont.load_default(size), []
+        found = []
         for line in lines:
             whole = ""
             for word in line.split(" "):
                 longer = f"{whole} {word}" if whole else word
-                if whole and font.getlength(longer) > width * _ROOM:
+                if whole and font(size).getlength(longer) > width * _ROOM:
                     found.append(whole)
                     longer = word
                 whole = longer
@@ -253,20 +258,21 @@ class _Layout:
     def page(self, arrangement: Arrangement) -> Page:
         """Draw the page."""
         inner, width = self._inner(arrangement)
-        page = Page(self._width or inner + 2 * self._margin, self._height(arrangement))
+        page = Page(inner + 2 * self._margin, self._height(arrangement))
         if page.width * page.height > MAX_PAGE_PIXELS or max(page.width, page.height) > MAX_SIDE:
             units, (wide, high) = sum(len(section.units) for section in self._sections), page.millimetres
             raise UnitvisError(
-                f"{units:,} units do not fit on one page, which would be {wide:,} x {high:,} mm; name fewer (units=, "
-                "--units)"
+                f"{units:,} units do not fit on one page, which would be {wide:,.0f} x {high:,.0f} mm; name fewer "
+                "(units=, --units)"
             )
-        cuts = {b.layer: LayerCuts(b.units, b.crop, arrangement.patch, arrangement.patch) for b in self._sections}
+        size = arrangement.patch
+        cuts = {own.layer: LayerCuts(own.units, own.crop, size, size) for own in self._sections}
         cells = patches_by_winner(self._run, cuts)
         y = float(self._margin)
-        title = self._wrapped(self._title(), inner, self._text * _TITLE)
+        title, told, foot = self._wrapped_words(inner)
         y = self._write(page, title, self._margin, y, self._text * _TITLE, INK)
-        told = self._wrapped(self._words.told, inner, self._text)
-        y = self._write(page, told, self._margin, y, self._text, FAINT) + (self._text if title or told else 0)
+        y = self._write(page, told, self._margin, y, self._text, FAINT)
+        y += self._text if title or told else 0
         names = iter(self._names)
         for row in self._rows(arrangement):
             head = max(self._head_height(section, arrangement, width) for section in row)
@@ -281,7 +287,7 @@ class _Layout:
                 self._place(page, section, next(names), cells[section.layer], arrangement, (x, round(y) + head, width))
             y += head + max(self._tile_rows(own, arrangement) for own in row) * self._step(arrangement)
             y += round(self._text)
-        self._write(page, self._wrapped(self._words.foot, inner, self._text), self._margin, y, self._text, FAINT)
+        self._write(page, foot, self._margin, y, self._text, FAINT)
         return page
 
     def _write(
@@ -306,7 +312,7 @@ class _Layout:
         top, size, (left, upper, width) = self._run[section.layer], arrangement.patch, corner
         wide, high = tile_shape(self._k, size)
         sides = 1 if arrangement.stacked or self._halves == 1 else 2
-        half = (width - (sides - 1) * self._apart(True)) // sides
+        half = (width - (sides - 1) * self._between) // sides
         if self._width is None:
             half = arrangement.tiles * (wide + _gap(size)) - _gap(size)
         for index, (unit, name) in enumerate(zip(section.units, names, strict=True)):
@@ -314,7 +320,7 @@ class _Layout:
             # Dots that are left over, fewer than patches in a row, go between the tiles.
             x = left + round(column * (half - wide) / max(1, arrangement.tiles - 1))
             y = upper + row * self._step(arrangement)
-            places = [(x + side * (half + self._apart(True)), y) for side in range(sides)]
+            places = [(x + side * (half + self._between), y) for side in range(sides)]
             if arrangement.stacked:
                 places.append((x, y + high + _gap(size) // 2))
             page.place(compose(top, unit, cells, size), *places[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -46,9 +45,9 @@ def figure(
 ) -> Page:
     """Draw a page of 3x3 tiles, nine units of each layer unless units are given.
 
-    style: "lecture": patches, with the layers from left to right; "paper" (Zeiler & Fergus 2013, figure 2): each
-    layer's projections, or the first layer's filters, to the left of the same units' patches or above them. units:
-    numbers, of every layer, or {layer: numbers}. width: see `Run.sheet`; None: patches have 112 dots. project:
+    style: "lecture": patches, and without a width all layers from left to right; "paper" (Zeiler & Fergus 2013, figure
+    2): each layer's projections, or the first layer's filters, to the left of the same units' patches or above them.
+    units: numbers, of every layer, or {layer: numbers}. width: see `Run.sheet`; None: patches have 112 dots. project:
     "deconvnet" (or True) or "guided", see `unitvis.project`. model: computes those projections that the run's folder
     does not keep yet; without it, raises UnitvisError where any is missing.
     """
@@ -72,8 +71,8 @@ def figure(
         sections.append(
             Section(layer, named[layer], kind, [_field_text(run, run[layer], kind)], beside=left.get(layer))
         )
-    columns = len(sections) if style == "lecture" else math.ceil(len(sections) / 3)
-    return printed(run, sections, Words(foot=_notes(run, style)), dots, columns)
+    slide = style == "lecture" and dots is None
+    return printed(run, sections, Words(foot=_notes(run, style)), dots, len(layers) if slide else None)
 
 
 def _default_units(top: LayerArrays) -> list[int]:

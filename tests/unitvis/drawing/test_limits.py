@@ -103,7 +103,7 @@ def test_no_name_makes_a_page_larger(name: str) -> None:
     short, run = named("conv"), named(name)
     assert run.sheet(name).size == short.sheet("conv").size
     assert run.sheet(name, [0], size=20).size == short.sheet("conv", [0], size=20).size
-    assert figure(run, [name], "lecture").size == figure(short, ["conv"], "lecture").size
+    assert figure(run, [name], "lecture").image().size == figure(short, ["conv"], "lecture").image().size
 
 
 def test_a_name_keeps_its_ends_where_it_does_not_fit() -> None:

@@ -42,26 +42,28 @@ def holds(page: np.ndarray, tile: Image.Image) -> bool:
 
 def test_the_lectures_figure_has_nine_units_of_each_layer_and_no_dead_ones(shown: tuple[nn.Module, Path]) -> None:
     run = unitvis.load(shown[1])
-    page = np.asarray(figures.figure(run, ["0", "2"], "lecture"))
+    page = np.asarray(figures.figure(run, ["0", "2"], "lecture").image())
     for layer, units in (("0", (0, 1, 3, 9)), ("2", (0, 8))):
         assert all(holds(page, run.tile(layer, unit, size=PATCH_SIZE)) for unit in units)
     for layer, unit in (("0", 2), ("0", 10), ("2", 9)):
         assert not holds(page, run.tile(layer, unit, size=PATCH_SIZE))
     assert page.shape[1] > 2 * 3 * 3 * PATCH_SIZE
-    named = np.asarray(figures.figure(run, ["0"], "lecture", [11, 2]))
+    named = np.asarray(figures.figure(run, ["0"], "lecture", [11, 2]).image())
     assert holds(named, run.tile("0", 2, size=PATCH_SIZE))
 
 
 def test_the_papers_figure_has_filters_and_projections_left_of_the_patches(shown: tuple[nn.Module, Path]) -> None:
     model, folder = shown
     run = unitvis.load(folder)
-    page = figures.figure(run, ["0", "2"], "paper")
+    page = figures.figure(run, ["0", "2"], "paper").image()
     pixels = np.asarray(page)
     assert holds(pixels, run.tile("2", 5, size=PATCH_SIZE))
     side = run.tile("0", 0, size=PATCH_SIZE).width
     weights = colours.signed(model[0].weight.detach()[3].numpy()).resize((side, side), Image.Resampling.NEAREST)
     assert holds(pixels, weights)
-    beside = np.asarray(figures._left_halves(run, {"2": [5]}, None, None, "deconvnet", None)["2"].tiles[5]).astype(int)
+    beside = np.asarray(
+        figures._left_halves(run, {"2": [5]}, None, None, "deconvnet", None)["2"].draw(5, PATCH_SIZE)
+    ).astype(int)
     assert holds(pixels, Image.fromarray(beside.astype(np.uint8)))
     for one in unitvis.project(model, run, "2", 5):
         box = patches.drawn_box(run["2"], 5, one.rank, patches.crop_of(run, "2", None), (24, 24))

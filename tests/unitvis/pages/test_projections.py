@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 
 import unitvis
@@ -69,7 +70,7 @@ def units_of(seeds: list[Any]) -> list[int]:
 
 
 def paper(run: unitvis.Run, units: list[int], layer: str = "2", **options: Any) -> Image.Image:
-    return figures.figure(run, [layer], "paper", units, **options)
+    return figures.figure(run, [layer], "paper", units, **options).image()
 
 
 def kept(run: unitvis.Run) -> list[str]:
@@ -322,27 +323,22 @@ def activated(activation: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("activation", "project", "said"),
     [
-        (nn.ReLU(), True, "left: deconvnet"),
-        (nn.ReLU(), "guided", "left: guided backpropagation"),
-        (nn.Sigmoid(), "deconvnet", "left: the ordinary gradient through Sigmoid"),
-        (nn.Tanh(), "guided", "left: the ordinary gradient through Tanh"),
+        (nn.ReLU(), True, "deconvnet"),
+        (nn.ReLU(), "guided", "guided backpropagation"),
+        (nn.Sigmoid(), "deconvnet", "the ordinary gradient through Sigmoid"),
+        (nn.Tanh(), "guided", "the ordinary gradient through Tanh"),
     ],
 )
-def test_a_figure_says_what_its_left_halves_are(
-    activation: nn.Module, project: bool | str, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_figure_says_what_its_left_halves_are(activation: nn.Module, project: bool | str, said: str) -> None:
     model = activated(activation)
     run = unitvis.scan(model, torch.rand(4, 3, 14, 14), ["0", "3"], k=2, progress=False)
-    written: list[str] = []
-    text = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: written.append(a[2]) or text(*a, **k))
-    figures.figure(run, ["0", "3"], "paper", [1], model=model, project=project)
-    found = [line for line in written if line.startswith("left: ")]
-    assert found == ["left: filters, the weights of a unit", said]
-    assert "Left: grey is 0, and each picture has its own scale." in written
-    written.clear()
-    figures.figure(run, ["0", "3"], "lecture", [1])
-    assert not any("left" in line.lower() for line in written)
+    svg = figures.figure(run, ["0", "3"], "paper", [1], model=model, project=project).svg()
+    text = " ".join(re.findall("<text[^>]*>([^<]*)", svg))
+    found = re.findall("(?:left|above): (.*?) (?:1 |$)", text)  # the unit's number follows
+    assert found == ["filters, the weights of a unit", said]
+    assert "Projections and filters: grey is 0, and each picture has its own scale." in svg
+    patches_alone = figures.figure(run, ["0", "3"], "lecture", [1]).svg()
+    assert not re.search("left|above|grey", patches_alone.partition("</style>")[2])
 
 
 def test_methods_are_named_and_options_that_would_do_nothing_refused(
