@@ -86,8 +86,8 @@ def printed(
 ) -> Page:
     """Draw layers on a page, arranged so that patches cover as much of it as they can.
 
-    width: dots; None: patches have `PATCH_SIZE` dots. layers: how many stand in a row, if that is given. Raises
-    UnitvisError where the page would be too large.
+    width: dots; None: patches have `PATCH_SIZE` dots. layers: without a width, how many stand in a row, each with its
+    tiles in a square; None: any number. Raises UnitvisError where the page would be too large.
     """
     layout = _Layout(run, sections, words, width)
     return layout.page(layout.best(layers))
@@ -127,14 +127,16 @@ class _Layout:
         """The arrangement whose patches cover most of the page, with little left empty.
 
         Among those in which a patch has the least width and every unit's number fits below its tile; and of these
-        those that are not too high or wide, or else those that are so least. layers: in a row, None: any number.
+        those that are not too high or wide, or else those that are so least. layers: see `printed`.
         """
         found: list[tuple[tuple[bool, float, float], Arrangement]] = []
         counts = {len(section.units) for section in self._sections}
+        if layers:
+            return Arrangement(layers, max(1, math.ceil(math.sqrt(max(counts)))), stacked=False, patch=PATCH_SIZE)
         # How many tiles may stand in a row; where more of them make no fewer rows, they would only leave a hole.
         fewest = {tuple(-(-count // tiles) for count in counts): tiles for tiles in range(max(1, *counts), 0, -1)}
         for stacked in (False, True)[: self._halves]:
-            for columns in (layers,) if layers else range(1, len(self._sections) + 1):
+            for columns in range(1, len(self._sections) + 1):
                 for tiles in sorted(fewest.values()):
                     patch = self._patch(columns, tiles, stacked)
                     if patch < _LEAST_PATCH and found:

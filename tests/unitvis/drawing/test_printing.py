@@ -118,6 +118,12 @@ def test_nothing_lies_on_anything_or_outside_the_page(page: Page) -> None:
         assert max(apart) > -0.01, (one, other)
 
 
+def test_a_slide_has_its_layers_side_by_side_each_with_its_tiles_in_a_square(run: unitvis.Run) -> None:
+    found = Drawing(figure(run, NAMES, "lecture").svg())
+    left, upper = ({box[axis] for box in found.boxes[:45]} for axis in (0, 1))
+    assert (len(left), len(upper)) == (15, 3)
+
+
 def test_pictures_have_print_resolution_and_are_those_of_the_run(run: unitvis.Run) -> None:
     found = Drawing(run.sheet("third", range(4), width="120mm").svg())
     assert found.size[0] == 120
