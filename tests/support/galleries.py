@@ -63,3 +63,16 @@ def twelve_images(folder: Path) -> tuple[nn.Module, unitvis.Run]:
     images = np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
     np.save(folder / "images.npy", images)
     return model, unitvis.scan(model, folder / "images.npy", transform=unitvis.Transform(), progress=False)
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.1's contrast ratio of two colours #rgb or #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)

@@ -43,7 +43,7 @@ class ResponseMap:
     def overlay(self, size: int = 448) -> Image.Image:
         """Draw the map over the image, `size` pixels on its longer side; each cell is one neuron.
 
-        Clear where the response is at most 0, yellow where it is largest.
+        Clear where the response is at most 0 or at most the map's median, yellow where it is largest.
         """
         scale = size / max(self.image.size)
         page = self.image.resize((round(self.image.width * scale), round(self.image.height * scale)))

@@ -27,10 +27,19 @@ def signed(signal: NDArray[np.float32], scale: float | None = None) -> Image.Ima
 
 
 def heat_levels(maps: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Quantise maps [..., H, W] into `LEVELS` levels: 0 where a map is at most 0 or NaN, the last at its maximum."""
+    """Quantise maps [..., H, W] into `LEVELS` levels: 0 up to the map's median, the last at its maximum.
+
+    Responses of at most 0, and NaN, count as 0, and what is 0 has level 0.
+    """
     positive = np.clip(np.where(np.isnan(maps), 0, maps), 0, np.finfo(np.float32).max)
     largest = positive.max(axis=(-2, -1), keepdims=True)
-    return np.ceil(positive / np.where(largest > 0, largest, 1) * (LEVELS - 1)).astype(np.uint8)
+    flat = positive.reshape(*positive.shape[:-2], -1)
+    middle = (flat.shape[-1] - 1) // 2
+    median = np.partition(flat, middle, axis=-1)[..., middle, None, None]  # of an even number, the lower one
+    most = np.where(largest > median, largest - median, 1)
+    levels = np.ceil(np.clip(positive - median, 0, None) / most * (LEVELS - 1)).astype(np.uint8)
+    levels[(positive == largest) & (largest > 0)] = LEVELS - 1  # also where half of the map or more is as large
+    return levels
 
 
 def heat(levels: NDArray[np.uint8]) -> Image.Image:

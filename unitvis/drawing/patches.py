@@ -35,18 +35,24 @@ Wanted = Mapping[str, LayerCuts]
 Winners = Mapping[int, list[tuple[int, int]]]  # {image: [(unit, rank)]} of a layer
 Cells = dict[tuple[int, int], Image.Image]  # {(unit, rank): patch}
 Scans = dict[tuple[int, int], bytes]  # {(unit, rank): patch as a cell, see `mosaic.cell_scan`}
-MAX_IMAGE_SIDE = 256  # pixels of the longer side of a whole image
+# Pixels of a patch on a unit's page, which is at most 18rem wide (gallery.css), on a screen with two pixels a CSS pixel
+SHARP_PATCH = 576
+# Of the longer side of a whole image, at most: where no patch needs more, and where a small one does
+IMAGE_SIDE, MAX_IMAGE_SIDE = 768, 2048
 
 
 def default_crop(info: Mapping[str, Any], input_size: tuple[int, int]) -> str:
     """The crop of a layer if none is given, from its entry in the manifest.
 
     The receptive field while it is at most half as wide and high as the image, else the effective box; the image where
-    the layer has none.
+    the layer has none, or where all of its positions see the same, as behind global pooling.
     """
-    if seen_in_part(info["receptive_field"]["size"], input_size):
+    field = info["receptive_field"]
+    if seen_in_part(field["size"], input_size):
         return "rf"
-    return "effective" if info["effective_box"] else "image"
+    if not info["effective_box"] or field["whole_image"] or info["height"] * info["width"] == 1:
+        return "image"
+    return "effective"
 
 
 def crop_of(run: RunData, layer: str, crop: str | None) -> str:
@@ -114,7 +120,7 @@ class Taker(Protocol):
         """Whether `take` needs the pixels that the model gets of an image."""
 
     def take(self, image: int, whole: bytes, model_input: NDArray[Any] | None) -> None:
-        """Take a JPEG file of the model's whole input, and its pixels; see `Pieces`."""
+        """Take a JPEG file of all that the model sees, and the pixels that it gets; see `Pieces`."""
 
 
 def cut_layers(
@@ -134,8 +140,8 @@ def cut_layers(
     boxes = _Boxes(run, wanted, winners)
 
     def cuts_of(image: int) -> Cuts:
-        whole = (None, False) if taker is None else (MAX_IMAGE_SIDE, taker.wants_input(image))
-        return Cuts(boxes.of(image), *whole)
+        own = boxes.of(image)
+        return Cuts(own) if taker is None else Cuts(own, _side_of_whole(own, run.input_size), taker.wants_input(image))
 
     for image, pieces in hands.cut(((image, cuts_of(image)) for image in images), len(images)):
         shown = boxes.taken(image)
@@ -153,6 +159,12 @@ def cut_layers(
             yield (layer := waiting.popleft()), cells.pop(layer), scans.pop(layer)
     for layer in waiting:  # where no unit fired
         yield layer, cells.pop(layer), scans.pop(layer)
+
+
+def _side_of_whole(cuts: Sequence[Cut], input_size: tuple[int, int]) -> int:
+    """Pixels of an image's longer side, at most, so that the smallest of its patches is sharp on a unit's page."""
+    smallest = min(max(right - left, lower - upper, 1) for (left, upper, right, lower), *_ in cuts)
+    return min(MAX_IMAGE_SIDE, max(IMAGE_SIDE, SHARP_PATCH * max(input_size) // smallest))
 
 
 class _Boxes:

@@ -13,7 +13,7 @@ import numpy as np
 
 from unitvis.attribution.responses import map_area
 from unitvis.drawing.patches import units_at_the_border
-from unitvis.drawing.sheets import tile_columns, unit_name
+from unitvis.drawing.sheets import PATCH_SIZE, tile_columns, unit_name
 from unitvis.files import file_name
 from unitvis.pages.sprites import sprite_tiles
 from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
@@ -32,6 +32,7 @@ def index(run: RunData) -> dict[str, Any]:
         f"unit of {len(run)} layers; the model's input is {width} x {height} pixels.",
         "k": manifest["k"],
         "across": tile_columns(manifest["k"]),
+        "cell": PATCH_SIZE,
         "sprite": list(sprite_tiles(manifest["k"])),
         "layers": [_layer_entry(run, run[layer]) for layer in run],
         "notes": NOTES,
@@ -90,13 +91,16 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
         "input": [width, height],
+        "crop": drawn["crop"],
         "shows": {"rf": "receptive field", "effective": "effective box", "image": "whole image"}[drawn["crop"]],
         "boxes": top.info["receptive_field"]["method"] != "unknown",
+        "whole": top.info["receptive_field"]["whole_image"],
+        "side": top.info["effective_box"],
         "effective": _frame_side(top),
         "answers": answers(run, name, drawn),
         "projections": drawn.get("projections"),
         "projected": drawn.get("projected") or [],
-        "responses": _response_area(run, name, drawn["responses"]) if drawn.get("responses") else None,
+        "responses": _responses(run, name, drawn["responses"]) if drawn.get("responses") else None,
         "filters": drawn.get("filters", False),
         "images": {image: run.records[image]["name"] if image in run.records else f"image {image}" for image in images},
         "labels": None if top.info["unit"] == "channel" else [unit_name(top, unit) for unit in range(len(top))],
@@ -150,8 +154,8 @@ def _json_number(value: float) -> float | str:
     return float(f"{value:.5g}") if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _response_area(run: RunData, name: str, drawn_size: list[int]) -> dict[str, Any]:
-    """Rows and columns of the drawn response maps, and the `map_area` they lie over, as shares of the input's size.
+def _responses(run: RunData, name: str, drawn_size: list[int]) -> dict[str, Any]:
+    """Where the drawn response maps lie: their `map_area` and a neuron's size in it, as shares of the input's size.
 
     drawn_size: rows, columns, and the side of the block of neurons that one cell stands for.
     """
@@ -166,7 +170,19 @@ def _response_area(run: RunData, name: str, drawn_size: list[int]) -> dict[str, 
     left, upper, right, lower = map_area(
         stride, field["whole_image"], box, (position[0], position[1]), (rows, columns), (height, width)
     )
-    return {"rows": rows, "columns": columns, "area": [left / width, upper / height, right / width, lower / height]}
+    area = [left / width, upper / height, right / width, lower / height]
+    neuron = [(area[2] - area[0]) / (columns * block), (area[3] - area[1]) / (rows * block)]  # width, height
+    return {"area": area, "neuron": neuron, "colours": _colours(top)}
+
+
+def _colours(top: LayerArrays) -> str:
+    """What the colours of a layer's response maps mean."""
+    ring = (
+        " where largest, ringed where largest of the ranked positions"
+        if "inside" in top.info
+        else (" and ringed where largest")
+    )
+    return f"clear where at most 0 or at most the map's median, yellow{ring}"
 
 
 def _field_text(top: LayerArrays) -> str:
@@ -243,7 +259,7 @@ def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]
         lines.append(
             [
                 "What is the coloured map?",
-                "The unit's response at every position of the image: clear where at most 0, yellow where largest.",
+                f"The unit's response at every position of the image: {_colours(top)}.",
             ]
         )
     return lines

@@ -40,27 +40,32 @@ const unitvis = (() => {
       ...placed(unit - first, Math.min(columns * rows, layer.units - first), columns) };
   }
 
-  /** The style of an element that shows one of `columns` x `rows` equal parts of a picture. */
-  function part(source, columns, rows, column, row) {
-    const at = (index, count) => (count > 1 ? (100 * index) / (count - 1) : 0) + "%";
-    return `background-image:url("${source}");background-size:${100 * columns}% ${100 * rows}%;` +
-      `background-position:${at(column, columns)} ${at(row, rows)};`;
+  /** A box in an element, or a part of a picture that fills one: left, top, right, bottom as shares of its size. */
+  const at = ([left, top, right, bottom]) =>
+    `left:${100 * left}%;top:${100 * top}%;width:${100 * (right - left)}%;height:${100 * (bottom - top)}%`;
+  const zoomed = ([left, top, right, bottom]) => at([-left / (right - left), -top / (bottom - top),
+    (1 - left) / (right - left), (1 - top) / (bottom - top)]);
+
+  /**
+   * One of `columns` x `rows` equal parts of a picture. It is an <img>, because browsers do not print backgrounds, and is
+   * not loaded lazily, because they print without what is not there yet; off the screen it is loaded, but not decoded.
+   */
+  function part(kind, { source, columns, rows, column, row }, alt, more) {
+    const box = [column / columns, row / rows, (column + 1) / columns, (row + 1) / rows];
+    return el("span", { class: kind, ...more }, el("img", { src: source, style: zoomed(box), decoding: "async", alt }));
   }
 
   /** The cell of one winner in a sprite. */
-  function cell(layer, unit, kind, rank, alt, extra) {
+  function cell(layer, unit, kind, rank, alt, style) {
     const { source, columns, rows, column, row } = tileOf(layer, unit, kind), down = Math.ceil(run.k / run.across);
-    const style = part(source, columns * run.across, rows * down,
-      column * run.across + (rank % run.across), row * down + Math.floor(rank / run.across));
-    return el("div", { class: "cell", role: "img", "aria-label": alt, title: alt, style: style + (extra || "") });
+    return part("cell", { source, columns: columns * run.across, rows: rows * down,
+      column: column * run.across + (rank % run.across), row: row * down + Math.floor(rank / run.across) },
+      alt, { title: alt, style });
   }
 
   /** A tile of a unit's patches, with lines between them. */
-  function patches({ source, columns, rows, column, row }, alt) {
-    const style = `width:${100 * columns}%;height:${100 * rows}%;left:${-100 * column}%;top:${-100 * row}%`;
-    return el("span", { class: "patches", style: `--across:${run.across};--down:${Math.ceil(run.k / run.across)}` },
-      el("img", { src: source, style, loading: "lazy", decoding: "async", alt }));
-  }
+  const patches = (place, alt) => part("patches", place, alt,
+    { style: `--across:${run.across};--down:${Math.ceil(run.k / run.across)}` });
 
   // --- the first page ---
 
@@ -95,11 +100,8 @@ const unitvis = (() => {
       el("span", { class: "value", title: "largest response" }, winner && note !== "dead" ? number(winner[0]) : ""));
   }
 
-  function filter(layer, unit) {
-    const { source, columns, rows, column, row } = tileOf(layer, unit, "filters");
-    return el("span", { class: "filter", role: "img", style: part(source, columns, rows, column, row),
-      "aria-label": `Weights of unit ${unit}`, title: "the unit's weights; grey is 0" });
-  }
+  const filter = (layer, unit) => part("filter", tileOf(layer, unit, "filters"), `Weights of unit ${unit}`,
+    { title: "the unit's weights; grey is 0" });
 
   function layerPage(layer) {
     const data = layer.data;
@@ -116,46 +118,99 @@ const unitvis = (() => {
 
   // --- a unit ---
 
-  const percent = (share) => Math.min(100, Math.max(0, 100 * share)) + "%";
-
-  function frame(kind, box, data) {
-    const [width, height] = data.input, [left, top, right, bottom] = box;
-    return el("span", { class: "frame " + kind, style: `left:${percent(left / width)};top:${percent(top / height)};` +
-      `right:${percent(1 - right / width)};bottom:${percent(1 - bottom / height)}` });
-  }
+  const INSET = 12;  // a box that is so many times smaller than the image is shown enlarged as well, at least twice as large
+  const clamped = (share) => Math.min(1, Math.max(0, share));
+  const shares = ([left, top, right, bottom], [width, height]) => [left / width, top / height, right / width, bottom / height];
+  const frame = (kind, box) => el("span", { class: "frame " + kind, style: at(box.map(clamped)) });
+  const photo = (image, alt, style) => el("img", { src: `gallery/images/${image}.jpg`, alt, style });
 
   function scene(data, image, alt, ...over) {
-    return el("div", { class: "scene", style: `aspect-ratio:${data.input[0]}/${data.input[1]}` },
-      el("img", { src: `gallery/images/${image}.jpg`, alt, loading: "lazy" }), ...over);
+    return el("span", { class: "scene", style: `--ratio:${data.input[0]}/${data.input[1]}` }, photo(image, alt), ...over);
   }
+
+  /** The square about a box, in pixels of the input, that is `times` as wide as its longer side. */
+  function square([left, top, right, bottom], times) {
+    const half = (times * Math.max(right - left, bottom - top, 1)) / 2, x = (left + right) / 2, y = (top + bottom) / 2;
+    return [x - half, y - half, x + half, y + half];
+  }
+
+  /** A piece of a whole image, grey outside of it; within: the box, in pixels, that the element around it shows. */
+  function piece(data, image, box, within, alt) {
+    const [width, height] = [within[2] - within[0], within[3] - within[1]];
+    const [left, top, right, bottom] = shares(box, data.input);
+    return el("span", { class: "piece", style: at([(box[0] - within[0]) / width, (box[1] - within[1]) / height,
+      (box[2] - within[0]) / width, (box[3] - within[1]) / height]) },
+      photo(image, alt, zoomed([left, top, right, bottom])));
+  }
+
+  /** A patch: its cell in the sprite, and instead of it the same piece of the whole image, once that has more pixels. */
+  function patch(layer, unit, rank, image, box) {
+    const data = layer.data, alt = `Patch of ${data.images[image]}`, around = square(box, 1);
+    const shown = cell(layer, unit, "patches", rank, alt), sharp = piece(data, image, box, around, alt);
+    const whole = sharp.firstChild, side = around[2] - around[0], [width, height] = data.input;
+    whole.addEventListener("load", () => {
+      const pixels = side * Math.max(whole.naturalWidth / width, whole.naturalHeight / height);
+      if (pixels > run.cell) shown.replaceChildren(sharp);
+    });
+    return shown;
+  }
+
+  /** A small box with what lies about it, enlarged, in the corner of the image that is farthest from it. */
+  function inset(data, image, boxes) {
+    const [, box] = boxes[0], [width, height] = data.input, within = square(box, 2.5);
+    if (INSET * Math.max(box[2] - box[0], box[3] - box[1]) > Math.min(width, height)) return "";
+    const corner = `width:${(42 * Math.min(width, height)) / width}%;${box[0] + box[2] < width ? "right" : "left"}:0;${box[1] + box[3] < height ? "bottom" : "top"}:0`;
+    return el("span", { class: "inset", style: corner }, piece(data, image, within, within, "the box, enlarged"),
+      ...boxes.map(([kind, [left, top, right, bottom]]) => frame(kind, shares(
+        [left - within[0], top - within[1], right - within[0], bottom - within[1]], Array(2).fill(within[2] - within[0])))));
+  }
+
+  /** A button that shows something larger; large: makes it. */
+  const enlargeable = (picture, words, large) => el("button", { type: "button", class: "enlarge", title: "enlarge",
+    onclick: () => {
+      const dialog = el("dialog", { onclick: () => dialog.close(), onclose: () => dialog.remove() }, large(),
+        el("p", {}, el("button", { type: "button", class: "close" }, "Close"), " ", words));
+      document.body.append(dialog);
+      dialog.showModal();
+    } }, picture);
 
   const isProjected = (data, unit) => data.projected.includes(unit);
 
   function winner(layer, unit, rank) {
-    const data = layer.data, [value, image, row, column, left, top, right, bottom] = data.winners[unit][rank];
-    const name = data.images[image], side = data.effective;
-    const boxes = data.boxes ? [frame("field", [left, top, right, bottom], data)] : [];
-    if (side) {
+    const data = layer.data, [value, image, row, column, ...field] = data.winners[unit][rank];
+    const [left, top, right, bottom] = field, name = data.images[image], all = [0, 0, ...data.input];
+    const centred = (side) => {
       const x = Math.floor((left + right - side) / 2), y = Math.floor((top + bottom - side) / 2);
-      boxes.push(frame("effective", [x, y, x + side, y + side], data));
-    }
-    const pictures = [named("patch: " + data.shows, cell(layer, unit, "patches", rank, `Patch of ${name}`))];
-    if (isProjected(data, unit)) pictures.push(named("projection",
-      cell(layer, unit, "projections", rank, `Projection of the response to ${name}`)));
-    pictures.push(named("whole image", scene(data, image, `Whole image ${name}`, ...boxes)));
+      return [x, y, x + side, y + side];
+    };
+    const boxes = data.boxes && !data.whole ? [["field", field]] : [];
+    if (data.effective) boxes.push(["effective", centred(data.effective)]);
+    const frames = () => boxes.map(([kind, box]) => frame(kind, shares(box, data.input)));
+    const where = `row ${row}, column ${column} of the map; ` + (!data.boxes ? "receptive field unknown"
+      : data.whole ? "it sees the whole image" : `box ${left}, ${top} to ${right}, ${bottom}`);
+    const words = `${rank + 1}. ${number(value)}, ${name}; ${where}`;
+    const whole = (...over) => scene(data, image, `Whole image ${name}`, ...frames(), ...over);
+    const pictures = [];
+    const add = (text, picture, large) =>
+      pictures.push(el("figure", {}, large ? enlargeable(picture, words, large) : picture, el("figcaption", {}, text)));
+    if (data.crop !== "image") add("patch: " + data.shows,
+      patch(layer, unit, rank, image, data.crop === "rf" ? field : centred(data.side)), whole);
+    else add("whole image", whole(), whole);
+    if (isProjected(data, unit)) add("projection",
+      cell(layer, unit, "projections", rank, `Projection of the response to ${name}`));
+    if (data.crop !== "image") add("whole image", whole(boxes.length ? inset(data, image, boxes) : ""), whole);
     if (data.responses) {
-      const [x, y, x2, y2] = data.responses.area;
-      pictures.push(named("response map", scene(data, image, `Whole image ${name}`,
-        cell(layer, unit, "responses", rank, `Response map for ${name}`,
-          `left:${100 * x}%;top:${100 * y}%;width:${100 * (x2 - x)}%;height:${100 * (y2 - y)}%`))));
+      const [x, y, x2, y2] = data.responses.area, [wide, high] = data.responses.neuron;
+      const map = (...over) => scene(data, image, `Whole image ${name}`, ...over,
+        el("span", { class: "over" }, cell(layer, unit, "responses", rank, `Response map for ${name}`, at([x, y, x2, y2]))),
+        el("span", { class: "ring", style: `left:${100 * clamped(x + (column + 0.5) * wide)}%;` +
+          `top:${100 * clamped(y + (row + 0.5) * high)}%` }));
+      add("response map", map(), () => map(...frames()));
     }
     return el("li", {}, el("div", { class: "pictures", "data-count": pictures.length }, ...pictures),
       el("p", {}, el("b", {}, `${rank + 1}. ${number(value)}`), " ", el("span", { class: "name" }, name)),
-      el("p", { class: "where" }, `row ${row}, column ${column} of the map; ` +
-        (data.boxes ? `box ${left}, ${top} to ${right}, ${bottom}` : "receptive field unknown")));
+      el("p", { class: "where" }, where));
   }
-
-  const named = (text, picture) => el("figure", {}, picture, el("figcaption", {}, text));
 
   function unitView(layer, unit) {
     const data = layer.data, fired = data.fired[unit], note = data.notes[unit];
@@ -167,9 +222,9 @@ const unitvis = (() => {
         el("a", { href: link(layer.name) }, "↑ all units"),
         after === undefined ? "" : el("a", { href: link(layer.name, after), rel: "next" }, label(data, after) + " →")),
       note ? el("p", {}, noteMark(note), ": ", run.notes[note], ".") : "",
-      fired ? el("p", { class: "legend" }, data.boxes ? el("span", { class: "field" }, "box: the receptive field") : "", " ",
+      fired ? el("p", { class: "legend" }, data.boxes && !data.whole ? el("span", { class: "field" }, "box: the receptive field") : "", " ",
         data.effective ? el("span", { class: "effective" }, "effective box: holds 90% of a response's squared gradient") : "",
-        data.responses ? el("span", { class: "map" }, "response map: clear at 0, yellow where largest") : "",
+        data.responses ? el("span", { class: "map" }, "response map: " + data.responses.colours) : "",
         isProjected(data, unit) ? `projection: grey is 0; ${data.projections}` : "") : "",
       el("ol", { class: "winners" }, ...Array.from({ length: fired }, (_, rank) => winner(layer, unit, rank))),
       notFired.length ? el("p", {}, `Did not fire: ${notFired.map(([value, image]) => `${data.images[image]} (${number(value)})`).join(", ")}.`) : ""];
@@ -211,6 +266,7 @@ const unitvis = (() => {
     if (location.hash !== hash) return;  // the address has changed meanwhile
     const from = shown;
     shown = to;
+    for (const dialog of document.querySelectorAll("dialog")) dialog.close();
     draw();
     const back = to.layer && to.layer === from.layer && to.unit === undefined && $("unit-" + from.unit);
     if (back) { back.scrollIntoView({ block: "center" }); back.focus({ preventScroll: true }); }
@@ -253,6 +309,7 @@ const unitvis = (() => {
   }
 
   function key(event) {
+    if (document.querySelector("dialog")) return;  // in which Escape closes it
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) {
       if (event.key === "Escape") event.target.blur();
       return;

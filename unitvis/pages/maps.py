@@ -25,6 +25,11 @@ MAX_MAP_SIDE = 56  # cells of the longer side of a response map; larger maps are
 _MIN_IMAGES_FOR_THREADS = 1024
 
 
+def has_map(info: Mapping[str, Any]) -> bool:
+    """Whether response maps of a layer are drawn: those of channels, if there is more than one position to compare."""
+    return info["unit"] == "channel" and info["height"] * info["width"] > 1
+
+
 def map_size(info: Mapping[str, Any]) -> tuple[int, int, int]:
     """Rows and columns of a layer's maps as they are drawn, and the side of the block of neurons in a cell.
 

@@ -22,14 +22,14 @@ from unitvis.files import make_folder, unoccupied
 from unitvis.network.network import Network
 from unitvis.pages import sprites
 from unitvis.pages.facts import strip
-from unitvis.pages.maps import ResponseMaps, map_size
+from unitvis.pages.maps import ResponseMaps, has_map, map_size
 from unitvis.results.data import RunData
 
 
 def draw_run(
     run: RunData, folder: Path, crop: str | None, network: Network | None = None, *, with_sheets: bool = False
 ) -> tuple[list[Path], dict[str, tuple[int, int, int]]]:
-    """Write the sprites of patches, each winning image's model input as gallery/images/ID.jpg, and response maps.
+    """Write the sprites of patches, what the model sees of each winning image as gallery/images/ID.jpg, and maps.
 
     network: computes the response maps; None: none are drawn. with_sheets: write the layers' sheets as well, see
     `sheets.render`. Returns the paths of the sheets, and the `map_size` of the layers whose maps were drawn.
@@ -38,7 +38,7 @@ def draw_run(
     make_folder(images)
     sheet_paths: list[Path] = []
     drawn: dict[str, tuple[int, int, int]] = {}
-    mapped = [] if network is None else [layer for layer in run if run[layer].info["unit"] == "channel"]
+    mapped = [] if network is None else [layer for layer in run if has_map(run[layer].info)]
     cells = {layer: rows * columns for layer in mapped for rows, columns, _ in [map_size(run[layer].info)]}
     for group in sheets.memory_groups(run, crop, cells):
         wanted = {layer: sheets.on_sheet(run, layer, crop) for layer in group}
@@ -64,7 +64,7 @@ def draw_run(
 
 
 class _Taker:
-    """Writes each image's model input into a folder, and hands its pixels to what computes response maps."""
+    """Writes what the model sees of each image into a folder, and hands its pixels to what computes response maps."""
 
     def __init__(self, folder: Path, maps: ResponseMaps | None) -> None:
         self._folder, self._maps = folder, maps

@@ -7,7 +7,7 @@ sheets/LAYER.png       LAYER+2.png and so on where the units do not fit on one p
 index.html
 gallery/               script, style and data of the page
   drawn.json           which of the optional files below exist
-  images/ID.jpg        the model's input, cut from the picture
+  images/ID.jpg        what the model sees of a picture, in the picture's own pixels and proportions
   layers/LAYER/        patches-UNIT.jpg: the patches of some dozen units from this one on as one picture, see
                        pages/sprites.py; with the model also projections-UNIT.jpg, responses-UNIT.png and
                        filters-UNIT.png; strip.jpg: those of a few units, for the first page

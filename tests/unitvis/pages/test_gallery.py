@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import unitvis
-from support.galleries import ODD, data, network, photographs, scanned
+from support.galleries import ODD, contrast, data, network, photographs, scanned
 from unitvis import UnitvisError, cli
 from unitvis.drawing import colours, patches, sheets
 from unitvis.pages import facts, sprites
@@ -200,19 +200,6 @@ def test_the_page_is_small_whole_and_links_to_its_own_folder(shown: tuple[unitvi
     assert sum(len(file.read_text().splitlines()) for file in own) < 600
     assert not any("http" in file.read_text() for file in own)
     assert all(b"<" not in file.read_bytes() for file in folder.rglob("layer.js"))
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2.1's contrast ratio of two colours #rgb or #rrggbb."""
-
-    def luminance(colour: str) -> float:
-        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-        parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_words_can_be_read_on_light_and_dark_paper() -> None:
