@@ -16,9 +16,10 @@ from unitvis.drawing.notebook import PATCH_SIZE, layer_html, png, run_html
 from unitvis.drawing.overview import overview, printed_overview
 from unitvis.drawing.page import Page
 from unitvis.drawing.printing import printed_sheet
-from unitvis.errors import UnitvisError, check_unit
+from unitvis.errors import UnitvisError, check_unit, printable
 from unitvis.files import only_writer
 from unitvis.results.arrays import LayerArrays
+from unitvis.results.classes import unit_names, winner_classes
 from unitvis.results.data import RunData
 from unitvis.results.folder import check_output, read_run, write_run
 
@@ -33,6 +34,20 @@ class LayerTop(LayerArrays):
         """Return one unit; a notebook shows it as its tile."""
         check_unit(self.name, unit, len(self))
         return Unit(self, int(unit))
+
+    def classes(self, unit: int) -> dict[str, int]:
+        """How many of a unit's winners that fired lie in each class folder (root/class/image), most first.
+
+        {"dog": 6, "cat": 3}; {} where the images do not lie in class folders.
+        """
+        check_unit(self.name, unit, len(self))
+        return {} if self.run is None else winner_classes(self.run, self, unit)
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The names of the classes, one a unit, if the layer is a classifier's head and they are known; else None."""
+        found = None if self.run is None else unit_names(self.run, self.name)
+        return found and found[0]
 
     def __iter__(self) -> Iterator[Unit]:
         return (Unit(self, unit) for unit in range(len(self)))
@@ -73,6 +88,16 @@ class Unit:
         """The unit's status: "separated", "tied" or "unseparated"."""
         return str(self.layer.status[self.number])
 
+    @property
+    def label(self) -> str | None:
+        """The name of the unit's class, see `LayerTop.labels`."""
+        return labels[self.number] if (labels := self.layer.labels) else None
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """The classes of the unit's winners, see `LayerTop.classes`."""
+        return self.layer.classes(self.number)
+
     def tile(self, *, crop: str | None = None, size: int = 96) -> Image.Image:
         """Draw the unit's patches as a 3x3 tile, strongest first. crop, size: see `Run.patch`."""
         if self.layer.run is None:
@@ -81,7 +106,8 @@ class Unit:
 
     def __repr__(self) -> str:
         values = " ".join(f"{value:.4g}" for value in self.values)
-        return f"<unit {self.number} of {self.layer.name}: {self.status}, {values}>"
+        label = f" ({printable(label)})" if (label := self.label) else ""
+        return f"<unit {self.number}{label} of {self.layer.name}: {self.status}, {values}>"
 
     def _repr_png_(self) -> bytes | None:
         try:

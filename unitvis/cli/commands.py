@@ -25,6 +25,7 @@ from unitvis.errors import Interrupted, UnitvisError
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS, draw
 from unitvis.pages.figures import figure
+from unitvis.results.classes import name_classes
 from unitvis.results.drawn_files import scanned_file
 from unitvis.run import Run, load
 from unitvis.scanning.merge import merge
@@ -78,6 +79,7 @@ def _scan(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         unit=arguments.unit,
         inside=arguments.inside,
+        labels=arguments.labels,
         **given_reading(arguments),
         **shard,
     )
@@ -137,6 +139,8 @@ def _render(arguments: argparse.Namespace) -> int:
     if units is not None and not arguments.project:
         raise UnitvisError("--units chooses of which units projections are drawn; it needs --project")
     run = load(arguments.run, arguments.images)
+    if arguments.labels is not None:
+        name_classes(run, arguments.labels)
     _render_into(
         run, arguments.run, arguments.crop, model=_given_network(arguments), project=arguments.project, units=units
     )

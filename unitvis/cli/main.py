@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Sequence
 
 from unitvis.cli.codes import USAGE
-from unitvis.cli.options import parser, with_joined_values
+from unitvis.cli.options import parsed
 from unitvis.cli.output import unfailing_output
 from unitvis.errors import Interrupted, UnitvisError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; a UnitvisError is printed as one line on stderr, without a traceback."""
-    arguments = parser().parse_args(with_joined_values(sys.argv[1:] if argv is None else argv))
+    arguments = parsed(sys.argv[1:] if argv is None else argv)
     from unitvis.cli.commands import COMMANDS  # imports PyTorch, which help and wrong usage need not wait for
 
     with unfailing_output(), warnings.catch_warnings():

@@ -10,6 +10,8 @@ from pathlib import Path
 from unitvis.choices import CHECKPOINT_SECONDS, CROPS, DECODERS, FIGURES, MODEL_FORMS, PRECISIONS, PROJECTIONS, UNITS
 from unitvis.version import __version__
 
+_SEVERAL = ("--layer", "--exclude")  # options that take one value, or several behind all arguments
+
 
 def parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; `command` in what it parses is the name of the one that was given."""
@@ -73,10 +75,20 @@ def parser() -> argparse.ArgumentParser:
         )
 
     def layer_options(sub: argparse.ArgumentParser) -> None:
+        several = "; several after MODEL and all IMAGES"
         sub.add_argument(
-            "--layer", action="append", metavar="PATTERN", help="a name or shell pattern; default: convolutions"
+            "--layer",
+            action="append",
+            metavar="PATTERN",
+            help=f"a name or shell pattern{several}; default: convolutions",
         )
-        sub.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave out")
+        sub.add_argument(
+            "--exclude", action="append", default=[], metavar="PATTERN", help=f"layers to leave out{several}"
+        )
+
+    def labels_option(sub: argparse.ArgumentParser, text: str) -> None:
+        told = f"names of the classes, one a line or as JSON{text}"
+        sub.add_argument("--labels", type=Path, metavar="FILE", help=told)
 
     def run_argument(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished scan")
@@ -132,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard", metavar="I/N", help="scan one of N parts of the images; `unitvis merge` joins them")
     sub.add_argument("--resume", action="store_true", help="continue the interrupted scan in RUN")
     project_option(sub, "draw projections beside the patches (slow); render can do it later, of chosen units")
+    labels_option(sub, ", shown at the units of the network's last layer; default: those of the weights")
     sub.add_argument("--overwrite", action="store_true", help="replace the run that is in RUN")
 
     sub = command("merge", "Merge the runs of all shards into one, equal to a scan of all images.")
@@ -167,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
     project_option(sub, "with --model: draw projections, which the run keeps; default: by the deconvnet")
     units_option(sub, "of which units projections are drawn; default: all; may be repeated with other layers")
     sub.add_argument("--crop", choices=CROPS, help="what a patch shows; default: by layer")
+    labels_option(sub, ", which the run keeps")
 
     sub = command("sheet", "Draw one layer's units as a page of 3x3 tiles, or a figure of some layers.")
     run_argument(sub)
@@ -228,6 +242,26 @@ def with_joined_values(argv: Sequence[str]) -> list[str]:
         elif joined[-1] == "--project":
             joined[-1] += f"={rest.pop(0) if rest[:1] and rest[0] in PROJECTIONS else PROJECTIONS[0]}"
     return joined
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command. Words that follow the one of a --layer or --exclude, and are no arguments, belong to it, too."""
+    whole, joined = parser(), with_joined_values(argv)
+    arguments, beyond = whole.parse_known_args(joined)
+    return arguments if not beyond else whole.parse_args(_with_several(joined))
+
+
+def _with_several(argv: Sequence[str]) -> list[str]:
+    """Arguments in which --layer and --exclude stand before each of the words that follow them."""
+    several, rest = [], list(argv)
+    while rest:
+        several.append(rest.pop(0))
+        if several[-1] in _SEVERAL:
+            option = several.pop()
+            words = list(takewhile(lambda word: not word.startswith("-"), rest))
+            several += [f"{option}={word}" for word in words] or [option]
+            del rest[: len(words)]
+    return several
 
 
 def _is_number(text: str) -> bool:

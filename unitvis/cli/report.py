@@ -90,16 +90,24 @@ def print_pack(packed: PackSource) -> None:
 
 
 def print_layers(network: Network) -> None:
-    """Print a table of the layers: channels, size of the map, size and stride of the receptive field in pixels."""
-    _say(f"{'layer':<28} {'channels':>8} {'map':>11} {'receptive field':>17} {'stride':>9}")
+    """Print a table of the layers: kind of module, channels, sizes of map and receptive field, stride in pixels.
+
+    A line below it names the layer of a classifier's outputs, where it is not among them.
+    """
+    kinds = {name: type(module).__name__ for name, module in network.model.named_modules()}
+    wide = max(len("kind"), *(len(kinds[layer.name]) for layer in network.layers))
+    _say(f"{'layer':<28} {'kind':<{wide}} {'channels':>8} {'map':>11} {'receptive field':>17} {'stride':>9}")
     for layer in network.layers:
         field = network.fields[layer.name]
         size = "whole image" if field.whole_image else f"{field.size[0]} x {field.size[1]}"
         size = "unknown" if field.method == "unknown" else size
         stride = f"{field.stride[0]:g} x {field.stride[1]:g}" if field.stride else "-"
-        _say(f"{layer.name:<28} {layer.channels:>8} {f'{layer.height} x {layer.width}':>11} {size:>17} {stride:>9}")
+        kind, cells = f"{kinds[layer.name]:<{wide}}", f"{layer.height} x {layer.width}"
+        _say(f"{layer.name:<28} {kind} {layer.channels:>8} {cells:>11} {size:>17} {stride:>9}")
         if field.note:
             _say(f"  receptive field unknown, so whole images are drawn: {field.note}")
+    if network.head is not None and network.head not in network.layer_names:
+        _say(f"not among them: {network.head} ({kinds[network.head]}), whose units are the network's outputs")
 
 
 def print_drawn(sheets: Sequence[Path], page: Path | None, units: int) -> None:

@@ -19,6 +19,7 @@ from unitvis.drawing.units import checked_units
 from unitvis.errors import UnitvisError, check_unit, printable
 from unitvis.files import file_name, make_folder
 from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
+from unitvis.results.classes import classes_text, unit_names, winner_classes
 from unitvis.results.data import RunData
 
 Drawn = TypeVar("Drawn", bound=RunData)
@@ -127,7 +128,7 @@ def _units_on_page(run: RunData, size: int, pixels: int) -> int:
     """How many units fit on a page of so many pixels, at `size` pixels a patch; at least 1."""
     wide, high = tile_shape(run.manifest["k"], size)
     text, margin = _text_and_margin(size)
-    return max(1, pixels // ((wide + margin) * (high + 2 * text + margin)))
+    return max(1, pixels // ((wide + margin) * (high + _text_height(run, text) + margin)))
 
 
 def memory_groups(run: RunData, crop: str | None, maps: Mapping[str, int] | None = None) -> list[list[str]]:
@@ -200,16 +201,23 @@ def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int,
     head = round(margin + heading.getbbox("Ag")[3] * 1.4 + line_height * len(lines) + margin / 2)
     needed = max(math.ceil(small.getlength(line)) for line in lines)
     width = 2 * margin + max(columns * wide + (columns - 1) * margin, needed)
-    page = Image.new("RGB", (width, head + rows * (high + 2 * text + margin) + margin // 2), PAPER)
+    below, (names, _) = _text_height(run, text), unit_names(run, layer) or (None, None)
+    page = Image.new("RGB", (width, head + rows * (high + below + margin) + margin // 2), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((margin, margin), fitting_name(layer, heading, width - 2 * margin), INK, heading)
     for number, line in enumerate(lines):
         draw.text((margin, margin + heading.getbbox("Ag")[3] * 1.4 + number * line_height), line, FAINT, small)
     for number, unit in enumerate(units):
-        x, y = margin + number % columns * (wide + margin), head + number // columns * (high + 2 * text + margin)
+        x, y = margin + number % columns * (wide + margin), head + number // columns * (high + below + margin)
         page.paste(compose(top, unit, cells, size), (x, y))
-        draw.text((x, y + high + text * 0.25), unit_name(top, unit), INK, font)
-        draw.text((x + wide, y + high + text * 0.25), note(top, unit), FAINT, font, anchor="ra")
+        remark, name = note(top, unit), unit_name(top, unit)
+        if names is not None:
+            name = fitting_name(f"{name} {names[unit]}", font, wide - math.ceil(font.getlength(f" {remark}")))
+        draw.text((x, y + high + text * 0.25), name, INK, font)
+        draw.text((x + wide, y + high + text * 0.25), remark, FAINT, font, anchor="ra")
+        if run.class_folders:
+            classes = fitting_name(classes_text(winner_classes(run, top, unit)), font, wide)
+            draw.text((x, y + high + text * 1.5), classes, FAINT, font)
     return page
 
 
@@ -231,6 +239,10 @@ def caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) -> 
         f"strongest{kept} of {run.manifest['images']:,} images, at most one patch an image, strongest first",
         f"{shown}; the input is {width} x {height} pixels, plain grey is outside it",
     ]
+    if named := unit_names(run, top.name):
+        lines.append(f"names of classes: {printable(named[1])}")
+    if run.class_folders:
+        lines.append("below each tile: the classes of its images, which are the folders that they lie in")
     if (~top.fired).any():
         lines.append("struck out: the response is at most 0, so the ReLU that follows gives 0 (it did not fire)")
     return lines
@@ -289,6 +301,11 @@ def tile_shape(k: int, size: int) -> tuple[int, int]:
 def _text_and_margin(size: int) -> tuple[int, int]:
     """Pixels of a tile's text and of the margin between tiles, on a sheet."""
     return max(10, size // 5), max(12, size // 3)
+
+
+def _text_height(run: RunData, text: int) -> int:
+    """Pixels below a tile, for text of so many: a line more where images lie in class folders."""
+    return 3 * text if run.class_folders else 2 * text
 
 
 def _checked_layer(run: RunData, layer: str, unit: int) -> LayerArrays:

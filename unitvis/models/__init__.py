@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import nn
 
 from unitvis.choices import MODEL_FORMS
 from unitvis.errors import UnitvisError, closest_names, error_text
+from unitvis.models.labels import Labels
 from unitvis.models.weights import load_weights
 from unitvis.sources.transform import Transform
 
@@ -39,10 +41,16 @@ class Loaded(NamedTuple):
     transform: Transform | None  # preprocessing that the weights were trained with; None if unknown
     file: str | None = None  # absolute path of the checkpoint that was loaded
     pretrained: bool = True  # the value given to `load`
+    labels: Labels | None = None  # the names of the classes that the weights were trained with; None if unknown
 
     def origin(self) -> dict[str, Any]:
         """Arguments with which `load` gives this model again, as the manifest keeps them: spec, file, pretrained."""
         return {"spec": self.spec, "file": self.file, "pretrained": self.pretrained}
+
+
+def known_labels(model: nn.Module | Loaded) -> Labels | None:
+    """The names of the classes that a loaded model's weights were trained with; None if unknown."""
+    return model.labels if isinstance(model, Loaded) else None
 
 
 def resolved(model: nn.Module | str | Loaded) -> tuple[nn.Module, Transform | None, dict[str, Any]]:
@@ -68,7 +76,7 @@ def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = Tru
     library, _, known = spec.partition(":")
     place, _, name = spec.rpartition(":")
     if not place or not name:
-        raise UnitvisError(f"model {spec!r} is not of the form {MODEL_FORMS}")
+        raise UnitvisError(f"model {spec!r} is not of the form {MODEL_FORMS}{_suggestion(spec)}")
     pretrained = bool(pretrained) and weights is None
     if library == "torchvision":  # before any other form: what follows is looked up in the library, and never imported
         loaded = _torchvision(known, pretrained)
@@ -80,6 +88,20 @@ def load(spec: str, weights: str | Path | None = None, *, pretrained: bool = Tru
         load_weights(loaded.model, weights)
         loaded = loaded._replace(file=str(Path(weights).absolute()))
     return loaded._replace(pretrained=pretrained)
+
+
+def _suggestion(spec: str) -> str:
+    """End of an error message about a spec without a colon: the forms that a file or a library's name asks for."""
+    if spec.endswith(".py"):
+        return f"; name a function in it: {spec}:FUNCTION"
+    found = []
+    with suppress(UnitvisError):
+        if spec in _import_library("torchvision.models", "torchvision").list_models():
+            found.append(f"torchvision:{spec}")
+    with suppress(UnitvisError):
+        if _import_library("timm", "timm").is_model(spec):
+            found.append(f"timm:{spec}")
+    return f"; write {' or '.join(found)}" if found else ""
 
 
 def _torchvision(name: str, pretrained: bool) -> Loaded:
@@ -101,7 +123,9 @@ def _torchvision(name: str, pretrained: bool) -> Loaded:
     )
     chosen = weights if pretrained else None
     model = _built_model(f"torchvision:{name}", lambda: zoo.get_model(name, weights=chosen))
-    return Loaded(f"torchvision:{name}", model, transform)
+    names = weights.meta.get("categories") if pretrained else None
+    labels = Labels(tuple(names), f"the weights of torchvision:{name}") if names else None
+    return Loaded(f"torchvision:{name}", model, transform, labels=labels)
 
 
 def _timm(name: str, pretrained: bool) -> Loaded:
@@ -120,7 +144,23 @@ def _timm(name: str, pretrained: bool) -> Loaded:
         resize = larger[0]
     interpolation = config["interpolation"]
     transform = Transform(resize, (height, width), tuple(config["mean"]), tuple(config["std"]), interpolation)
-    return Loaded(f"timm:{name}", model, transform)
+    labels = _timm_labels(f"timm:{name}", timm.data, vars(model)["pretrained_cfg"]) if pretrained else None
+    return Loaded(f"timm:{name}", model, transform, labels=labels)
+
+
+def _timm_labels(spec: str, data: Any, config: dict[str, Any]) -> Labels | None:
+    """The classes of a timm model's weights: those in its configuration or, by their number, ImageNet's; or None.
+
+    data: the module timm.data, which holds the names, so that nothing is downloaded. Of ImageNet's synonyms the first.
+    """
+    origin = f"the weights of {spec}"
+    if names := config.get("label_names"):
+        return Labels(tuple(names), origin)
+    if (subset := data.infer_imagenet_subset(config)) is None:
+        return None
+    info = data.ImageNetInfo(subset)
+    names = tuple(one.split(",")[0] for one in info.label_descriptions())
+    return Labels(names, origin, tuple(info.label_names()))
 
 
 def _import_library(module: str, package: str) -> Any:

@@ -56,10 +56,10 @@ def as_map(name: str, axis: int | None, output: object) -> Tensor:
     return maps if output.ndim == 4 else maps[:, :, None, :]
 
 
-def call(model: nn.Module, batch: Tensor) -> None:
-    """One forward pass; what the model raises comes out as a UnitvisError that names the batch."""
+def call(model: nn.Module, batch: Tensor) -> Any:
+    """What one forward pass returns; what the model raises comes out as a UnitvisError that names the batch."""
     try:
-        model(batch)
+        return model(batch)
     except UnitvisError:
         raise
     except Exception as error:

@@ -35,12 +35,13 @@ class Layer:
     fed_by: str | None  # for an activation: the convolution, Linear or BatchNorm whose output it takes
     # The only positions that are ranked: rows top <= row < bottom, columns left <= column < right; None: all.
     inside: Rectangle | None = None
+    head: bool = False  # the network's last layer, whose units are its outputs: see `Examination.head`
 
     def to_json(self) -> dict[str, Any]:
-        """The layer's entry in a manifest; `inside` is there only if it is not None."""
+        """The layer's entry in a manifest; `inside` is there only if it is not None, `head` only if it is true."""
         entry = asdict(self)
-        inside = entry.pop("inside")
-        return entry if inside is None else entry | {"inside": list(inside)}
+        inside, head = entry.pop("inside"), entry.pop("head")
+        return entry | ({} if inside is None else {"inside": list(inside)}) | ({"head": True} if head else {})
 
 
 class _OutputUses(TorchFunctionMode):
@@ -140,10 +141,27 @@ class Examination:
         handles += [m.register_forward_hook(leave(n)) for n, m in hooked.items()]
         try:
             with torch.no_grad(), uses, seen:
-                call(model, image)
+                returned = call(model, image)
         finally:
             for handle in handles:
                 handle.remove()
+        self.head = self._head([leaf.shape for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)])
+
+    def _head(self, shapes: Sequence[torch.Size]) -> str | None:
+        """The name of a classifier's head: the last module with parameters of its own, if it runs once.
+
+        The model must return a vector of as many numbers as the module has channels, [1, C] or [1, C, 1, 1]; what comes
+        between (an activation, pooling, softmax) has no parameters. None for other models. shapes: of what it returns.
+        """
+        weighted = [name for name in self.runs if next(self.modules[name].parameters(recurse=False), None) is not None]
+        if not weighted or self.runs[name := weighted[-1]] > 1:
+            return None
+        output = self._outputs[name]
+        axis = 1 if isinstance(output, Tensor) and output.ndim == 2 else self.axes.get(name)
+        if not isinstance(output, Tensor) or axis is None:
+            return None
+        vectors = [shape.numel() for shape in shapes if shape[:1] == (1,) and shape[1:2].numel() == shape.numel()]
+        return name if output.shape[axis] in vectors else None
 
     def following_batch_norms(self) -> dict[str, list[str]]:
         """For each module that BatchNorms directly follow, usually one, their names in forward order.
@@ -289,7 +307,7 @@ class Examination:
         feeding = [] if linear else [s for s in self._inputs[name] if isinstance(self.modules[s], _LINEAR)]
         only_relus = self._sees_all_uses and bool(uses) and all(uses)
         fed_by = self.before_activation(name) or (feeding[0] if feeding else None)
-        return Layer(name, channels, height, width, only_relus, fed_by)
+        return Layer(name, channels, height, width, only_relus, fed_by, head=name == self.head)
 
     def _activation_after(self, name: str) -> str | None:
         """The operator that a module applies to its convolution or normalisation and that is not linear; or None."""

@@ -52,6 +52,7 @@ class Network:
         self.input_shape: Shape = (0, 0, 0)  # [C, H, W] of the model's input
         self.unit = "channel"
         self.layers: list[Layer] = []  # in the order of the forward pass
+        self.head: str | None = None  # the layer whose units are a classifier's outputs, see `Examination.head`
         self.columns: list[slice] = []  # each layer's units among those of all
         self.fields: dict[str, ReceptiveField] = {}
         self.drawn_sides: dict[str, int] = {}  # of the drawn boxes of layers that are ranked inside of them
@@ -95,7 +96,7 @@ class Network:
             with self.evaluating(), self._tensors.kept(), canonical_settings(self.device):
                 of_two = maps_of_two(self.model, self._blank_image(shape))
         self._channel_axes |= examination.axes
-        self.layers = examination.chosen(layers, exclude, of_two)
+        self.layers, self.head = examination.chosen(layers, exclude, of_two), examination.head
         counts = [layer.channels * (layer.height * layer.width if unit == "neuron" else 1) for layer in self.layers]
         ends = np.cumsum(counts).tolist()
         self.columns = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]

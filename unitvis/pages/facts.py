@@ -17,6 +17,7 @@ from unitvis.drawing.sheets import PATCH_SIZE, tile_columns, unit_name
 from unitvis.files import file_name
 from unitvis.pages.sprites import sprite_tiles
 from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
+from unitvis.results.classes import classes_text, unit_names, winner_classes
 from unitvis.results.data import RunData
 
 UNITS_IN_STRIP = 16  # units of each layer on the first page, at most
@@ -88,6 +89,7 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     top = run[name]
     height, width = run.input_size
     images = np.unique(top.images[top.images >= 0]).tolist()
+    classes = [classes_text(winner_classes(run, top, unit)) for unit in range(len(top))] if run.class_folders else None
     return {
         "name": name,
         "input": [width, height],
@@ -104,6 +106,8 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         "filters": drawn.get("filters", False),
         "images": {image: run.records[image]["name"] if image in run.records else f"image {image}" for image in images},
         "labels": None if top.info["unit"] == "channel" else [unit_name(top, unit) for unit in range(len(top))],
+        "names": (unit_names(run, name) or [None])[0],
+        "classes": classes,
         "notes": [note(top, unit) for unit in range(len(top))],
         "fired": top.fired.sum(axis=1).tolist(),
         "winners": [_winner_rows(top, unit) for unit in range(len(top))],
@@ -245,6 +249,10 @@ def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]
         ["Can an image appear twice?", "Not for one unit: each image counts once, where its response is largest."],
         ["Which images?", f"The {strongest(manifest)} of {manifest['images']:,} images{_data_set_text(manifest)}."],
     ]
+    if named := unit_names(run, name):
+        lines.append(["Where do the units' names come from?", f"They name the network's classes: {named[1]}."])
+    if run.class_folders:
+        lines.append(["What is counted below a tile?", "The classes of its images: the folders that they lie in."])
     if filters:
         lines.append(["What is the small square?", "The unit's weights, no photograph: grey is 0, one scale a filter."])
     if method := drawn.get("projections"):

@@ -96,8 +96,9 @@ const unitvis = (() => {
     return el("a", { class: "tile", href: link(layer.name, unit), id: "unit-" + unit },
       patches(tileOf(layer, unit, "patches"), text),
       data.filters ? filter(layer, unit) : "",
-      el("b", {}, label(data, unit)), noteMark(note),
-      el("span", { class: "value", title: "largest response" }, winner && note !== "dead" ? number(winner[0]) : ""));
+      el("b", {}, label(data, unit)), data.names ? el("span", {}, data.names[unit]) : "", noteMark(note),
+      el("span", { class: "value", title: "largest response" }, winner && note !== "dead" ? number(winner[0]) : ""),
+      data.classes ? el("span", { class: "classes", title: data.classes[unit] }, data.classes[unit]) : "");
   }
 
   const filter = (layer, unit) => part("filter", tileOf(layer, unit, "filters"), `Weights of unit ${unit}`,
@@ -216,12 +217,13 @@ const unitvis = (() => {
     const data = layer.data, fired = data.fired[unit], note = data.notes[unit];
     const [before, after] = neighbours(data, unit);
     const notFired = data.winners[unit].slice(fired);
-    return [el("h1", {}, layer.name, " ", el("span", {}, "unit " + label(data, unit)), data.filters ? filter(layer, unit) : ""),
+    return [el("h1", {}, layer.name, " ", el("span", {}, "unit " + label(data, unit) + (data.names ? ": " + data.names[unit] : "")), data.filters ? filter(layer, unit) : ""),
       el("p", { class: "steps" },
         before === undefined ? "" : el("a", { href: link(layer.name, before), rel: "prev" }, "← " + label(data, before)),
         el("a", { href: link(layer.name) }, "↑ all units"),
         after === undefined ? "" : el("a", { href: link(layer.name, after), rel: "next" }, label(data, after) + " →")),
       note ? el("p", {}, noteMark(note), ": ", run.notes[note], ".") : "",
+      data.classes && data.classes[unit] ? el("p", {}, "Its images by class: " + data.classes[unit] + ".") : "",
       fired ? el("p", { class: "legend" }, data.boxes && !data.whole ? el("span", { class: "field" }, "box: the receptive field") : "", " ",
         data.effective ? el("span", { class: "effective" }, "effective box: holds 90% of a response's squared gradient") : "",
         data.responses ? el("span", { class: "map" }, "response map: " + data.responses.colours) : "",
@@ -299,6 +301,7 @@ const unitvis = (() => {
     else if (layers.has(wanted)) hash = link(wanted);
     else if (known) hash = link(known.name, wanted.slice(slash + 1));
     else if (shown.layer && /^\d+$/.test(wanted)) hash = link(shown.layer.name, Number(wanted));
+    else if (shown.layer && (shown.layer.data.names || []).includes(wanted)) hash = link(shown.layer.name, shown.layer.data.names.indexOf(wanted));
     const problem = hash ? parse(hash).problem
       : `No layer is called ${wanted}` + (shown.layer ? "." : "; write layer/unit here.");
     $("said").textContent = problem || "";

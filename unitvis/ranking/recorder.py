@@ -108,9 +108,12 @@ class Recorder(Recording):
         if self.precision != "fp32" and source is not None:
             if self._begun:
                 self._step.release()
-            return reranked_run(self.network, self.scanned, source, self._manifest("exact"))
-        decided = np.full(self.network.units, self.precision == "fp32" and self._weights == "fixed")
-        return ranked_run(self.network, self.topk, self.k, decided, self._manifest(self.precision))
+            run = reranked_run(self.network, self.scanned, source, self._manifest("exact"))
+        else:
+            decided = np.full(self.network.units, self.precision == "fp32" and self._weights == "fixed")
+            run = ranked_run(self.network, self.topk, self.k, decided, self._manifest(self.precision))
+        run.set_labels(self.labels)
+        return run
 
     def check_witness(
         self, source: Source, ranked: Ranked | None = None, *, canonical: bool = False, **options: Any
@@ -202,7 +205,10 @@ class Recorder(Recording):
         failures = {failure["id"]: failure["reason"] for failure in manifest["failures"]}
         part = self.snapshot(identity(manifest), failures, seconds, read_from)
         counted = {"images": self.images, "coverage": part.coverage.ranges.tolist()}
-        return Run({}, manifest | counted | {"seconds": {"preparation": self.network.preparation}}, {}, partial=part)
+        manifest |= {**counted, "seconds": {"preparation": self.network.preparation}}
+        run = Run({}, manifest, {}, partial=part)
+        run.set_labels(self.labels)
+        return run
 
     def snapshot(
         self, identity: Identity, failures: Mapping[int, str], seconds: float, read_from: Source | None = None

@@ -65,6 +65,8 @@ class Recording:
             raise UnitvisError("inside=True (--inside) ranks some positions, and every neuron has one: rank channels")
         if weights not in ("fixed", "moving"):
             raise UnitvisError(f"weights must be 'fixed' or 'moving', not {weights!r}")
+        model = models.load(model) if isinstance(model, str) else model
+        self.labels = models.known_labels(model)  # that its runs have
         model, own_transform, self._origin = models.resolved(model)
         self.network = Network(model, device=device, transform=transform or own_transform)
         self._given = unwrapped(model)

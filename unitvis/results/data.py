@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
+from unitvis.models.labels import Labels, labels_from
 from unitvis.results.arrays import LayerArrays, winners_of
+from unitvis.results.class_folders import class_folders
 from unitvis.sources import Source, reopen_source
 from unitvis.state.partial import Partial
 
@@ -38,6 +40,8 @@ class RunData:
         self._source = source
         self.partial = partial
         self.folder: Path | None = None  # the folder it was last read from or written to
+        self.labels: Labels | None = None  # the names of the classes that the network tells apart
+        self._class_folders: tuple[Mapping[int, Any], Mapping[int, str]] | None = None  # of which records, and they
 
     def _layer(self, top: LayerArrays) -> LayerArrays:
         """The form in which the run holds a layer; `run.Run` has one that draws itself."""
@@ -67,7 +71,7 @@ class RunData:
             return self
         tops = {name: top.strongest(count) for name, top in self.tops.items()}
         found = type(self)(tops, self.manifest | {"k": count, "kept": k}, self.records, self._source, self.partial)
-        found.folder = self.folder
+        found.folder, found.labels = self.folder, self.labels
         return found
 
     @property
@@ -104,6 +108,21 @@ class RunData:
         if source.rereadable:
             wanted = self.winners if self.partial is None or self.tops else self.partial.candidates
             self.records = {id: known[id] if id in known else source.record(id) for id in wanted.tolist()}
+
+    def set_labels(self, labels: Labels | Sequence[str] | str | Path | None) -> None:
+        """Name the network's classes: a list in the order of its head's units, or the path of a file of labels.
+
+        See `labels_from`. None: no names. A folder that the run is written into keeps them.
+        """
+        self.labels = None if labels is None else labels_from(labels)
+
+    @property
+    def class_folders(self) -> Mapping[int, str]:
+        """The class folder of each winner's image, by its id; see `class_folders`."""
+        if self._class_folders is None or self._class_folders[0] is not self.records:
+            names = {id: record["name"] for id, record in self.records.items()}
+            self._class_folders = self.records, class_folders(names)
+        return self._class_folders[1]
 
     def set_effective_box(self, layer: str, side: int | None) -> None:
         """Set the side of a layer's effective box, in model-input pixels; None: the layer has none."""

@@ -1,7 +1,7 @@
 """Reading and writing run folders.
 
-manifest.json, top.npz and images.jsonl hold the run, and state.npz what `merge` needs (in runs of shards and merged
-runs). All other files are drawn from them and can be drawn again:
+manifest.json, top.npz and images.jsonl hold the run, state.npz what `merge` needs (in runs of shards and merged runs),
+and labels.json the names of the network's classes, if known. All other files are drawn from them, and can be again:
 
 sheets/LAYER.png       LAYER+2.png and so on where the units do not fit on one page
 index.html
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Container, Mapping
 from contextlib import ExitStack, suppress
@@ -28,6 +29,7 @@ import numpy as np
 
 from unitvis.errors import UnitvisError, abridged, first_line
 from unitvis.files import array_names, open_regular, parsed_json, read_arrays, read_json, replacing
+from unitvis.models.labels import Labels
 from unitvis.results.arrays import ARRAYS, LayerArrays, winners_of
 from unitvis.results.consistency import arrays_problem, manifest_problem, state_problem
 from unitvis.results.data import RunData
@@ -42,7 +44,9 @@ from unitvis.state.partial import PARTIAL_ARRAYS, differences, identity, read_pa
 FORMAT = 1  # version of the folder's format, in the manifest
 _HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
 _MAX_LINE = 2**20  # bytes of a line of images.jsonl: the longest path of a text list, six characters a byte, twice over
-_FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", "index.html")  # that a run may replace or remove
+_LABELS = "labels.json"
+# That a run may replace or remove.
+_FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", _LABELS, "index.html")
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
 _NOT_WRITTEN = "a run is not written that nothing could read again"  # begins messages
 _MANIFEST_KEYS = MANIFEST_OF_A_SHARD.keys()
@@ -78,6 +82,8 @@ def _write(run: RunData, folder: Path) -> None:
     with ExitStack() as stack:
         manifest = stack.enter_context(replacing(folder / "manifest.json"))  # entered first, so put in place last
         names = ["top.npz"] * bool(arrays) + ["state.npz"] * (run.partial is not None) + ["images.jsonl"]
+        if run.labels is not None:
+            _write_json(stack.enter_context(replacing(folder / _LABELS)), run.labels.to_json())
         parts = {name: stack.enter_context(replacing(folder / name)) for name in names}
         if arrays:
             with open(parts["top.npz"], "wb") as file:
@@ -87,11 +93,11 @@ def _write(run: RunData, folder: Path) -> None:
         with open(parts["images.jsonl"], "w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(record) + "\n" for _, record in sorted(run.records.items()))
         hashes = {name: _file_hash(path) for name, path in parts.items()}
-        manifest.write_text(json.dumps({**run.manifest, "files": hashes}, indent=1) + "\n", encoding="utf-8")
+        _write_json(manifest, {**run.manifest, "files": hashes})
         # All is written, so no disk that fills up can cost the run that was there.
         (folder / "index.html").unlink(missing_ok=True)
         kept = remove_drawn(folder)
-        for name in ("manifest.json", "top.npz", "state.npz"):
+        for name in ("manifest.json", "top.npz", "state.npz", _LABELS):
             (folder / name).unlink(missing_ok=True)
     Checkpoints(folder / SCAN_CHECKPOINT).remove()
     warn_of_kept(folder, kept)  # now that no filter that makes warnings errors can cost the run
@@ -192,8 +198,34 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
         raise UnitvisError(f"{folder} is not a whole run ({error}); scan again with --overwrite") from error
     source = None if images is None else open_as_described(images, manifest["source"], manifest["transform"])
     run = kind(tops, manifest, records, source, partial)
-    run.folder = folder
+    run.folder, run.labels = folder, _read_labels(folder / _LABELS)
     return run
+
+
+def write_labels(labels: Labels, folder: Path) -> None:
+    """Write the names of classes into the folder of a run, in place of others there."""
+    try:
+        with replacing(folder / _LABELS) as path:
+            _write_json(path, labels.to_json())
+    except OSError as error:
+        raise UnitvisError(f"the names of classes could not be written into {folder}: {error.strerror}") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_labels(path: Path) -> Labels | None:
+    """The names of a run's classes; None where it has none, UnitvisError for a link and for anything else."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        if path.is_symlink():
+            raise ValueError("it is a link")
+        return Labels.from_json(read_json(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UnitvisError(f"{path} holds no names of classes ({reason}); remove it, and give --labels") from error
 
 
 def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerArrays]:

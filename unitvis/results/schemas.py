@@ -31,6 +31,7 @@ _LAYER: dict[str, Schema] = {
     "feeds_relu": FLAG,
     "fed_by": Optional(TEXT),
     "inside?": (COUNT, COUNT, COUNT, COUNT),
+    "head?": FLAG,
 }
 _ODD = {"responses": COUNT, "units": COUNT, "first_image": ID}  # NaN or infinite responses
 _RANKED_LAYER = _LAYER | {

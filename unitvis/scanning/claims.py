@@ -27,7 +27,9 @@ def differing_network(run: RunData, network: Network) -> list[str]:
     entries: dict[str, dict[str, Any]] = {}
     for layer in network.layers:
         said, field = run.tops[layer.name].info["receptive_field"], field_info(network.fields[layer.name])
-        entries[layer.name] = layer.to_json()
+        entries[layer.name] = {key: value for key, value in layer.to_json().items() if key != "head"}
+        if "head" in run.tops[layer.name].info:
+            entries[layer.name]["head"] = layer.head
         if same:
             entries[layer.name]["receptive_field"] = field
         elif said["method"] == field["method"]:

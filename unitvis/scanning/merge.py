@@ -104,12 +104,17 @@ def _merged_run(
     if by_slot := {name: None for run in loaded.values() for name in run.manifest["scan"].get("by_slot", ())}:
         manifest = manifest | {"scan": manifest["scan"] | {"by_slot": list(by_slot)}}
     records = {id: record for run in loaded.values() for id, record in run.records.items()}
+    labels = {run.labels: name for name, run in loaded.items() if run.labels is not None}
+    if len(labels) > 1:
+        one, other, *_ = labels.values()
+        raise UnitvisError(f"{one} and {other} name classes differently; remove the labels.json of one of them")
     if partial:
         failures = {failure["id"]: failure for run in loaded.values() for failure in run.manifest["failures"]}
         run = _partial_run(merged, manifest, [failures[id] for id in merged.failures])
         run.records = {id: records[id] for id in merged.candidates.tolist() if id in records}
     else:
         run = _finished_run(merged, parts, manifest, records, model, images, device, on_error)
+    run.set_labels(next(iter(labels), None))
     return run
 
 

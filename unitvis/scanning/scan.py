@@ -21,9 +21,11 @@ from unitvis.choices import CHECKPOINT_SECONDS, PRECISIONS
 from unitvis.errors import UnitvisError, whole_number
 from unitvis.files import only_writer
 from unitvis.half_precision.suitability import NAMES
+from unitvis.models.labels import labels_from
 from unitvis.network.device import default_batch
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
+from unitvis.results.classes import name_classes, warn_of_idle_labels
 from unitvis.results.drawn_files import refuse_scanned_pictures
 from unitvis.results.folder import check_output, refuse_unreadable
 from unitvis.results.nonfinite import refuse_odd_responses
@@ -69,6 +71,7 @@ def scan(
     every: float = CHECKPOINT_SECONDS,
     progress: bool = True,
     workers: int | None = None,
+    labels: Sequence[str] | str | Path | None = None,
 ) -> Run:
     """Find, for every unit of the layers, the k images and positions with the strongest responses.
 
@@ -102,6 +105,8 @@ def scan(
         progress: show a progress bar on a terminal.
         workers: processes that read and decode image files, or threads where there are few; None: one a core, at
             most four a core, or 64.
+        labels: names of the network's classes, in the order of its head's units, or the path of a file of them; None:
+            those of the spec's weights. See `Run.set_labels`.
 
     Returns the run. Raises UnitvisError for errors that the user can fix.
     """
@@ -114,6 +119,9 @@ def scan(
     folder = None if out is None else check_output(out, overwrite=overwrite, resume=resume)
     if resume and folder is None:
         raise UnitvisError("resume needs out, the folder of the scan to resume")
+    given_labels = None if labels is None else labels_from(labels)
+    model = models.load(model) if isinstance(model, str) else model
+    own_labels = models.known_labels(model)
     model, own_transform, origin = models.resolved(model)
     transform = transform or own_transform
     source = open_source(
@@ -131,6 +139,7 @@ def scan(
     recorder = Recorder(
         model, layers, k, exclude=exclude, unit=unit, inside=inside, device=device, transform=source.transform
     )
+    recorder.labels = given_labels or own_labels
     bars = nullcontext() if progress else no_bars()
     with bars, only_writer(folder), Progress(folder, recorder, source, own_shard, every) as tracker:
         if folder is not None:  # another command may have written there while the model was loaded
@@ -142,6 +151,8 @@ def scan(
             if folder is not None and resume:
                 finished = tracker.resume(batch_size, precision)
                 if finished is not None:  # and not "if finished": the run of a shard has no layers
+                    if given_labels is not None:
+                        name_classes(finished, given_labels)
                     return finished
             together, gpu = batch_size or default_batch(recorder.network.device), recorder.network.device.type == "cuda"
             batches = source.batches(together, workers=workers, ids=tracker.unread_ids(), pinned=gpu)
@@ -183,6 +194,8 @@ def scan(
             run.manifest["witness"] = tracker.witness
         if own_shard is None:
             finish_run(run, source, recorder.network, on_error)
+            if given_labels is not None:
+                warn_of_idle_labels(run)
         if folder is not None:
             run.write(folder)
     return run
