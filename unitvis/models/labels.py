@@ -105,9 +105,10 @@ def _listed(path: Path, value: Any) -> list[Any]:
     """The entries of a list, or those of an object in the order of their numbers, which must be 0, 1, 2 and so on."""
     if not isinstance(value, dict):
         return list(value) if isinstance(value, list | tuple) else [value]
+    entries = [(key, entry) for key, entry in value.items()]
     if all(type(number) is int for number in value.values()):  # {"cat": 0}
-        value = {number: name for name, number in value.items()}
-    numbered = {int(key): entry for key, entry in value.items() if str(key).isdecimal()}
+        entries = [(number, name) for name, number in value.items()]
+    numbered = {int(key): entry for key, entry in entries if str(key).isdecimal()}
     missing = [number for number in range(len(value)) if number not in numbered]
     if missing or not value:
         raise UnitvisError(

@@ -161,10 +161,35 @@ def test_layers_lists_what_can_be_scanned(model: str, capsys: pytest.CaptureFixt
     code, printed, _ = call(capsys, "layers", model, "--crop", 31)
     assert code == cli.DONE
     rows = [line.split() for line in printed.splitlines()]
-    assert rows[1] == ["0", "6", "14", "x", "14", "5", "x", "5", "2", "x", "2"]
-    assert rows[2] == ["2", "4", "12", "x", "12", "9", "x", "9", "2", "x", "2"]
+    assert rows[1] == ["0", "Conv2d", "6", "14", "x", "14", "5", "x", "5", "2", "x", "2"]
+    assert rows[2] == ["2", "Conv2d", "4", "12", "x", "12", "9", "x", "9", "2", "x", "2"]
+    assert printed.splitlines()[3:] == ["not among them: 4 (Linear), whose units are the network's outputs"]
     code, printed, _ = call(capsys, "layers", model, "--crop", 31, "--layer", "4")
     assert "whole image" in printed
+    assert "not among them" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [
+        ("layers M --layer 2 0 --crop 31", "0 2"),
+        ("layers M --crop 31 --layer 2 0 --exclude 2 4", "0"),
+        ("layers M --layer 2 --layer 0 4 --crop 31", "0 2 4"),
+        ("layers --layer 2 M --crop 31", "2"),  # as it always was: the word behind an option's only one is MODEL
+    ],
+)
+def test_several_layers_after_one_option(
+    words: str, layers: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, printed, error = call(capsys, *(model if word == "M" else word for word in words.split()))
+    assert (code, error) == (cli.DONE, "")
+    assert [line.split()[0] for line in printed.splitlines()[1:] if line[0].isdigit()] == layers.split()
+
+
+def test_a_word_that_belongs_to_no_option_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = call(capsys, "layers", model, "--layer", "0", "2", "--crop", 31, "stray")
+    assert code == cli.USAGE
+    assert error.endswith("unrecognized arguments: stray")
 
 
 def test_unreadable_images_are_skipped_listed_and_counted(
