@@ -216,7 +216,7 @@ def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int,
         draw.text((x, y + high + text * 0.25), name, INK, font)
         draw.text((x + wide, y + high + text * 0.25), remark, FAINT, font, anchor="ra")
         if run.class_folders:
-            classes = fitting_name(classes_text(winner_classes(run, top, unit)), font, wide)
+            classes = _fitting_classes(winner_classes(run, top, unit), font, wide)
             draw.text((x, y + high + text * 1.5), classes, FAINT, font)
     return page
 
@@ -261,6 +261,16 @@ def fitting_name(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, 
         range(min(len(name), _MAX_CHARACTERS)), float(width), key=lambda count: font.getlength(ends(count))
     )
     return ends(max(0, fits - 1))
+
+
+def _fitting_classes(classes: Mapping[str, int], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Counts by class in one line of at most so many pixels: where not all fit the first, and an ellipsis."""
+    counts = list(classes.items())
+    for number in range(len(counts), 0, -1):
+        text = printable(classes_text(dict(counts[:number]))) + ("" if number == len(counts) else " \u2026")
+        if len(text) <= _MAX_CHARACTERS and font.getlength(text) <= width:
+            return text
+    return fitting_name(classes_text(dict(counts[:1])), font, width)
 
 
 def unit_name(top: LayerArrays, unit: int) -> str:

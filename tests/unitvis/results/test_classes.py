@@ -20,6 +20,7 @@ from support.galleries import data
 from support.mutations import DELETED, changed, read, write
 from unitvis import UnitvisError, cli
 from unitvis.results.class_folders import class_folders
+from unitvis.scanning.verify import verify
 
 COLOURS = {"blue": (40, 40, 210), "green": (40, 210, 40), "red": (210, 40, 40)}
 CODES = {"blue": "n01", "green": "n02", "red": "n03"}
@@ -152,7 +153,7 @@ def test_labels_are_kept_with_the_run_and_belong_to_its_head(tmp_path: Path) -> 
 
 
 def test_codes_are_shown_as_names_with_the_code_where_two_share_one(tmp_path: Path) -> None:
-    index = {str(n): [code, name] for n, (code, name) in enumerate(zip(CODES.values(), ["crane", "crane", "kite"]))}  # noqa: B905
+    index = {"0": ["n01", "crane"], "1": ["n02", "crane"], "2": ["n03", "kite"]}
     (tmp_path / "index.json").write_text(json.dumps(index))
     run = scanned(tmp_path, named=CODES, labels=str(tmp_path / "index.json"))
     assert run["1"].labels == ["crane", "crane", "kite"]
@@ -166,7 +167,7 @@ def test_codes_are_shown_as_names_with_the_code_where_two_share_one(tmp_path: Pa
         (
             ["0", "1"],
             5,
-            r"the labels \(5 classes, a list of names\) name no unit: layer '1', the network's last, has 3",
+            r"labels \(5 classes, a list of names\) name no unit: layer '1', the network's last, has 3",
         ),
         (["0"], 3, "name no unit: the network's last layer is not ranked; name it"),
         (["0"], 4, "name no unit: the network's last layer is not ranked; name it"),  # layer 0 has four units
@@ -215,9 +216,8 @@ def test_render_and_resume_name_the_classes_of_a_finished_run(
     page = data(out / "gallery" / "layers" / "1" / "layer.js")
     assert page["names"][2] == "<img src=x onerror=alert(1)>"
     assert "<img" not in (out / "gallery" / "layers" / "1" / "layer.js").read_text()
-    assert ["Where do the units' names come from?", "They name the network's classes: the file names."] in page[
-        "answers"
-    ]
+    come_from = dict(page["answers"])["Where do the units' names come from?"]
+    assert come_from == "They name the network's classes: the file names."
     names.write_text("x\ny\nz\n")
     assert call(capsys, *scan, "--resume", "--labels", names)[0] == cli.DONE
     assert unitvis.load(out)["1"].labels == ["x", "y", "z"]
@@ -230,10 +230,13 @@ def test_sheets_and_pages_show_names_and_counts(
     run: unitvis.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    text = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda self, at, what, *rest, **more: (drawn.append(what), text(self, at, what, *rest, **more))
-    )  # fmt: skip
+    draw = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, at: Any, what: str, *rest: Any, **more: Any) -> None:
+        drawn.append(what)
+        draw(self, at, what, *rest, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     run.sheet("1")
     assert {"0 blue", "1 green", "2 red", "names of classes: the folders of the images, sorted"} <= set(drawn)
     assert ", ".join(f"{name} {count}" for name, count in run["1"].classes(2).items()) in drawn
@@ -245,6 +248,16 @@ def test_sheets_and_pages_show_names_and_counts(
     assert (first["names"], head["names"]) == (None, ["blue", "green", "red"])
     assert head["classes"][2] == ", ".join(f"{name} {count}" for name, count in run["1"].classes(2).items())
     assert first["classes"][3].split()[0] in COLOURS
+
+
+def test_a_sheet_drops_the_last_classes_where_not_all_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"blue": "a very long name of a class, 1", "green": "b" * 200, "red": "c"}
+    run, drawn = scanned(tmp_path, named=named), []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, at, what, *rest, **more: drawn.append(what))
+    run.sheet("1")
+    assert list(run["1"].classes(2)) == ["c", named["blue"]]
+    assert any(text == "c 7 \u2026" for text in drawn)
+    assert any(text.startswith("bbb") and "\u2026" in text and text.endswith(" 7") for text in drawn)
 
 
 LABELS = {"names": ["a", "b", "c"], "codes": ["n1", "n2", "n3"], "from": "the file names"}
@@ -284,19 +297,14 @@ def test_each_field_of_labels_is_checked(what: str, folder: Path) -> None:
 def test_what_stands_in_the_place_of_labels_is_not_followed(what: str, folder: Path) -> None:
     path = folder / "labels.json"
     kept = path.rename(folder.parent / "elsewhere.json")
-    {
-        "a link": lambda: path.symlink_to(kept),
-        "a pipe": lambda: os.mkfifo(path),
-        "a folder": path.mkdir,
-        "no JSON": lambda: path.write_text("["),
-    }[what]()
-    said = {
-        "a link": "it is a link",
-        "a pipe": "not a regular file",
-        "a folder": "Is a directory",
-        "no JSON": "Expecting",
-    }
-    assert f"holds no names of classes ({said[what]}" in refusal(lambda: unitvis.load(folder))
+    put, said = {
+        "a link": (lambda: path.symlink_to(kept), "it is a link"),
+        "a pipe": (lambda: os.mkfifo(path), "not a regular file"),
+        "a folder": (path.mkdir, "Is a directory"),
+        "no JSON": (lambda: path.write_text("["), "Expecting"),
+    }[what]
+    put()
+    assert f"holds no names of classes ({said}" in refusal(lambda: unitvis.load(folder))
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\nb", "\u202e", "x" * 1000, "<script>alert(1)</script>", "犬"])
@@ -312,14 +320,11 @@ def test_names_of_any_content_are_drawn(name: str, folder: Path) -> None:
 
 
 def test_a_forged_head_is_found(run: unitvis.Run, folder: Path) -> None:
-    for layer, head, said in (
-        ("0", True, "layers.0.head is true and false"),
-        ("1", False, "layers.1.head is false and true"),
-    ):
-        path = folder / "manifest.json"
-        before = path.read_text()
-        write(path, changed(read(path), ("layers", layer, "head"), head))
-        found = unitvis.scanning.verify.verify(unitvis.load(folder), run.manifest["model"]["spec"])
-        assert said in found["differing"]
+    path, spec_of_run = folder / "manifest.json", run.manifest["model"]["spec"]
+    before = path.read_text()
+    for layer, head, now in (("0", True, "true and false"), ("1", False, "false and true")):
         path.write_text(before)
-    assert unitvis.scanning.verify.verify(unitvis.load(folder), run.manifest["model"]["spec"])["differing"] == []
+        write(path, changed(read(path), ("layers", layer, "head"), head))
+        assert f"layers.{layer}.head is {now}" in verify(unitvis.load(folder), spec_of_run)["differing"]
+    path.write_text(before)
+    assert verify(unitvis.load(folder), spec_of_run)["differing"] == []
