@@ -205,7 +205,7 @@ def space(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
     size = {"resize_size": [int(SIZES["256"])], "crop_size": [int(SIZES["224"])]}
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     preset = SimpleNamespace(**size, mean=mean, std=std, interpolation=InterpolationMode.BILINEAR)
-    weights = SimpleNamespace(DEFAULT=SimpleNamespace(transforms=lambda: preset))
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(transforms=lambda: preset, meta={"categories": ["cat", "dog"]}))
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: weights)
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None: net())
     monkeypatch.setattr(torchvision.datasets, "Imagenette", Photographs)
