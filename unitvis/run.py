@@ -41,7 +41,7 @@ class LayerTop(LayerArrays):
         {"dog": 6, "cat": 3}; {} where the images do not lie in class folders.
         """
         check_unit(self.name, unit, len(self))
-        return {} if self.run is None else winner_classes(self.run, self, unit)
+        return {} if self.run is None else winner_classes(self.run, self, [unit])[0]
 
     @property
     def labels(self) -> list[str] | None:

@@ -207,6 +207,7 @@ def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int,
     draw.text((margin, margin), fitting_name(layer, heading, width - 2 * margin), INK, heading)
     for number, line in enumerate(lines):
         draw.text((margin, margin + heading.getbbox("Ag")[3] * 1.4 + number * line_height), line, FAINT, small)
+    classes = winner_classes(run, top, units) if run.class_folders else []
     for number, unit in enumerate(units):
         x, y = margin + number % columns * (wide + margin), head + number // columns * (high + below + margin)
         page.paste(compose(top, unit, cells, size), (x, y))
@@ -215,9 +216,8 @@ def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int,
             name = fitting_name(f"{name} {names[unit]}", font, wide - math.ceil(font.getlength(f" {remark}")))
         draw.text((x, y + high + text * 0.25), name, INK, font)
         draw.text((x + wide, y + high + text * 0.25), remark, FAINT, font, anchor="ra")
-        if run.class_folders:
-            classes = _fitting_classes(winner_classes(run, top, unit), font, wide)
-            draw.text((x, y + high + text * 1.5), classes, FAINT, font)
+        if classes:
+            draw.text((x, y + high + text * 1.5), _fitting_classes(classes[number], font, wide), FAINT, font)
     return page
 
 

@@ -89,7 +89,7 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     top = run[name]
     height, width = run.input_size
     images = np.unique(top.images[top.images >= 0]).tolist()
-    classes = [classes_text(winner_classes(run, top, unit)) for unit in range(len(top))] if run.class_folders else None
+    classes = [*map(classes_text, winner_classes(run, top, range(len(top))))] if run.class_folders else None
     return {
         "name": name,
         "input": [width, height],

@@ -15,15 +15,19 @@ from unitvis.results.folder import write_labels
 FOLDERS = "the folders of the images, sorted"  # the origin of names that nobody gave
 
 
-def winner_classes(run: RunData, top: LayerArrays, unit: int) -> dict[str, int]:
-    """How many of a unit's winners that fired lie in each class folder, most first; of equal counts the stronger first.
+def winner_classes(run: RunData, top: LayerArrays, units: Sequence[int]) -> list[dict[str, int]]:
+    """For each of the units, how many of its winners that fired lie in each class folder.
 
-    A folder that is named by a code of the run's labels (n02123045) is shown by the name of that class.
+    Most first; of equal counts the one with the stronger winner. A folder that is named by a code of the run's labels
+    (n02123045) is shown by the name of that class.
     """
-    shown, counts = _names_by_code(run), Counter[str]()
-    for folder, count in _folders_of_winners(run, top, unit).most_common():
-        counts[shown.get(folder, folder)] += count
-    return dict(counts.most_common())
+    shown, found = _names_by_code(run), []
+    for unit in units:
+        counts = Counter[str]()
+        for folder, count in _folders_of_winners(run, top, unit).items():
+            counts[shown.get(folder, folder)] += count
+        found.append(dict(counts.most_common()))
+    return found
 
 
 def _folders_of_winners(run: RunData, top: LayerArrays, unit: int) -> Counter[str]:
