@@ -16,22 +16,31 @@ from unitvis.drawing.notebook import PATCH_SIZE, layer_html, png, run_html
 from unitvis.drawing.overview import overview, printed_overview
 from unitvis.drawing.page import Page
 from unitvis.drawing.printing import printed_sheet
-from unitvis.errors import UnitvisError, check_unit, printable
+from unitvis.errors import UnitvisError, abridged, check_unit, printable
 from unitvis.files import only_writer
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.classes import unit_names, winner_classes
 from unitvis.results.data import RunData
 from unitvis.results.folder import check_output, read_run, write_run
 
+_VALUES_SHOWN = 9  # responses in the text of a unit, at most
+_UNITS_SHOWN = 36  # units of a slice that a notebook draws, at most
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class LayerTop(LayerArrays):
-    """The top-k of one layer's units; `top[12]` is one unit."""
+    """The top-k of one layer's units; `top[12]` is one unit, and `top[0:9]` some."""
 
     run: Run | None = field(default=None, repr=False, compare=False)  # the run it is part of; gives the images to draw
 
-    def __getitem__(self, unit: int) -> Unit:
-        """Return one unit; a notebook shows it as its tile."""
+    @overload
+    def __getitem__(self, unit: int) -> Unit: ...
+    @overload
+    def __getitem__(self, unit: slice) -> UnitSlice: ...
+    def __getitem__(self, unit: int | slice) -> Unit | UnitSlice:
+        """Return one unit, which a notebook shows as its tile, or those of a slice, which it shows as a sheet."""
+        if isinstance(unit, slice):
+            return UnitSlice(self, range(len(self))[unit])
         check_unit(self.name, unit, len(self))
         return Unit(self, int(unit))
 
@@ -100,20 +109,60 @@ class Unit:
 
     def tile(self, *, crop: str | None = None, size: int = 96) -> Image.Image:
         """Draw the unit's patches as a 3x3 tile, strongest first. crop, size: see `Run.patch`."""
-        if self.layer.run is None:
-            raise UnitvisError(f"layer {self.layer.name!r} belongs to no run, so there are no images to cut from")
-        return self.layer.run.tile(self.layer.name, self.number, crop=crop, size=size)
+        return _run_of(self.layer).tile(self.layer.name, self.number, crop=crop, size=size)
 
     def __repr__(self) -> str:
-        values = " ".join(f"{value:.4g}" for value in self.values)
+        values = " ".join(f"{value:.4g}" for value in self.values[:_VALUES_SHOWN])
+        more = f" and {len(self.values) - _VALUES_SHOWN} more" if len(self.values) > _VALUES_SHOWN else ""
         label = f" ({printable(label)})" if (label := self.label) else ""
-        return f"<unit {self.number}{label} of {self.layer.name}: {self.status}, {values}>"
+        return f"<unit {self.number}{label} of {printable(self.layer.name)}: {self.status}, {values}{more}>"
 
     def _repr_png_(self) -> bytes | None:
         try:
             return png(self.tile(size=PATCH_SIZE))
         except UnitvisError:  # the images cannot be read; the notebook shows the text
             return None
+
+
+@dataclass(frozen=True, eq=False)
+class UnitSlice(Sequence[Unit]):
+    """Some units of a layer, `run["features.10"][0:9]`; a notebook shows them as a sheet."""
+
+    layer: LayerTop
+    numbers: range
+
+    @overload
+    def __getitem__(self, place: int) -> Unit: ...
+    @overload
+    def __getitem__(self, place: slice) -> UnitSlice: ...
+    def __getitem__(self, place: int | slice) -> Unit | UnitSlice:
+        """Return the unit at a place in the slice, from 0, or those at some places."""
+        found = self.numbers[place]
+        return UnitSlice(self.layer, found) if isinstance(found, range) else Unit(self.layer, found)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def sheet(self, *, crop: str | None = None, size: int | None = None) -> Image.Image:
+        """Draw a page of the units' tiles; see `Run.sheet`."""
+        return _run_of(self.layer).sheet(self.layer.name, self.numbers, crop=crop, size=size)
+
+    def __repr__(self) -> str:
+        numbers = abridged([str(number) for number in self.numbers])
+        return f"<{len(self)} units of {printable(self.layer.name)}: {numbers}>"
+
+    def _repr_png_(self) -> bytes | None:
+        try:
+            return png(self[:_UNITS_SHOWN].sheet(size=PATCH_SIZE))
+        except UnitvisError:  # there are no units, or the images cannot be read; the notebook shows the text
+            return None
+
+
+def _run_of(layer: LayerTop) -> Run:
+    """The run that a layer is part of; raises UnitvisError for one that belongs to none."""
+    if layer.run is None:
+        raise UnitvisError(f"layer {layer.name!r} belongs to no run, so there are no images to cut from")
+    return layer.run
 
 
 class Run(RunData):

@@ -10,6 +10,7 @@ from unitvis.drawing.patches import units_at_the_border
 from unitvis.errors import abridged, printable
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS
+from unitvis.results.arrays import STATUSES, UNSEPARATED
 from unitvis.results.nonfinite import odd_responses
 from unitvis.run import Run
 from unitvis.sources import PackSource, Source
@@ -62,7 +63,7 @@ def _print_result(run: Run) -> None:
         _say(f"precision: {run.manifest['plan']}")
     if unseparated := {name: top.info["unseparated"] for name, top in run.tops.items() if top.info["unseparated"]}:
         layers = ", ".join(f"{count} of {name}" for name, count in unseparated.items())
-        _say(f"unseparated, so not proven to be the strongest (--precision fp32 decides them): {layers}")
+        _say(f"unseparated: {STATUSES[UNSEPARATED]}: {layers}")
     for sentence in odd_responses(run):
         _say(sentence)
     if border := sum(units_at_the_border(run, layer) for layer in run):

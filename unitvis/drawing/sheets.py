@@ -18,7 +18,7 @@ from unitvis.drawing.patches import Cells, LayerCuts, crop_of, cut_layers, patch
 from unitvis.drawing.units import checked_units
 from unitvis.errors import UnitvisError, check_unit, printable
 from unitvis.files import file_name, make_folder
-from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
+from unitvis.results.arrays import SEPARATED, STATUSES, LayerArrays, extent_text, map_text
 from unitvis.results.classes import classes_text, unit_names, winner_classes
 from unitvis.results.data import RunData
 
@@ -26,6 +26,7 @@ Drawn = TypeVar("Drawn", bound=RunData)
 
 INK, FAINT = (30, 30, 30), (120, 120, 120)  # colours of text and of smaller text
 EMPTY, EMPTY_MARK = (238, 238, 238), (205, 205, 205)  # colours of a placeholder and of the line through it
+_WHITE = 230  # a patch whose channels all have a larger mean gets an outline
 _MAX_CHARACTERS = 400  # of a layer's name on a page
 MAX_BYTES_IN_MEMORY = 1_200_000_000  # of patches and response maps that are held at once while a run is rendered
 PATCH_SIZE = 112  # pixels of a patch when it is cut: a multiple of 16, so that no block of a JPEG file reaches across
@@ -181,10 +182,19 @@ def compose(top: LayerArrays, unit: int, cells: Cells, size: int) -> Image.Image
     k = top.values.shape[1]
     columns, gap = tile_columns(k), _gap(size)
     image = Image.new("RGB", tile_shape(k, size), PAPER)
+    draw = ImageDraw.Draw(image)
     for rank in range(k):
-        corner = (rank % columns * (size + gap), rank // columns * (size + gap))
-        image.paste(cells.get((unit, rank)) or placeholder(top, unit, rank, size), corner)
+        left, upper = rank % columns * (size + gap), rank // columns * (size + gap)
+        patch = cells.get((unit, rank))
+        image.paste(patch or placeholder(top, unit, rank, size), (left, upper))
+        if patch and _is_white(patch):
+            draw.rectangle((left, upper, left + size - 1, upper + size - 1), outline=EMPTY_MARK)
     return image
+
+
+def _is_white(patch: Image.Image) -> bool:
+    """Whether the mean colour of a patch can hardly be told from the paper, so that a tile of such looks like a gap."""
+    return min(np.asarray(patch.reduce(patch.size)).ravel().tolist()) > _WHITE
 
 
 def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int, cells: Cells) -> Image.Image:
@@ -245,6 +255,8 @@ def caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) -> 
         lines.append("below each tile: the classes of its images, which are the folders that they lie in")
     if (~top.fired).any():
         lines.append("struck out: the response is at most 0, so the ReLU that follows gives 0 (it did not fire)")
+    statuses = set(top.status[list(units)].tolist())
+    lines += [f"{name}: {meaning}" for name, meaning in STATUSES.items() if name in statuses]
     return lines
 
 

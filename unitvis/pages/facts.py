@@ -16,7 +16,7 @@ from unitvis.drawing.patches import units_at_the_border
 from unitvis.drawing.sheets import PATCH_SIZE, tile_columns, unit_name
 from unitvis.files import file_name
 from unitvis.pages.sprites import sprite_tiles
-from unitvis.results.arrays import SEPARATED, LayerArrays, extent_text, map_text
+from unitvis.results.arrays import SEPARATED, STATUSES, LayerArrays, extent_text, map_text
 from unitvis.results.classes import classes_text, unit_names, winner_classes
 from unitvis.results.data import RunData
 
@@ -29,14 +29,14 @@ def index(run: RunData) -> dict[str, Any]:
     height, width = run.input_size
     return {
         "title": title(run),
-        "run": f"The {strongest(manifest)} of {manifest['images']:,} images{_data_set_text(manifest)}, for each "
-        f"unit of {len(run)} layers; the model's input is {width} x {height} pixels.",
+        "run": f"For each unit of {len(run)} layers, the {strongest(manifest)} of "
+        f"{images_text(manifest)}; the model's input is {width} x {height} pixels.",
         "k": manifest["k"],
         "across": tile_columns(manifest["k"]),
         "cell": PATCH_SIZE,
         "sprite": list(sprite_tiles(manifest["k"])),
         "layers": [_layer_entry(run, run[layer]) for layer in run],
-        "notes": NOTES,
+        "notes": explanations(),
     }
 
 
@@ -54,9 +54,40 @@ def title(run: RunData) -> str:
 
 def _layer_entry(run: RunData, top: LayerArrays) -> dict[str, Any]:
     """Describe one layer for the first page."""
-    counts = {
-        "dead": int(top.dead.sum()),
-        "not separated": int((top.status != SEPARATED).sum()),
+    return {
+        "name": top.name,
+        "folder": urllib.parse.quote(file_name(top.name)),
+        "units": len(top),
+        "neurons": [top.info["height"], top.info["width"]] if top.info["unit"] == "neuron" else None,
+        "facts": layer_line(run, top),
+        "strip": strip(top),
+    }
+
+
+def images(run: RunData) -> dict[str, Any]:
+    """Make the data of the images' views: their names, and in which units they win.
+
+    {"names": {image: name}, "wins": {image: [[index of a layer, unit * k + rank, ...], ...]}}, of winners that fired.
+    """
+    wins: dict[int, list[list[int]]] = {}
+    for index, top in enumerate(run.tops.values()):
+        codes = np.flatnonzero(top.fired)
+        own: dict[int, list[int]] = {}
+        for image, code in zip(top.images.ravel()[codes].tolist(), codes.tolist(), strict=True):
+            own.setdefault(image, [index]).append(code)
+        for image, entry in own.items():
+            wins.setdefault(image, []).append(entry)
+    return {"names": {image: image_name(run, image) for image in sorted(wins)}, "wins": wins}
+
+
+def image_name(run: RunData, image: int) -> str:
+    """The name of an image, or its number where none is recorded."""
+    return run.records[image]["name"] if image in run.records else f"image {image}"
+
+
+def layer_line(run: RunData, top: LayerArrays) -> str:
+    """The line below a layer's name: the numbers of its units, the sizes of its map and receptive field."""
+    counts = top.count() | {
         "at the border, where padding excites them (scan --inside)": units_at_the_border(run, top.name),
     }
     facts = [
@@ -65,13 +96,7 @@ def _layer_entry(run: RunData, top: LayerArrays) -> dict[str, Any]:
         f"receptive field {_field_text(top)}",
         *(f"{number:,} {name}" for name, number in counts.items() if number),
     ]
-    return {
-        "name": top.name,
-        "folder": urllib.parse.quote(file_name(top.name)),
-        "units": len(top),
-        "facts": ", ".join(facts),
-        "strip": strip(top),
-    }
+    return ", ".join(facts)
 
 
 def strip(top: LayerArrays) -> list[int]:
@@ -88,7 +113,6 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
     """
     top = run[name]
     height, width = run.input_size
-    images = np.unique(top.images[top.images >= 0]).tolist()
     classes = [*map(classes_text, winner_classes(run, top, range(len(top))))] if run.class_folders else None
     return {
         "name": name,
@@ -104,7 +128,7 @@ def layer(run: RunData, name: str, drawn: Mapping[str, Any]) -> dict[str, Any]:
         "projected": drawn.get("projected") or [],
         "responses": _responses(run, name, drawn["responses"]) if drawn.get("responses") else None,
         "filters": drawn.get("filters", False),
-        "images": {image: run.records[image]["name"] if image in run.records else f"image {image}" for image in images},
+        "images": {image: image_name(run, image) for image in np.unique(top.images[top.images >= 0]).tolist()},
         "labels": None if top.info["unit"] == "channel" else [unit_name(top, unit) for unit in range(len(top))],
         "names": (unit_names(run, name) or [None])[0],
         "classes": classes,
@@ -121,24 +145,32 @@ def _frame_side(top: LayerArrays) -> int | None:
 
 
 def note(top: LayerArrays, unit: int) -> str:
-    """A key of `NOTES` for an unusual unit; empty for others."""
+    """What is unusual of a unit, as "constant, tied": a key of `NOTES` and its status unless separated; else empty."""
     values = top.values[unit]
+    words = []
     if top.images[unit, 0] < 0:
-        return "no response"
-    if top.dead[unit]:
-        return "dead"
-    if len(values) > 1 and top.fired[unit].all() and values[0] == values[-1]:
-        return "constant"
-    return "" if top.status[unit] == SEPARATED else str(top.status[unit])
+        words.append("no response")
+    elif top.dead[unit]:
+        words.append("dead")
+    elif len(values) > 1 and top.fired[unit].all() and values[0] == values[-1]:
+        words.append("constant")
+    if top.status[unit] != SEPARATED:
+        words.append(str(top.status[unit]))
+    return ", ".join(words)
 
 
 NOTES = {
     "no response": "its response is NaN for every image",
     "dead": "even its strongest response is at most 0, so the ReLU that follows always gives 0",
     "constant": "its strongest responses are all equal, so the images are in the order of their ids",
-    "tied": "another image, which is not shown, has the same response as the last one shown",
-    "unseparated": "the scan in half precision could not decide all of its strongest images",
+    **STATUSES,
 }
+
+
+def explanations() -> dict[str, str]:
+    """Explain everything that `note` returns, in one line each."""
+    pairs = ((f"{word}, {status}", f"{NOTES[word]}; {NOTES[status]}") for word in NOTES for status in STATUSES)
+    return NOTES | dict(pairs)
 
 
 def _winner_rows(top: LayerArrays, unit: int) -> list[list[Any]]:
@@ -195,13 +227,14 @@ def _field_text(top: LayerArrays) -> str:
     return extent_text(field, f"{field['size'][1]} x {field['size'][0]} pixels")
 
 
-def _data_set_text(manifest: Mapping[str, Any]) -> str:
-    """The name of the data set after its path, as " of NAME" or " of NAME and N more"; empty without a path."""
+def images_text(manifest: Mapping[str, Any]) -> str:
+    """The number of images and the name of the data set after its path: "the 500 images in photos"."""
     path = manifest["source"].get("path") or []
     paths = [path] if isinstance(path, str) else path  # a list for several archives
+    images = f"the {manifest['images']:,} images"
     if not paths:
-        return ""
-    return f" of {os.path.basename(paths[0])}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        return images
+    return f"{images} in {os.path.basename(paths[0])}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]]:
@@ -247,7 +280,7 @@ def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]
             f"All patches are drawn at one size, whatever they cover; here that is {patch_width} input pixels.",
         ],
         ["Can an image appear twice?", "Not for one unit: each image counts once, where its response is largest."],
-        ["Which images?", f"The {strongest(manifest)} of {manifest['images']:,} images{_data_set_text(manifest)}."],
+        ["Which images?", f"The {strongest(manifest)} of {images_text(manifest)}."],
     ]
     if named := unit_names(run, name):
         lines.append(["Where do the units' names come from?", f"They name the network's classes: {named[1]}."])

@@ -10,7 +10,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from unitvis.errors import printable
+
 SEPARATED, TIED, UNSEPARATED = "separated", "tied", "unseparated"  # a unit's status
+STATUSES = {  # what a status other than `separated` says of a unit's winners
+    TIED: "at least one more image has the same response as the last winner",
+    UNSEPARATED: "the scan in half precision could not decide all winners; a scan with --precision fp32 does",
+}
 ARRAYS = ("values", "images", "positions", "boxes", "status")  # names of a layer's arrays in top.npz
 
 
@@ -37,7 +43,7 @@ def winners_of(tops: Iterable[LayerArrays]) -> NDArray[np.int64]:
     return ids[ids >= 0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerArrays:
     """The top-k of one layer's units."""
 
@@ -70,5 +76,15 @@ class LayerArrays:
         kept = {name: getattr(self, name)[:, :count] for name in ARRAYS if name != "status"}
         return replace(self, **kept)
 
+    def count(self) -> dict[str, int]:
+        """Count the dead units and those of each status but separated, without those that do not occur."""
+        counts = {"dead": int(self.dead.sum())} | {name: int((self.status == name).sum()) for name in STATUSES}
+        return {name: number for name, number in counts.items() if number}
+
     def __len__(self) -> int:
         return len(self.values)
+
+    def __repr__(self) -> str:
+        units = f"{len(self)} {self.info['unit']}s, top {self.values.shape[1]}"
+        words = [units, map_text(self.info), *(f"{number} {name}" for name, number in self.count().items())]
+        return f"<layer {printable(self.name)}: {', '.join(words)}>"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageShow
 from torch import nn
 
 import unitvis
@@ -55,3 +57,52 @@ def test_without_images_the_words_have_to_do() -> None:
     assert run["0"][1]._repr_png_() is None
     assert "<img" not in run["0"]._repr_html_()
     assert repr(run["0"][1]).startswith("<unit 1 of 0")
+
+
+def test_the_text_of_a_layer_and_of_a_unit_is_short_whatever_they_hold(tmp_path: Path) -> None:
+    _, run = twelve_images(tmp_path)
+    assert repr(run["0"]) == "<layer 0: 12 channels, top 9, map 20 x 20, 1 dead>"
+    model = nn.Sequential(OrderedDict([("one\ntwo", nn.Conv2d(3, 2, 1))])).eval()
+    many = unitvis.scan(model, torch.rand(40, 3, 2, 2), k=30, progress=False)["one\ntwo"]
+    assert repr(many).startswith("<layer one\\ntwo: 2 channels, top 30")
+    text = repr(many[1])
+    assert text.endswith(" and 21 more>")
+    assert "\n" not in text
+    assert len(text.split(":")[1].split(",")[1].split(" and ")[0].split()) == 9
+
+
+def test_slices_of_units_are_units_and_show_themselves_as_a_sheet(tmp_path: Path) -> None:
+    _, run = twelve_images(tmp_path)
+    top = run["2"]
+    for part in (slice(0, 9), slice(None), slice(-3, None), slice(8, None, -3), slice(50, 60)):
+        units = top[part]
+        assert [unit.number for unit in units] == list(range(10))[part]
+        assert len(units) == len(list(range(10))[part])
+    np.testing.assert_array_equal(top[2:8][1:3][1].values, top.values[4])
+    assert repr(top[1:4]) == "<3 units of 2: 1, 2, 3>"
+    with Image.open(io.BytesIO(top[1:4]._repr_png_() or b"")) as image:
+        assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(run.sheet("2", [1, 2, 3], size=56)))
+    assert top[4:4]._repr_png_() is None
+    with pytest.raises(UnitvisError, match="no unit was named"):
+        top[4:4].sheet()
+    with pytest.raises(IndexError):
+        top[1:4][3]
+
+
+def test_a_picture_that_cannot_be_shown_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, run = twelve_images(tmp_path)
+    started = []
+    for viewer in (ImageShow.XDGViewer, ImageShow.DisplayViewer, ImageShow.EogViewer, ImageShow.XVViewer):
+        monkeypatch.setattr(viewer, "show", lambda self, image, **options: started.append(image) or 1)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.warns(UserWarning, match=r"no display .* save it \(picture\.save\('picture\.png'\)\)") as told:
+        run.tile("2", 3).show()
+    assert told[0].filename == __file__
+    assert not started
+    monkeypatch.setenv("DISPLAY", ":0")
+    ImageShow.register(ImageShow.XDGViewer)  # where no program that shows pictures is installed
+    run.tile("2", 3).show()
+    assert len(started) == 1
+    ImageShow._viewers.pop()

@@ -170,3 +170,20 @@ def test_a_winner_that_sees_only_padding_is_drawn_as_padding() -> None:
     left, upper, right, lower = run["0"].boxes[0, 0].tolist()
     assert (left, upper) == (right, lower)
     assert (np.asarray(run.patch("0", 0, 0, crop="rf", size=16)) == FILL).all()
+
+
+def test_a_tile_of_white_patches_is_no_gap_on_the_page() -> None:
+    pixels = np.full((10, 8, 8, 3), 255, np.uint8)
+    model = nn.Sequential(nn.Conv2d(3, 2, 1)).eval()
+    nn.init.zeros_(model[0].weight)
+    run = unitvis.scan(model, pixels, transform=unitvis.Transform(), progress=False)
+    assert run["0"].status.tolist() == ["tied", "tied"]
+    tile = np.asarray(run.tile("0", 0, size=20))
+    assert (tile[[0, -1]] == sheets.EMPTY_MARK).all(axis=2).mean() > 0.9  # its outline, but for the gaps
+    assert (tile[:, [0, -1]] == sheets.EMPTY_MARK).all(axis=2).mean() > 0.9
+    assert (tile[1:19, 1:19] == 255).all()
+    assert (np.asarray(run.patch("0", 0, 0, size=20)) == 255).all()  # the picture itself is left as it is
+    red = unitvis.scan(
+        model, pixels * np.array([1, 0, 0], np.uint8), transform=unitvis.Transform(), progress=False
+    ).tile("0", 0, size=20)
+    assert (np.asarray(red)[:20, :20] == (255, 0, 0)).all()
