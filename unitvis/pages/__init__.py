@@ -141,13 +141,17 @@ def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]]) -
     texts = {
         within / "drawn.json": json.dumps(earlier.described(run, drawn)),
         within / "index.js": facts.script("unitvis.index", facts.index(run)),
+        within / "images.js": facts.script("unitvis.search.images", facts.images(run)),
         **{
             sprites.layer_folder(folder, layer) / "layer.js": facts.script(
                 "unitvis.layer", facts.layer(run, layer, drawn[layer])
             )
             for layer in run
         },
-        **{within / name: (_HERE / name).read_text(encoding="utf-8") for name in ("gallery.js", "gallery.css")},
+        **{
+            within / name: (_HERE / name).read_text(encoding="utf-8")
+            for name in ("gallery.js", "search.js", "gallery.css")
+        },
     }
     page = (_HERE / "template.html").read_text(encoding="utf-8")
     texts[folder / "index.html"] = page.replace("TITLE", html.escape(facts.title(run)))  # last, when all else exists

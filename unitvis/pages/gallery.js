@@ -1,5 +1,6 @@
-// The gallery: one page with three views (#, #LAYER, #LAYER/UNIT). Its data comes in scripts, because a page that is
-// opened from a disk may not read files. Names go through textContent or encodeURIComponent, never into markup.
+// The gallery: one page with the views #, #LAYER and #LAYER/UNIT, and those of search.js. Its data comes in scripts,
+// because a page that is opened from a disk may not read files. Names go through textContent or encodeURIComponent,
+// never into markup.
 "use strict";
 
 const unitvis = (() => {
@@ -97,7 +98,7 @@ const unitvis = (() => {
       patches(tileOf(layer, unit, "patches"), text),
       data.filters ? filter(layer, unit) : "",
       el("b", {}, label(data, unit)), data.names ? el("span", {}, data.names[unit]) : "", noteMark(note),
-      el("span", { class: "value", title: "largest response" }, winner && note !== "dead" ? number(winner[0]) : ""),
+      el("span", { class: "value", title: "largest response" }, winner && !note.startsWith("dead") ? number(winner[0]) : ""),
       data.classes ? el("span", { class: "classes", title: data.classes[unit] }, data.classes[unit]) : "");
   }
 
@@ -179,7 +180,7 @@ const unitvis = (() => {
 
   function winner(layer, unit, rank) {
     const data = layer.data, [value, image, row, column, ...field] = data.winners[unit][rank];
-    const [left, top, right, bottom] = field, name = data.images[image], all = [0, 0, ...data.input];
+    const [left, top, right, bottom] = field, name = data.images[image];
     const centred = (side) => {
       const x = Math.floor((left + right - side) / 2), y = Math.floor((top + bottom - side) / 2);
       return [x, y, x + side, y + side];
@@ -209,7 +210,7 @@ const unitvis = (() => {
       add("response map", map(), () => map(...frames()));
     }
     return el("li", {}, el("div", { class: "pictures", "data-count": pictures.length }, ...pictures),
-      el("p", {}, el("b", {}, `${rank + 1}. ${number(value)}`), " ", el("span", { class: "name" }, name)),
+      el("p", {}, el("b", {}, `${rank + 1}. ${number(value)}`), " ", el("a", { class: "name", href: unitvis.search.imageLink(image) }, name)),
       el("p", { class: "where" }, where));
   }
 
@@ -241,6 +242,8 @@ const unitvis = (() => {
 
   /** Parse an address into {layer, unit}, or {problem} where there is no such view. */
   function parse(hash) {
+    const search = unitvis.search.parse(hash);
+    if (search) return search;
     const [name, unit, more] = hash.replace(/^#/, "").split("/");
     if (!name) return {};
     let decoded;
@@ -263,8 +266,8 @@ const unitvis = (() => {
 
   async function route() {
     const hash = location.hash, to = parse(hash);
-    try { if (to.layer) await load(to.layer); }
-    catch { to.problem = `The file ${file(to.layer, "layer.js")} is missing; draw the gallery again.`; }
+    try { if (to.layer) await load(to.layer); else if (to.search) await unitvis.search.load(); }
+    catch (error) { to.problem = error.message || `The file ${file(to.layer, "layer.js")} is missing; draw the gallery again.`; }
     if (location.hash !== hash) return;  // the address has changed meanwhile
     const from = shown;
     shown = to;
@@ -276,39 +279,19 @@ const unitvis = (() => {
   }
 
   function draw() {
-    const { layer, unit, problem } = shown;
-    const content = problem ? [el("p", { role: "alert" }, problem)]
+    const { layer, unit, problem, search } = shown;
+    const content = problem ? [el("p", { role: "alert" }, problem)] : search ? unitvis.search.view(search)
       : !layer ? overview() : unit === undefined ? layerPage(layer) : unitView(layer, unit);
     $("view").replaceChildren(...content.filter((part) => part !== ""));
     const trail = [el("a", { href: "#" }, "All layers")];
     if (layer) trail.push(" / ", el("a", { href: link(layer.name) }, layer.name));
     if (unit !== undefined) trail.push(" / ", el("a", { href: link(layer.name, unit) }, label(layer.data, unit)));
+    if (search && !problem) trail.push(" / ", unitvis.search.name(search));
     $("trail").replaceChildren(...trail);
-    document.title = [unit === undefined ? "" : `unit ${label(layer.data, unit)}`, layer && layer.name, run.title]
+    document.title = [unit === undefined ? "" : `unit ${label(layer.data, unit)}`, layer && layer.name,
+      search && !problem && unitvis.search.name(search), run.title]
       .filter(Boolean).join(" – ");
     $("said").textContent = "";
-  }
-
-  /** Go to a unit of the layer on view, to a layer, or to layer/unit. */
-  function jump(text) {
-    const wanted = text.trim();
-    if (!wanted) return;
-    const slash = wanted.lastIndexOf("/");
-    const known = layers.get(wanted) || layers.get(wanted.slice(0, Math.max(0, slash)));
-    const unit = shown.layer && shown.layer.data.labels ? shown.layer.data.labels.indexOf(wanted) : -1;
-    let hash;
-    if (unit >= 0) hash = link(shown.layer.name, unit);
-    else if (layers.has(wanted)) hash = link(wanted);
-    else if (known) hash = link(known.name, wanted.slice(slash + 1));
-    else if (shown.layer && /^\d+$/.test(wanted)) hash = link(shown.layer.name, Number(wanted));
-    else if (shown.layer && (shown.layer.data.names || []).includes(wanted)) hash = link(shown.layer.name, shown.layer.data.names.indexOf(wanted));
-    const problem = hash ? parse(hash).problem
-      : `No layer is called ${wanted}` + (shown.layer ? "." : "; write layer/unit here.");
-    $("said").textContent = problem || "";
-    if (problem) return;
-    $("goto").value = "";
-    $("goto").blur();
-    location.hash = hash;
   }
 
   function key(event) {
@@ -341,7 +324,7 @@ const unitvis = (() => {
       run = data;
       for (const layer of data.layers) layers.set(layer.name, layer);
       $("layers").replaceChildren(...data.layers.map((layer) => el("option", { value: layer.name })));
-      $("jump").addEventListener("submit", (event) => { event.preventDefault(); jump($("goto").value); });
+      $("jump").addEventListener("submit", (event) => { event.preventDefault(); unitvis.search.jump($("goto").value); });
       document.addEventListener("keydown", key);
       window.addEventListener("hashchange", route);
       route();
@@ -350,5 +333,6 @@ const unitvis = (() => {
       layers.get(data.name).data = data;
       waiting.get(data.name)();
     },
+    parts: { $, el, link, layers, patches, tileOf, parse, run: () => run, shown: () => shown },
   };
 })();
