@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unitvis.network.receptive_fields.fields import receptive_field
     from unitvis.network.receptive_fields.receptive_field import ReceptiveField
     from unitvis.pages import gallery
+    from unitvis.pages.excerpt import excerpt
     from unitvis.ranking.recorder import Recorder
     from unitvis.run import LayerTop, Run, load
     from unitvis.scanning.merge import merge
@@ -35,6 +36,7 @@ __all__ = [
     "Run",
     "Transform",
     "UnitvisError",
+    "excerpt",
     "feature_maps",
     "gallery",
     "load",
@@ -57,6 +59,7 @@ _MODULES = {
     "ResponseMap": "attribution.responses",
     "Run": "run",
     "Transform": "sources.transform",
+    "excerpt": "pages.excerpt",
     "feature_maps": "attribution.feature_maps",
     "gallery": "pages",
     "load": "run",

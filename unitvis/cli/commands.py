@@ -24,6 +24,7 @@ from unitvis.drawing.units import Units, parse_choice, units_by_layer
 from unitvis.errors import Interrupted, UnitvisError
 from unitvis.network.network import Network
 from unitvis.pages import MAX_UNITS, draw
+from unitvis.pages.excerpt import excerpt
 from unitvis.pages.figures import figure
 from unitvis.results.classes import name_classes
 from unitvis.results.drawn_files import scanned_file
@@ -280,6 +281,15 @@ def _overview(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _excerpt(arguments: argparse.Namespace) -> int:
+    if unnamed := [text for text in arguments.units if "/" not in text]:
+        raise UnitvisError(f"{unnamed[0]!r} names no unit; write LAYER/UNIT, such as conv4/12 or conv4/0-8,12")
+    units = parse_choice(arguments.units)
+    target = excerpt(load(arguments.run, arguments.images), arguments.output, units, crop=arguments.crop)
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, open it in a browser or send it on")
+    return DONE
+
+
 def _figure(run: Run, arguments: argparse.Namespace, units: Units, width: str | None) -> Page:
     """Draw a figure; Interrupted for Ctrl-C."""
     try:
@@ -367,6 +377,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "render": _render,
     "sheet": _sheet,
     "overview": _overview,
+    "excerpt": _excerpt,
     "maps": _maps,
     "verify": _verify,
     "bench": _bench,

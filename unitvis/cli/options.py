@@ -201,6 +201,13 @@ def parser() -> argparse.ArgumentParser:
     page_options(sub, "(RUN/overview.png); SVG and PDF are for print")
     images_option(sub)
 
+    sub = command("excerpt", "Write chosen units into one HTML file with all its pictures, to be sent on.")
+    run_argument(sub)
+    sub.add_argument("units", metavar="LAYER/UNIT", nargs="+", help="which units, such as conv4/12 or conv4/0-8,12")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
+    sub.add_argument("--crop", choices=CROPS, help="what a patch shows; default: by layer")
+    images_option(sub)
+
     sub = command("maps", "Draw what all units of one layer respond to one image.")
     model_argument(sub)
     sub.add_argument("image", metavar="IMAGE", help="a picture")
