@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unitvis.drawing.page import PAPER, Page, page_dots
 from unitvis.drawing.patches import Cells, LayerCuts, crop_of, drawn_boxes, patches_by_winner
 from unitvis.drawing.printing import Section, Words, printed
-from unitvis.drawing.sheets import FAINT, INK, compose, drawable, fitting_name
+from unitvis.drawing.sheets import FAINT, INK, compose, drawable, fitting_name, head_names
 from unitvis.errors import UnitvisError
 from unitvis.results.arrays import LayerArrays, extent_text
 from unitvis.results.data import RunData
@@ -66,7 +66,11 @@ def printed_overview(run: RunData, layers: Sequence[str] | None = None, *, width
     """Draw what `overview` does as a page for print, with the numbers of the units. width: see `Run.sheet`."""
     run, dots = drawable(run), page_dots(width)
     shown = _chosen(run, layers)
-    sections = [Section(one.layer, one.units, crop_of(run, one.layer, None), [one.line]) for one in shown.blocks]
+    sections = []
+    for one in shown.blocks:
+        names, origin = head_names(run, one.layer, one.units)
+        crop = crop_of(run, one.layer, None)
+        sections.append(Section(one.layer, one.units, crop, [one.line, *origin], names=names))
     return printed(run, sections, Words(QUESTION, [shown.told], [shown.rule]), dots)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -18,13 +18,16 @@ from unitvis.drawing.sheets import (
     caption,
     compose,
     drawable,
+    fitting_classes,
     fitting_name,
+    head_names,
     note,
     tile_shape,
     unit_name,
 )
 from unitvis.drawing.units import checked_units
 from unitvis.errors import UnitvisError
+from unitvis.results.classes import winner_classes
 from unitvis.results.data import RunData
 
 LEAST_POINTS = 7.0  # size of the smallest text on a page of a given width
@@ -52,13 +55,18 @@ class Beside:
 
 @dataclass(frozen=True)
 class Section:
-    """One layer of a page: the lines below its name, its units, and notes beside their numbers."""
+    """One layer of a page: the lines below its name, its units, and for each of them, or for none, what stands below.
+
+    notes: beside its number; names: of its class, on a line of its own; classes: see `winner_classes`, on another.
+    """
 
     layer: str
     units: Sequence[int]
     crop: str
     lines: Sequence[str]
     notes: Sequence[str] = ()
+    names: Sequence[str] = ()
+    classes: Sequence[Mapping[str, int]] = ()
     beside: Beside | None = None
 
 
@@ -99,10 +107,17 @@ def printed_sheet(
     """Draw a page of tiles for print; see `Run.sheet`."""
     run, dots = drawable(run), page_dots(width)
     chosen, crop = checked_units(layer, len(run[layer]), units), crop_of(run, layer, crop)
-    lines = caption(run, run[layer], chosen, crop)
-    return printed(
-        run, [Section(layer, chosen, crop, lines, [note(run[layer], unit) for unit in chosen])], Words(), dots
+    top = run[layer]
+    section = Section(
+        layer,
+        chosen,
+        crop,
+        caption(run, top, chosen, crop),
+        [note(top, unit) for unit in chosen],
+        head_names(run, layer, chosen)[0],
+        winner_classes(run, top, chosen) if run.class_folders else (),
     )
+    return printed(run, [section], Words(), dots)
 
 
 class _Layout:
@@ -181,6 +196,7 @@ class _Layout:
         """The height of a row of tiles with its numbers and the space below."""
         wide, high = tile_shape(self._k, arrangement.patch)
         lines = 2 if any(section.notes for section in self._sections) and self._label_widths[0] > wide else 1
+        lines += any(section.names for section in self._sections) + any(section.classes for section in self._sections)
         if arrangement.stacked:
             high = 2 * high + _gap(arrangement.patch) // 2
         return round(high + lines * _LINE * self._text + _gap(arrangement.patch))
@@ -244,11 +260,11 @@ class _Layout:
         return round(_LINE * (self._heading + below * self._text) + 0.5 * self._text)
 
     def _wrapped(self, lines: Iterable[str], width: int, size: float) -> list[str]:
-        """Lines that are at most so wide, broken between words."""
+        """Lines that are at most so wide, broken between words; a wider word is shortened."""
         found = []
         for line in lines:
             whole = ""
-            for word in line.split(" "):
+            for word in (fitting_name(word, font(size), round(width * _ROOM)) for word in line.split(" ")):
                 longer = f"{whole} {word}" if whole else word
                 if whole and font(size).getlength(longer) > width * _ROOM:
                     found.append(whole)
@@ -329,13 +345,22 @@ class _Layout:
             if section.beside:
                 page.place(section.beside.draw(unit, size), *places[0])
             beside = section.notes[index] if section.notes else ""
+            more = self._more(section, index, wide)
             for place in places[1:] if arrangement.stacked else places:
                 below = place[1] + high + 1.05 * self._text
                 page.write(name, place[0], below, self._text, INK)
-                if beside and self._label_widths[0] > wide:
-                    page.write(beside, place[0], below + _LINE * self._text, self._text, FAINT)
-                elif beside:
+                own = [beside, *more] if beside and self._label_widths[0] > wide else more
+                if own is more and beside:
                     page.write(beside, place[0] + wide, below, self._text, FAINT, ends=True)
+                for line, text in enumerate(own, 1):
+                    if text:
+                        page.write(text, place[0], below + line * _LINE * self._text, self._text, FAINT)
+
+    def _more(self, section: Section, index: int, wide: int) -> list[str]:
+        """What stands below a unit's number, shortened to the width of its tile: its class, its winners' classes."""
+        room = round(wide * _ROOM)
+        names = [fitting_name(section.names[index], self._font, room)] if section.names else []
+        return names + ([fitting_classes(section.classes[index], self._font, room)] if section.classes else [])
 
 
 def _gap(patch: int) -> int:

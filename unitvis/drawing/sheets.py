@@ -211,7 +211,7 @@ def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int,
     head = round(margin + heading.getbbox("Ag")[3] * 1.4 + line_height * len(lines) + margin / 2)
     needed = max(math.ceil(small.getlength(line)) for line in lines)
     width = 2 * margin + max(columns * wide + (columns - 1) * margin, needed)
-    below, (names, _) = _text_height(run, text), unit_names(run, layer) or (None, None)
+    below, (names, _) = _text_height(run, text), head_names(run, layer, units)
     page = Image.new("RGB", (width, head + rows * (high + below + margin) + margin // 2), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((margin, margin), fitting_name(layer, heading, width - 2 * margin), INK, heading)
@@ -222,12 +222,12 @@ def _sheet(run: RunData, layer: str, units: Sequence[int], crop: str, size: int,
         x, y = margin + number % columns * (wide + margin), head + number // columns * (high + below + margin)
         page.paste(compose(top, unit, cells, size), (x, y))
         remark, name = note(top, unit), unit_name(top, unit)
-        if names is not None:
-            name = fitting_name(f"{name} {names[unit]}", font, wide - math.ceil(font.getlength(f" {remark}")))
+        if names:
+            name = fitting_name(f"{name} {names[number]}", font, wide - math.ceil(font.getlength(f" {remark}")))
         draw.text((x, y + high + text * 0.25), name, INK, font)
         draw.text((x + wide, y + high + text * 0.25), remark, FAINT, font, anchor="ra")
         if classes:
-            draw.text((x, y + high + text * 1.5), _fitting_classes(classes[number], font, wide), FAINT, font)
+            draw.text((x, y + high + text * 1.5), fitting_classes(classes[number], font, wide), FAINT, font)
     return page
 
 
@@ -249,8 +249,7 @@ def caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) -> 
         f"strongest{kept} of {run.manifest['images']:,} images, at most one patch an image, strongest first",
         f"{shown}; the input is {width} x {height} pixels, plain grey is outside it",
     ]
-    if named := unit_names(run, top.name):
-        lines.append(f"names of classes: {printable(named[1])}")
+    lines += head_names(run, top.name, units)[1]
     if run.class_folders:
         lines.append("below each tile: the classes of its images, which are the folders that they lie in")
     if (~top.fired).any():
@@ -258,6 +257,13 @@ def caption(run: RunData, top: LayerArrays, units: Sequence[int], crop: str) -> 
     statuses = set(top.status[list(units)].tolist())
     lines += [f"{name}: {meaning}" for name, meaning in STATUSES.items() if name in statuses]
     return lines
+
+
+def head_names(run: RunData, layer: str, units: Sequence[int]) -> tuple[list[str], list[str]]:
+    """The names of the classes of a head's units, and the line that tells their origin; none for other layers."""
+    if (found := unit_names(run, layer)) is None:
+        return [], []
+    return [found[0][unit] for unit in units], [f"names of classes: {printable(found[1])}"]
 
 
 def fitting_name(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
@@ -275,7 +281,7 @@ def fitting_name(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, 
     return ends(max(0, fits - 1))
 
 
-def _fitting_classes(classes: Mapping[str, int], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def fitting_classes(classes: Mapping[str, int], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Counts by class in one line of at most so many pixels: where not all fit the first, and an ellipsis."""
     counts = list(classes.items())
     for number in range(len(counts), 0, -1):

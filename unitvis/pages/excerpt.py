@@ -153,13 +153,19 @@ def _layer_sections(
 def _unit_article(
     run: RunData, data: Mapping[str, Any], unit: int, crop: str, cells: Cells, wholes: Mapping[int, bytes]
 ) -> str:
-    """Make one unit: its number, what is unusual of it, and its winners. data: see `facts.layer`."""
+    """Make one unit: its number and class, what is unusual of it, its winners and their classes.
+
+    data: see `facts.layer`.
+    """
     top = run[data["name"]]
     note = data["notes"][unit]
     fired = [rank for rank in range(top.values.shape[1]) if top.fired[unit, rank]]
-    parts = [f"<h3>{_text(top.name)} <span>unit {_text(unit_name(top, unit))}</span></h3>"]
+    name = f": {data['names'][unit]}" if data["names"] else ""
+    parts = [f"<h3>{_text(top.name)} <span>unit {_text(unit_name(top, unit) + name)}</span></h3>"]
     if note:
         parts.append(f"<p><em>{_text(note)}</em>: {_text(facts.explanations()[note])}.</p>")
+    if data["classes"] and data["classes"][unit]:
+        parts.append(f"<p>Its images by class: {_text(data['classes'][unit])}.</p>")
     winners = [_winner(run, top, data, unit, rank, crop, cells, wholes) for rank in fired]
     if winners:
         parts.append(f'<ol style="--across:{tile_columns(top.values.shape[1])}">{"".join(winners)}</ol>')

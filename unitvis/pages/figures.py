@@ -67,10 +67,9 @@ def figure(
         left = _left_halves(run, named, crop, model, method_asked_for(project) or "deconvnet", device)
     sections = []
     for layer in layers:
-        kind = crop_of(run, layer, crop)
-        sections.append(
-            Section(layer, named[layer], kind, [_field_text(run, run[layer], kind)], beside=left.get(layer))
-        )
+        kind, (names, origin) = crop_of(run, layer, crop), sheets.head_names(run, layer, named[layer])
+        lines = [_field_text(run, run[layer], kind), *origin]
+        sections.append(Section(layer, named[layer], kind, lines, names=names, beside=left.get(layer)))
     slide = style == "lecture" and dots is None
     return printed(run, sections, Words(foot=_notes(run, style)), dots, len(layers) if slide else None)
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 import re
 import shutil
 import struct
-import xml.etree.ElementTree as ET
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 from torch import nn
 
 import unitvis
 from support.commands import call
+from support.drawings import Drawing
 from support.scans import scan
 from unitvis import UnitvisError
 from unitvis.drawing.page import Page, page_dots
@@ -27,7 +26,6 @@ from unitvis.drawing.printing import LEAST_POINTS
 from unitvis.pages.figures import figure
 
 NAMES = ("stem", "<b>&", "third", "fourth", "fifth")  # the second would be markup in an SVG that does not escape it
-SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
 
 
 def network() -> nn.Module:
@@ -75,29 +73,6 @@ def page(request: pytest.FixtureRequest, run: unitvis.Run) -> Page:
     return PAGES[request.param](run)
 
 
-class Drawing:
-    """What an SVG holds, read as XML: lengths in millimetres."""
-
-    def __init__(self, svg: str) -> None:
-        root = ET.fromstring(svg)  # noqa: S314 - of this project's making
-        self.size = tuple(float(root.attrib[side].removesuffix("mm")) for side in ("width", "height"))
-        scale = self.size[0] / float(root.attrib["viewBox"].split()[2])
-        assert self.size[1] == pytest.approx(scale * float(root.attrib["viewBox"].split()[3]), abs=0.1)
-        self.boxes, self.images, self.texts, self.points = [], [], [], []
-        for one in root.iter(f"{SVG}image"):
-            self.boxes.append(tuple(scale * float(one.attrib[key]) for key in ("x", "y", "width", "height")))
-            head, data = one.attrib[LINK].split(",")
-            assert head == "data:image/jpeg;base64"
-            self.images.append(Image.open(io.BytesIO(base64.b64decode(data))))
-        for one in root.iter(f"{SVG}text"):
-            size = float(one.attrib["font-size"]) * scale
-            wide = ImageFont.load_default(100).getlength(one.text) * size / 100
-            x = float(one.attrib["x"]) * scale - (wide if one.get("text-anchor") == "end" else 0)
-            self.boxes.append((x, float(one.attrib["y"]) * scale - 0.7 * size, wide, 0.7 * size))
-            self.texts.append(one.text)
-            self.points.append(size * 72 / 25.4)
-
-
 def test_text_is_text_and_large_enough(page: Page) -> None:
     found = Drawing(page.svg())
     assert LEAST_POINTS == 7
@@ -107,15 +82,7 @@ def test_text_is_text_and_large_enough(page: Page) -> None:
 
 
 def test_nothing_lies_on_anything_or_outside_the_page(page: Page) -> None:
-    found = Drawing(page.svg())
-    for x, y, wide, high in found.boxes:
-        assert x >= 0
-        assert y >= 0
-        assert x + wide <= found.size[0]
-        assert y + high <= found.size[1]
-    for one, other in combinations(found.boxes, 2):
-        apart = [max(one[a], other[a]) - min(one[a] + one[a + 2], other[a] + other[a + 2]) for a in (0, 1)]
-        assert max(apart) > -0.01, (one, other)
+    Drawing(page.svg()).check()
 
 
 def test_a_slide_has_its_layers_side_by_side_each_with_its_tiles_in_a_square(run: unitvis.Run) -> None:

@@ -15,10 +15,12 @@ from PIL import Image, ImageDraw
 
 import unitvis
 from support.commands import call
+from support.drawings import Drawing
 from support.foreign import refusal
 from support.galleries import data
 from support.mutations import DELETED, changed, read, write
 from unitvis import UnitvisError, cli
+from unitvis.pages.figures import figure
 from unitvis.results.class_folders import class_folders
 from unitvis.scanning.verify import verify
 
@@ -250,6 +252,30 @@ def test_sheets_and_pages_show_names_and_counts(
     assert first["classes"][3].split()[0] in COLOURS
 
 
+def test_pages_for_print_and_excerpts_show_names_and_counts(run: unitvis.Run, tmp_path: Path) -> None:
+    counts = ", ".join(f"{name} {count}" for name, count in run["1"].classes(2).items())
+    origin = "names of classes: the folders of the images, sorted"
+    pages = {
+        "a sheet": run.sheet("1", width=160),
+        "a narrow sheet": run.sheet("1", width=40),
+        "an overview": run.overview(["0", "1"], width=80),
+        "a figure": figure(run, ["0", "1"], "lecture", width=80),
+        "a slide": figure(run, ["1"], "lecture"),
+    }
+    for what, page in pages.items():
+        found = Drawing(page.svg())
+        found.check()
+        assert {"blue", "green", "red"} <= set(found.texts), what
+        assert origin in " ".join(found.texts), what
+        assert (counts in found.texts) == (what == "a sheet")
+        assert any(text.startswith("red ") for text in found.texts) == ("sheet" in what)  # counts, shortened
+    assert not {"blue", "green", "red"} & set(Drawing(run.sheet("0", width=80).svg()).texts)  # its units have no class
+    words = unitvis.excerpt(run, tmp_path / "units.html", {"0": [3], "1": [2]}).read_text()
+    assert "unit 3</span>" in words
+    assert "unit 2: red</span>" in words
+    assert f"Its images by class: {counts}." in words
+
+
 def test_a_sheet_drops_the_last_classes_where_not_all_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = {"blue": "a very long name of a class, 1", "green": "b" * 200, "red": "c"}
     run, drawn = scanned(tmp_path, named=named), []
@@ -315,6 +341,8 @@ def test_names_of_any_content_are_drawn(name: str, folder: Path) -> None:
     assert found["1"].labels == [name, "b", "c"]
     assert repr(found["1"][0]).isprintable()
     assert found.sheet("1").width < 2000
+    Drawing(found.sheet("1", width=60).svg()).check()
+    assert "unit 0: " in unitvis.excerpt(found, folder.parent / "units.html", {"1": [0]}).read_text(encoding="utf-8")
     assert found["1"]._repr_html_()
     unitvis.gallery(found, folder)
     assert data(folder / "gallery" / "layers" / "1" / "layer.js")["names"][0] == name
