@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import shutil
 import struct
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import unitvis
+from support import browsers
 from support.commands import call
 from support.drawings import Drawing
 from support.scans import scan
@@ -103,18 +102,12 @@ def test_pictures_have_print_resolution_and_are_those_of_the_run(run: unitvis.Ru
 
 
 @pytest.mark.browser
+@pytest.mark.skipif(browsers.CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 def test_a_browser_shows_the_page_that_is_painted(run: unitvis.Run, tmp_path: Path) -> None:
     """Text in the embedded font and pictures at their places; letters are drawn a little differently."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium is installed: apt-get install chromium")
     page = run.sheet("third", range(6), width="2in")
     page.save(tmp_path / "page.svg")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox"] if os.getuid() == 0 else []
-        )
+    with browsers.launched() as browser:
         # A browser has 96 pixels an inch, here of 3.125 dots each: 300 dots an inch.
         sheet = browser.new_page(viewport={"width": 192, "height": page.height * 96 // 300}, device_scale_factor=3.125)
         asked = []
@@ -122,7 +115,6 @@ def test_a_browser_shows_the_page_that_is_painted(run: unitvis.Run, tmp_path: Pa
         sheet.goto((tmp_path / "page.svg").as_uri())
         sheet.evaluate("document.fonts.ready")
         shown = Image.open(io.BytesIO(sheet.screenshot())).convert("L")
-        browser.close()
     assert asked.count("file") == 1
     assert set(asked) <= {"file", "data"}
     painted = page.image().convert("L").crop((0, 0, *shown.size))

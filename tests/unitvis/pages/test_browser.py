@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote, urlparse
@@ -17,27 +15,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 import unitvis
+from support import browsers
 from support.galleries import HOSTILE, ODD, contrast, data, network, scanned
 from unitvis.pages import sprites
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium"),
-]
+pytestmark = browsers.needed
 ODD_LINK = quote(ODD, safe="")
-DEADLINE = 300_000  # milliseconds after which what a test waits for is taken to never happen
-sync_api.expect.set_options(timeout=DEADLINE)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.getuid() == 0 else []  # Chromium refuses to run as root otherwise
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with browsers.launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +48,7 @@ class Visit:
         size = {"width": width, "height": 800}
         self.context = browser.new_context(viewport=size, color_scheme=scheme, device_scale_factor=density)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(DEADLINE)
+        self.page.set_default_timeout(browsers.DEADLINE)
         self.problems: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", lambda message: self.problems.append(message.text))
