@@ -285,7 +285,7 @@ def answers(run: RunData, name: str, drawn: Mapping[str, Any]) -> list[list[str]
     if named := unit_names(run, name):
         lines.append(["Where do the units' names come from?", f"They name the network's classes: {named[1]}."])
     if run.class_folders:
-        lines.append(["What is counted by class?", "Its images; their classes are the folders that they lie in."])
+        lines.append(["What are the counts by class?", "How many of its winners that fired lie in each class folder."])
     if filters:
         lines.append(["What is the small square?", "The unit's weights, no photograph: grey is 0, one scale a filter."])
     if method := drawn.get("projections"):
