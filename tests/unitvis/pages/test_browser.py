@@ -471,7 +471,8 @@ def test_links_can_be_hit_and_placeholders_read_on_a_phone(browser: sync_api.Bro
 
 def test_names_and_classes_are_text_on_tiles_and_units(browser: sync_api.Browser, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    model.add_module("concat", nn.Linear(4, 3))
     classes = ("<b>cat</b>", "a dog whose name is far longer than a tile of nine patches is wide")
     for number in range(8):
         folder = tmp_path / "photos" / classes[number % 2].replace("/", "")
@@ -479,11 +480,18 @@ def test_names_and_classes_are_text_on_tiles_and_units(browser: sync_api.Browser
         pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     transform = unitvis.Transform(crop=12)
+    labels = [*classes, "cat"]
     run = unitvis.scan(
-        model, tmp_path / "photos", ["3"], transform=transform, labels=list(classes), precision="fp32", progress=False
+        model.eval(),
+        tmp_path / "photos",
+        ["concat"],
+        transform=transform,
+        labels=labels,
+        precision="fp32",
+        progress=False,
     )
     visit = Visit(browser, unitvis.gallery(run, tmp_path / "gallery").parent)
-    visit.open("3")
+    visit.open("concat")
     page = visit.page
     assert page.locator("#unit-0 span", has_text="<b>cat</b>").first.is_visible()
     counted = page.locator("#unit-1 .classes")
@@ -491,8 +499,11 @@ def test_names_and_classes_are_text_on_tiles_and_units(browser: sync_api.Browser
     assert counted.bounding_box()["width"] <= page.locator("#unit-1 .patches").bounding_box()["width"] + 1
     page.locator("#goto").fill("<b>cat</b>")
     page.keyboard.press("Enter")
-    visit.heading("3 unit 0: <b>cat</b>")
+    visit.heading("concat unit 0: <b>cat</b>")
     sync_api.expect(page.locator("main")).to_contain_text("Its images by class: ")
     sync_api.expect(page.locator("main")).to_contain_text("<b>cat<b> 4")
+    page.locator("#goto").fill("cat")  # the class, not the layer or the images that have it in their names
+    page.keyboard.press("Enter")
+    visit.heading("concat unit 2: cat")
     visit.check()
     visit.context.close()
