@@ -285,7 +285,9 @@ def _excerpt(arguments: argparse.Namespace) -> int:
     if unnamed := [text for text in arguments.units if "/" not in text]:
         raise UnitvisError(f"{unnamed[0]!r} names no unit; write LAYER/UNIT, such as conv4/12 or conv4/0-8,12")
     units = parse_choice(arguments.units)
-    target = excerpt(load(arguments.run, arguments.images), arguments.output, units, crop=arguments.crop)
+    run = load(arguments.run, arguments.images)
+    _check_replaced(arguments.output, run)
+    target = excerpt(run, arguments.output, units, crop=arguments.crop)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, open it in a browser or send it on")
     return DONE
 
