@@ -147,6 +147,8 @@ def print_verified(found: Mapping[str, Any]) -> None:
         _say(f"the first that was not: {found['first_wrong']}")
     if found["differing"]:
         _say(f"what the run says and what is now: {abridged(found['differing'])}")
+    if found["uncompared"]:
+        _say(found["uncompared"])
     _say(
         "compared: values, positions, boxes, what the run says of model, layers and images, and samples of failed "
         "images and NaN responses; only a scan tells whether other images win, and each unit's status"

@@ -39,8 +39,8 @@ def outlying_responses(
     Those whose response exceeds all of the sample's in the layer, or twice the sample's in the unit, and those that may
     open a unit which the sample closes. Infinite responses do not count: what overflowed is a candidate in the later
     layers as well. sampled: responses of the sample in half precision, [images, units]. columns: the units of each
-    layer. closed: [units], only ReLUs read the unit, and it is at most 0 in all of the sample. margins: [units], how
-    far float32 may lie above half precision.
+    layer. closed: [units], only ReLUs read the unit, and it is at most its margin in all of the sample. margins:
+    [units], how far float32 may lie above half precision.
 
     Also returns, float64 [layers], how many times as large as the sample's, at least 1, a layer's responses to the
     other images may be, of those too that are no candidates.

@@ -218,7 +218,9 @@ class Reranking:
         for sampled in self._half_samples:
             outside, largest_input = outlying_inputs(kept, sampled.magnitudes)
             ids = np.union1d(ids, kept.images[outside])
-            closed = read_by_relu & (np.maximum(self._canonical_sample, sampled.responses).max(axis=0) <= 0)
+            # Within its margin: a flat image gives just the bias of a unit, which tells nothing of rounding errors.
+            largest = np.maximum(self._canonical_sample, sampled.responses).max(axis=0)
+            closed = read_by_relu & (largest <= np.where(np.isfinite(margins), margins, 0))
             outside, times = outlying_responses(candidates, sampled.responses, network.columns, closed, margins)
             outside[network.columns[-1]] = False  # no layer reads the last one's responses
             ids = np.union1d(ids, candidates.images[outside])

@@ -38,6 +38,7 @@ def remove_drawn(folder: Path, within: Collection[str] = FOLDERS) -> list[Path]:
 
     within: those of `FOLDERS` that are emptied.
     """
+    within = [name for name in within if not (folder / name).is_symlink()]
     own, others = _told_apart(folder, within)
     for path in own:
         with suppress(OSError):  # another command removed it, or it cannot be removed
@@ -104,7 +105,9 @@ def _told_apart(folder: Path, within: Iterable[str]) -> tuple[list[Path], list[P
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder, and links, which are not followed."""
+    """All files below a folder, and links, which are not followed; none where the folder itself is a link."""
+    if folder.is_symlink():
+        return
     for above, folders, files in os.walk(folder):
         here = Path(above)
         yield from (here / name for name in files)

@@ -38,12 +38,33 @@ def differing_network(run: RunData, network: Network) -> list[str]:
     return found + list(differences({"layers": given}, {"layers": entries}))
 
 
+_OF_FILES = {"folder", "list", "paths", "tar"}  # kinds of sources whose records identify files
+
+
+def compares_images(run: RunData) -> bool:
+    """Whether the images that are read now can be compared with what the run says of those that were scanned."""
+    kinds = {run.source.kind, run.manifest["source"]["kind"]}
+    return len(kinds) == 1 or kinds <= _OF_FILES
+
+
+def uncompared(run: RunData) -> str | None:
+    """What of the images is not compared, because they are read now from another kind of source; None: nothing."""
+    then, now = run.manifest["source"]["kind"], run.source.kind
+    if then == now:
+        return None
+    what = "their names were" if compares_images(run) else "names, sizes and hashes of images and failed images were"
+    return f"the run says that its images came from a {then}, and they are read from a {now}: {what} not compared"
+
+
 def differing_images(run: RunData) -> list[str]:
-    """Say what the run has of its images that their source contradicts, where that is of the kind that was scanned."""
+    """Say what the run has of its images that their source contradicts; see `uncompared`."""
     source, then = run.source, run.manifest["source"]
+    if not compares_images(run):
+        return []
     now = json.loads(json.dumps(source.describe()))  # tuples are lists
     if now["kind"] != then["kind"]:
-        return []
+        records = ({**record, "name": source.name(record["id"])} for record in run.records.values())
+        return [sentence for record in records for sentence in _differing_record(record, source)]
     found = list(differences({"source": same_images(then)}, {"source": same_images(now)}))
     for failure in run.manifest["failures"]:
         if not same_name(name := source.name(failure["id"]), failure["name"]):

@@ -21,7 +21,7 @@ from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
 from unitvis.scanning.absences import differing_nan, readable_failures
-from unitvis.scanning.claims import differing_images, differing_network
+from unitvis.scanning.claims import compares_images, differing_images, differing_network, uncompared
 from unitvis.sources import Batch, Source
 from unitvis.state.noise_numbers import ROUNDING
 from unitvis.state.partial import OTHER_POSITIONS, ranked_inside, refuse_differences
@@ -149,7 +149,8 @@ def verify(
     Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
     the layer's largest value; "same_fingerprint": bool; "by_slot": the layers whose bits depend on an image's place;
     "first_wrong": a sentence about the first wrong one, or None; "differing": sentences such as "source.images is 9 and
-    8", about what the run says and what is now.
+    8", about what the run says and what is now; "uncompared": a sentence about what of the images was not compared,
+    because they are read from another kind of source, or None.
     """
     run.need_winners()
     precision = run.manifest["precision"]
@@ -169,12 +170,12 @@ def verify(
     differing = differing_network(run, network)
     found = compare_winners(run, network)
     differing += differing_images(run)
-    if run.source.kind == run.manifest["source"]["kind"]:
+    if compares_images(run):
         differing += readable_failures((failure["id"] for failure in run.manifest["failures"]), run.source)
     differing += differing_nan(run, network, run.source)
     if not found["wrong"]:  # gradients are those of the winners
         differing += differing_effective_boxes(network, run)
-    return found | {"differing": differing}
+    return found | {"differing": differing, "uncompared": uncompared(run)}
 
 
 def compare_winners(run: RunData, network: Network) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,55 @@ def test_rare_bright_images_beside_a_channel_that_is_always_larger(
     assert (run["0"].status[:6] != UNSEPARATED).any()
     assert wrong(run, model, images) == 0
     assert np.isin(run["0"].images[:6], rare.numpy()).any()
+
+
+@pytest.mark.parametrize("black", [True, False])
+def test_a_black_image_in_the_sample_opens_no_unit(black: bool) -> None:
+    """It gives the bias of a unit that three rare images open by about a rounding error, and half precision does not."""
+    count, seed = 900, 9884
+    sampled = set(sample(np.array([[0, count]])).tolist())
+    g = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    images = 0.35 + 0.3 * torch.rand(count, 1, 1, 1, generator=g) + 0.12 * torch.randn(count, 3, 8, 8, generator=g)
+    images = images.clamp(0, 1)
+    first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="replicate")
+    model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    weight = torch.randn(3, 3, 3, generator=g)
+    weight = weight / weight.abs().mean() * 20
+    weight -= weight.abs().mean() * 0.5
+    patch = 0.5 + 0.42 * weight.sign()
+    rounding = 2.0**-12 * float((weight * patch).norm())
+    if (weight * patch).sum() < 0:
+        below = weight < 0
+        patch[below] *= float((weight * patch)[~below].sum() / -(weight * patch)[below].sum())
+    first.weight.data[:7] *= 0.3
+    first.weight.data[7], first.bias.data[7] = weight, 0.002 * rounding
+    others = torch.tensor([id for id in range(64, count) if id not in sampled])
+    rare = others[torch.randperm(len(others), generator=g)[:3]].tolist()
+    if black:
+        images[min(id for id in sampled if id >= 64)] = 0
+    half = copy.deepcopy(first).half()
+    with torch.no_grad():
+        for id, opening in zip(rare, (0.8, 1.3, 1.8), strict=True):
+            for _ in range(60):  # until half precision closes it
+                images[id] = (0.4 + 0.1 * torch.randn(3, 8, 8, generator=g)).clamp(0, 1)
+                own = images[id, :, 2:5, 2:5]
+                own[:] = (patch + 0.02 * torch.randn(3, 3, 3, generator=g)).clamp(0, 1)
+                for _ in range(6):
+                    missing = opening * rounding - float(first(images[id : id + 1])[0, 7, 3, 3])
+                    own += missing * weight / (weight * weight).sum()
+                if half(images[id : id + 1].half())[0, 7].amax() < -0.2 * rounding:
+                    break
+            else:
+                raise AssertionError("no image was found")
+    model[2].weight.data[:, 7] = 12 / rounding * torch.tensor([1.0, -1.0]).repeat(4)[:, None, None]
+    with Recorder(model, k=1, precision="fp16", batch_size=100) as recorder:
+        for batch in images.split(100):
+            recorder(batch)
+    run = recorder.result(images)
+    assert run.manifest["scan"]["precision"] == "fp16"
+    assert (run["2"].status != UNSEPARATED).any()
+    assert wrong(run, model, images) == 0
 
 
 class Threshold(nn.Module):
