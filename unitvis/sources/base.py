@@ -265,7 +265,7 @@ class Source(ABC):
             self._check_same_size(numbers, pixels)
             found = True
             if not filled and len(numbers) == batch_size:
-                yield Batch(torch.tensor(numbers, device="cpu"), pixels)
+                yield Batch(torch.tensor(numbers, device="cpu"), pixels.contiguous())  # a crop may be a view
                 continue
             done = 0
             while done < len(numbers):

@@ -192,13 +192,13 @@ def test_rare_bright_images_beside_a_channel_that_is_always_larger(
 
 @pytest.mark.parametrize("black", [True, False])
 def test_a_black_image_in_the_sample_opens_no_unit(black: bool) -> None:
-    """It gives the bias of a unit that three rare images open by about a rounding error, and half precision does not."""
+    """It gives the bias of a unit that rare images open by about a rounding error, and half precision does not."""
     count, seed = 900, 9884
     sampled = set(sample(np.array([[0, count]])).tolist())
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    images = 0.35 + 0.3 * torch.rand(count, 1, 1, 1, generator=g) + 0.12 * torch.randn(count, 3, 8, 8, generator=g)
-    images = images.clamp(0, 1)
+    brightness = 0.35 + 0.3 * torch.rand(count, 1, 1, 1, generator=g)
+    images = (brightness + 0.12 * torch.randn(count, 3, 8, 8, generator=g)).clamp(0, 1)
     first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="replicate")
     model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
     weight = torch.randn(3, 3, 3, generator=g)

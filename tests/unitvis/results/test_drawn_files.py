@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,25 @@ def test_a_kill_while_the_old_run_is_removed_costs_neither(
     scan(images, out, seed=1, resume=True)
     assert unitvis.load(out)["0"].values.tobytes() == scan(images, seed=1)["0"].values.tobytes()
     assert not (out / "progress.npz").exists()
+
+
+@pytest.mark.parametrize("link", ["gallery", "gallery/images", "gallery/layers", "sheets", "projections"])
+def test_nothing_is_removed_behind_a_link(link: str, images: Path, out: Path, tmp_path: Path) -> None:
+    """Files that bear the names of pictures, in a folder of the user that a folder of the run leads to."""
+    behind = tmp_path / "elsewhere"
+    if (out / link).exists():
+        shutil.copytree(out / link, behind)
+        shutil.rmtree(out / link)
+    for name in ("index.js", "images/1.jpg", "0.jpg", "0.png", "0/patches-0.jpg", "deconvnet-rf/0.jpg"):
+        (behind / name).parent.mkdir(parents=True, exist_ok=True)
+        (behind / name).write_text("mine")
+    (behind / "drawn.json").write_text("{}")  # of no drawing that is known, so that all is drawn anew
+    (out / link).symlink_to(behind)
+    before = {path: path.read_bytes() for path in behind.rglob("*") if path.is_file()}
+    run = unitvis.load(out)
+    for command in (lambda: unitvis.gallery(run, out, network()), lambda: scan(images, out, seed=1, overwrite=True)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with suppress(UnitvisError):
+                command()
+        assert {path: path.read_bytes() for path in behind.rglob("*") if path.is_file()} == before

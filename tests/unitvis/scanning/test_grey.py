@@ -102,7 +102,7 @@ def test_grey_networks_on_the_command_line(pictures: Path, tmp_path: Path, capsy
     model, out = f"{tmp_path / 'nets.py'}:net", tmp_path / "run"
     code, printed, _ = call(capsys, "layers", model, "--crop", SIDE)
     assert code == cli.DONE
-    assert printed.splitlines()[1].split()[:2] == ["0", "6"]
+    assert printed.splitlines()[1].split()[:3] == ["0", "Conv2d", "6"]
     numbers = ["--mean", 0.5, "--std", 0.25]
     code, printed, _ = call(capsys, "scan", "--resize", "24x24", *numbers, model, pictures, "-o", out, "--project")
     assert code == cli.DONE

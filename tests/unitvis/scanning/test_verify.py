@@ -15,6 +15,7 @@ import unitvis
 from support.commands import call
 from support.scans import images, scan, two_convolutions
 from unitvis import cli
+from unitvis.cli.report import print_verified
 from unitvis.scanning.verify import verify
 
 
@@ -166,6 +167,42 @@ def test_an_image_that_is_falsely_listed_as_failed_is_told(packed: bool, tmp_pat
     assert [sentence.partition(" (")[0] for sentence in verify(run, model)["differing"]] == [said]
     with pytest.raises(unitvis.UnitvisError, match=rf"the finished run in .* is not believed: {said}"):
         scan(model, source, ["0"], 2, resume=True, **options)
+
+
+@pytest.mark.parametrize("other", ["folder", "array"])
+def test_images_of_another_kind_of_source_are_compared_as_far_as_they_can(
+    other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, model = tmp_path / "photos", two_convolutions()
+    photos.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3), np.uint8)
+    for number, own in enumerate(pixels):
+        Image.fromarray(own).save(photos / f"{number}.png")
+    whole = (photos / "1.png").read_bytes()
+    (photos / "1.png").write_bytes(whole[:60])
+    (tmp_path / "list.txt").write_text("".join(f"photos/{number}.png\n" for number in range(4)))
+    scan(model, tmp_path / "list.txt", ["0"], 2, transform=unitvis.Transform(crop=12), out=tmp_path / "run")
+    (photos / "1.png").write_bytes(whole)
+    lines = (tmp_path / "run" / "images.jsonl").read_text().splitlines()
+    forged = json.loads(lines[0]) | {"width": 99}
+    (tmp_path / "run" / "images.jsonl").write_text("\n".join([json.dumps(forged), *lines[1:]]) + "\n")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    del manifest["files"]
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    np.save(tmp_path / "array.npy", pixels)
+    run = unitvis.load(tmp_path / "run", photos if other == "folder" else tmp_path / "array.npy")
+    found = verify(run, model)
+    assert found["wrong"] == 0
+    names = "their names were" if other == "folder" else "names, sizes and hashes of images and failed images were"
+    said = f"the run says that its images came from a list, and they are read from a {run.source.kind}: {names} not"
+    assert found["uncompared"] == f"{said} compared"
+    print_verified(found)
+    assert found["uncompared"] in capsys.readouterr().out
+    if other == "folder":
+        assert found["differing"][0].startswith("the width of '0.png' is 99 and 12")
+        assert found["differing"][1].startswith("image 1, '1.png', is listed as failed and can be read now")
+    else:
+        assert found["differing"] == []
 
 
 def test_layers_are_compared_by_bits_whatever_the_run_says_of_their_batches() -> None:
