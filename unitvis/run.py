@@ -16,13 +16,15 @@ from unitvis.drawing.notebook import PATCH_SIZE, layer_html, png, run_html
 from unitvis.drawing.overview import overview, printed_overview
 from unitvis.drawing.page import Page
 from unitvis.drawing.printing import printed_sheet
-from unitvis.errors import UnitvisError, abridged, check_unit, printable
+from unitvis.errors import UnitvisError, abridged, check_unit, printable, whole_number
 from unitvis.files import only_writer
 from unitvis.results.arrays import LayerArrays
 from unitvis.results.classes import unit_names, winner_classes
 from unitvis.results.data import RunData
 from unitvis.results.folder import check_output, read_run, write_run
+from unitvis.results.sample import QUARTILES, Histogram, Sample, Typical, refuse_without_sample
 
+MAX_BINS = 4096  # of a histogram of at most 256 images
 _VALUES_SHOWN = 9  # responses in the text of a unit, at most
 _UNITS_SHOWN = 36  # units of a slice that a notebook draws, at most
 
@@ -60,6 +62,31 @@ class LayerTop(LayerArrays):
 
     def __iter__(self) -> Iterator[Unit]:
         return (Unit(self, unit) for unit in range(len(self)))
+
+    def typical(self, unit: int, quantiles: Sequence[float] = QUARTILES) -> Typical:
+        """A unit's usual images: of the run's sample those at quantiles of its responses, and nine around the median.
+
+        The sample is up to 256 images chosen by a hash of their ids, see `Sample.typical`. UnitvisError where the run
+        keeps none.
+        """
+        return self._sample(unit).typical(self.name, int(unit), quantiles)
+
+    def histogram(self, unit: int, bins: int = 32) -> Histogram:
+        """How a unit's responses are distributed over the run's sample, in bins of one width.
+
+        They reach from the smallest response of the sample to the largest one of the run, that of the first winner.
+        UnitvisError where the run keeps no sample.
+        """
+        bins = whole_number("bins", bins, 1, MAX_BINS)
+        return self._sample(unit).histogram(self.name, int(unit), bins, float(self.values[int(unit), 0]))
+
+    def _sample(self, unit: int) -> Sample:
+        check_unit(self.name, unit, len(self))
+        if self.run is None:
+            raise UnitvisError(f"layer {self.name!r} belongs to no run, so there is no sample of its images")
+        if self.run.sample is None:
+            raise refuse_without_sample(self.run.manifest)
+        return self.run.sample
 
     def _repr_html_(self) -> str:
         return layer_html(self, self.run)

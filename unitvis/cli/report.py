@@ -151,5 +151,5 @@ def print_verified(found: Mapping[str, Any]) -> None:
         _say(found["uncompared"])
     _say(
         "compared: values, positions, boxes, what the run says of model, layers and images, and samples of failed "
-        "images and NaN responses; only a scan tells whether other images win, and each unit's status"
+        "images, NaN responses and all responses; only a scan tells whether other images win, and each unit's status"
     )

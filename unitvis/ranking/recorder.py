@@ -17,7 +17,7 @@ from unitvis.half_precision.step import HALF, Step
 from unitvis.ranking.batches import check_coverage
 from unitvis.ranking.recording import Recording
 from unitvis.ranking.repetition import repetition_warning
-from unitvis.ranking.winners import ranked_run, reranked_run
+from unitvis.ranking.winners import keep_sample, ranked_run, reranked_run
 from unitvis.reranking.rerank import Scanned
 from unitvis.reranking.witness import check_witness
 from unitvis.results.manifest import scan_manifest
@@ -58,10 +58,11 @@ class Recorder(Recording):
     def result(self, images: object = None) -> Run:
         """The run so far: float32 values, images, positions and boxes of the k winners of every unit.
 
-        images: whatever `scan` takes and can be read again by id, to cut patches from; after half precision also to
-        compute again what can win. Without them such a run ranks what half precision said, and nothing is separated.
-        Sixteen winners are read from them and computed again: UnitvisError if they give other responses than were
-        recorded under their ids. The manifest's `witness` says so, or why it was not checked.
+        images: whatever `scan` takes and can be read again by id, to cut patches from and for the sample of
+        `LayerTop.typical`; after half precision also to compute again what can win. Without them such a run ranks what
+        half precision said, and nothing is separated. Sixteen winners are read from them and computed again:
+        UnitvisError if they give other responses than were recorded under their ids. The manifest's `witness` says so,
+        or why it was not checked.
         """
         with self._lock:
             return self._result(images)
@@ -93,6 +94,8 @@ class Recorder(Recording):
         run.manifest["witness"] = checked
         if source is not None and self.precision == "fp32":
             run.attach(source)
+            if source.rereadable:
+                keep_sample(run, self.network, source)
         if repeated := repetition_warning(self.topk.read(), self.k):
             warnings.warn(repeated)
         return run

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unitvis.errors import UnitvisError
 from unitvis.network.layers import Layer
 from unitvis.network.network import Network
 from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.ranking.repetition import repetition_warning
 from unitvis.reranking.bound import EXCEEDING_PROBABILITY
+from unitvis.reranking.rereading import responses_again
 from unitvis.reranking.rerank import Scanned, rerank
 from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED, LayerArrays
 from unitvis.results.manifest import saturation_warning, unknown_boxes_warning
 from unitvis.results.nonfinite import infinite_info, nan_info
+from unitvis.results.sample import Sample, why_none
 from unitvis.run import Run
 from unitvis.sources import Source
+from unitvis.state.sampling import sample
 from unitvis.state.topk import Ranked, TopK
 
 
@@ -42,14 +47,44 @@ def reranked_run(network: Network, scanned: Scanned, source: Source, manifest: M
         found = rerank(network, scanned, source)
     counts = {
         "images": found.computed,
-        "sample": found.sampled,
+        "sample": len(found.sample),
         "outlying": found.outlying,
         "doubt": EXCEEDING_PROBABILITY,
     }
     run = ranked_run(network, found.topk, scanned.k, found.decided, {**manifest, "rescored": counts})
     run.manifest["seconds"]["rescoring"] = time.perf_counter() - start
+    if why_none(run.manifest) is None:
+        run.sample = _sample_of(network, found.sample, found.sample_responses)
     run.attach(source)
     return run
+
+
+def keep_sample(run: Run, network: Network, source: Source) -> None:
+    """Give a run the sample of its images, which are read again, unless it has one or `why_none` says why it has none.
+
+    A warning, in the manifest too, tells of an image that cannot be read, or of memory that runs out: a scan of hours
+    is not lost for it.
+    """
+    if run.sample is not None or why_none(run.manifest) is not None:
+        return
+    try:
+        run.sample = sampled_again(run.manifest, network, source)
+    except UnitvisError as error:
+        said = f"the run keeps no sample of its images, so nothing shows what is usual for a unit: {error}"
+        run.manifest["warnings"].append(said)
+        warnings.warn(said)
+
+
+def sampled_again(manifest: Mapping[str, Any], network: Network, source: Source) -> Sample:
+    """The sample of a run with this manifest and a coverage, computed from the images; see `responses_again`."""
+    ids = sample(np.array(manifest["coverage"], np.int64))
+    return _sample_of(network, ids, responses_again(network, source, ids))
+
+
+def _sample_of(network: Network, ids: NDArray[np.int64], responses: NDArray[np.float32]) -> Sample:
+    """ids [n] with their responses [n, units] as a run keeps them."""
+    own = zip(network.layers, network.columns, strict=True)
+    return Sample(ids, {layer.name: np.ascontiguousarray(responses[:, columns]) for layer, columns in own})
 
 
 def winners(network: Network, ranked: Ranked, k: int, decided: NDArray[np.bool_]) -> Mapping[str, LayerArrays]:

@@ -66,8 +66,9 @@ class Reranked:
     topk: TopK  # k + 1 places a unit
     decided: NDArray[np.bool_]  # [units]: no other image can enter
     computed: int  # images whose canonical responses were computed
-    sampled: int  # of these, images of the sample
     outlying: int  # of these, images outside of what the sample spans
+    sample: Ids  # of these, images of the sample, ascending
+    sample_responses: NDArray[np.float32]  # [images, units]: their canonical responses
 
 
 def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
@@ -101,7 +102,14 @@ def rerank(network: Network, scanned: Scanned, source: Source) -> Reranked:
     rest = again.layer_of[~again.decided & (overflowed | pays | again.unsuitable)]
     if len(rest):
         again.compute_all(rest.max())
-    return Reranked(again.topk, again.decided, len(again.computed), again.sampled, again.outlying)
+    return Reranked(
+        again.topk,
+        again.decided,
+        len(again.computed),
+        again.outlying,
+        again.sample,
+        again.canonical_sample.astype(np.float32),  # which computed them
+    )
 
 
 MIN_VARYING = 16  # images of the sample in which a unit's response must not be its commonest one
@@ -126,18 +134,14 @@ class Reranking:
         self.decided = np.zeros(network.units, bool)
         self.layer_of = network.layer_of
         self.computed, self._depth = np.zeros(0, np.int64), np.zeros(0, np.int64)  # ids, and of how many layers
-        self._canonical_sample = np.zeros((0, network.units))
+        self.sample = sample(scanned.coverage.ranges)  # ids, ascending
+        self.canonical_sample = np.zeros((0, network.units))  # [images, units]: their canonical responses
         self._half_samples: list[HalfSample] = []  # the same images in half precision, for each batch size
         # [layers]: how many times as large as those of the sample the numbers that a layer is computed from may be.
         self._stretch = np.ones(len(network.layers))
         self.outlying = 0  # images outside of what the sample spans
         self.unsuitable = np.zeros(network.units, bool)  # [units]: of layers whose errors no sample shows
         self._resolution = torch.finfo(HALF[scanned.precision]).eps  # from 1 to the next number
-
-    @property
-    def sampled(self) -> int:
-        """How many images the sample has."""
-        return len(self._canonical_sample)
 
     def compute(self, ids: Ids, depths: NDArray[np.int64]) -> list[Floats]:
         """Canonical responses of images in their first layers, as many as `depths`; never one twice.
@@ -171,8 +175,8 @@ class Reranking:
 
         A warning names a layer that the scan's precision turns out not to suit.
         """
-        ids = sample(self._scanned.coverage.ranges)
-        self._canonical_sample = np.concatenate(self.compute(ids, np.full(len(ids), len(self._network.layers))))
+        ids = self.sample
+        self.canonical_sample = np.concatenate(self.compute(ids, np.full(len(ids), len(self._network.layers))))
         half, found = {size: list[HalfSample]() for size in self._scanned.batch_sizes}, dict[str, str]()
         for batch in read_again(self._source, ids):
             for size in list(half):
@@ -219,7 +223,7 @@ class Reranking:
             outside, largest_input = outlying_inputs(kept, sampled.magnitudes)
             ids = np.union1d(ids, kept.images[outside])
             # Within its margin: a flat image gives just the bias of a unit, which tells nothing of rounding errors.
-            largest = np.maximum(self._canonical_sample, sampled.responses).max(axis=0)
+            largest = np.maximum(self.canonical_sample, sampled.responses).max(axis=0)
             closed = read_by_relu & (largest <= np.where(np.isfinite(margins), margins, 0))
             outside, times = outlying_responses(candidates, sampled.responses, network.columns, closed, margins)
             outside[network.columns[-1]] = False  # no layer reads the last one's responses
@@ -241,10 +245,10 @@ class Reranking:
     def _margins(self, half_sample: Floats) -> Floats:
         """Like `margins`, for one batch size. half_sample: float64 [images, units]."""
         with np.errstate(invalid="ignore"):
-            sampled = self._canonical_sample - half_sample  # [images, units]
+            sampled = self.canonical_sample - half_sample  # [images, units]
             error = self.pairs.values - self.half[self.rows, self.ranks]
         # Infinite in float32 where half precision is finite: nothing bounds that. The other way round is a candidate.
-        boundless = self.unsuitable | (np.isposinf(self._canonical_sample) & np.isfinite(half_sample)).any(axis=0)
+        boundless = self.unsuitable | (np.isposinf(self.canonical_sample) & np.isfinite(half_sample)).any(axis=0)
         sampled[~np.isfinite(sampled)] = 0
         usable = np.isfinite(error)
         unit, error = self.rows[usable], error[usable].astype(np.float64)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+import unitvis_kernels as uk
 from unitvis.bars import bar
 from unitvis.errors import UnitvisError
 from unitvis.network.forward import COMPUTE_BATCH
+from unitvis.network.network import Network
 from unitvis.sources import Batch, Source
 
 
@@ -29,3 +32,14 @@ def read_again(source: Source, ids: NDArray[np.int64]) -> Iterator[Batch]:
             f"{source.name(id)!r} was scanned and cannot be read now ({source.failure_reasons.get(id, 'no reason')}); "
             "restore it, or scan again"
         )
+
+
+def responses_again(network: Network, source: Source, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Canonical responses, float32 [n, units], of images [n, at least one] that were scanned.
+
+    network: its layers known. Raises UnitvisError as `read_again` does.
+    """
+    never = torch.full((network.units,), torch.inf, device=network.device)  # no position is looked for
+    with network.evaluating(), network.reading() as canonical:
+        keys = [canonical.keys(batch.pixels, never).cpu() for batch in read_again(source, ids)]
+    return np.asarray(uk.unpack(torch.cat(keys))[0].numpy())

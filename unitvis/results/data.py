@@ -13,6 +13,7 @@ from unitvis.errors import UnitvisError
 from unitvis.models.labels import Labels, labels_from
 from unitvis.results.arrays import LayerArrays, winners_of
 from unitvis.results.class_folders import class_folders
+from unitvis.results.sample import Sample
 from unitvis.sources import Source, reopen_source
 from unitvis.state.partial import Partial
 
@@ -39,6 +40,7 @@ class RunData:
         self.manifest, self.records = manifest, dict(records)
         self._source = source
         self.partial = partial
+        self.sample: Sample | None = None  # responses of some images, see `results.sample`
         self.folder: Path | None = None  # the folder it was last read from or written to
         self.labels: Labels | None = None  # the names of the classes that the network tells apart
         self._class_folders: tuple[Mapping[int, Any], Mapping[int, str]] | None = None  # of which records, and they
@@ -71,7 +73,7 @@ class RunData:
             return self
         tops = {name: top.strongest(count) for name, top in self.tops.items()}
         found = type(self)(tops, self.manifest | {"k": count, "kept": k}, self.records, self._source, self.partial)
-        found.folder, found.labels = self.folder, self.labels
+        found.folder, found.labels, found.sample = self.folder, self.labels, self.sample
         return found
 
     @property

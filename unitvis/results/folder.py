@@ -1,7 +1,8 @@
 """Reading and writing run folders.
 
-manifest.json, top.npz and images.jsonl hold the run, state.npz what `merge` needs (in runs of shards and merged runs),
-and labels.json the names of the network's classes, if known. All other files are drawn from them, and can be again:
+manifest.json, top.npz and images.jsonl hold the run, sample.npz the responses of some of its images (see `sample`),
+state.npz what `merge` needs (in runs of shards and merged runs), and labels.json the names of the network's classes, if
+known. All other files are drawn from them, and can be again:
 
 sheets/LAYER.png       LAYER+2.png and so on where the units do not fit on one page
 index.html
@@ -22,6 +23,7 @@ import os
 import tempfile
 from collections.abc import Container, Mapping
 from contextlib import ExitStack, suppress
+from itertools import compress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +36,7 @@ from unitvis.results.arrays import ARRAYS, LayerArrays, winners_of
 from unitvis.results.consistency import arrays_problem, manifest_problem, state_problem
 from unitvis.results.data import RunData
 from unitvis.results.drawn_files import FOLDERS, refuse_scanned_pictures, remove_drawn, warn_of_kept
+from unitvis.results.sample import read_sample, write_sample
 from unitvis.results.schemas import MANIFEST, MANIFEST_OF_A_SHARD, RECORD
 from unitvis.schema import problem
 from unitvis.sources import open_as_described
@@ -42,11 +45,11 @@ from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import PARTIAL_ARRAYS, differences, identity, read_partial
 
 FORMAT = 1  # version of the folder's format, in the manifest
-_HASHED = {"top.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
+_HASHED = {"top.npz", "sample.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
 _MAX_LINE = 2**20  # bytes of a line of images.jsonl: the longest path of a text list, six characters a byte, twice over
 _LABELS = "labels.json"
-# That a run may replace or remove.
-_FILES = ("manifest.json", "top.npz", "state.npz", "images.jsonl", _LABELS, "index.html")
+_ARRAYS = ("top.npz", "sample.npz", "state.npz")
+_FILES = ("manifest.json", *_ARRAYS, "images.jsonl", _LABELS, "index.html")  # that a run may replace or remove
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
 _NOT_WRITTEN = "a run is not written that nothing could read again"  # begins messages
 _MANIFEST_KEYS = MANIFEST_OF_A_SHARD.keys()
@@ -81,13 +84,16 @@ def _write(run: RunData, folder: Path) -> None:
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
     with ExitStack() as stack:
         manifest = stack.enter_context(replacing(folder / "manifest.json"))  # entered first, so put in place last
-        names = ["top.npz"] * bool(arrays) + ["state.npz"] * (run.partial is not None) + ["images.jsonl"]
+        there = (bool(arrays), run.sample is not None, run.partial is not None)
+        names = [*compress(_ARRAYS, there), "images.jsonl"]
         if run.labels is not None:
             _write_json(stack.enter_context(replacing(folder / _LABELS)), run.labels.to_json())
         parts = {name: stack.enter_context(replacing(folder / name)) for name in names}
         if arrays:
             with open(parts["top.npz"], "wb") as file:
                 np.savez_compressed(file, **arrays)
+        if run.sample is not None:
+            write_sample(run.sample, parts["sample.npz"])
         if run.partial is not None:
             run.partial.write(parts["state.npz"])
         with open(parts["images.jsonl"], "w", encoding="utf-8") as lines:
@@ -97,7 +103,7 @@ def _write(run: RunData, folder: Path) -> None:
         # All is written, so no disk that fills up can cost the run that was there.
         (folder / "index.html").unlink(missing_ok=True)
         kept = remove_drawn(folder)
-        for name in ("manifest.json", "top.npz", "state.npz", _LABELS):
+        for name in ("manifest.json", *_ARRAYS, _LABELS):
             (folder / name).unlink(missing_ok=True)
     Checkpoints(folder / SCAN_CHECKPOINT).remove()
     warn_of_kept(folder, kept)  # now that no filter that makes warnings errors can cost the run
@@ -187,8 +193,9 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
         ids = winners_of(tops.values()) if tops or partial is None else partial.candidates
         if (size := (folder / "images.jsonl").stat().st_size) > len(ids) * _MAX_LINE:
             raise ValueError(f"images.jsonl has {size:,} bytes, for {len(ids):,} images that won")
-        if wrong := _files_problem(folder, manifest.pop("files", {})):
+        if wrong := _files_problem(folder, manifest.pop("files", None)):
             raise ValueError(wrong)
+        sampled = read_sample(folder / "sample.npz", manifest) if tops and (folder / "sample.npz").exists() else None
         records = _read_records(folder / "images.jsonl", set(ids.tolist()))
         if wrong := _records_problem(tops, records, manifest):
             raise ValueError(wrong)
@@ -198,7 +205,7 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
         raise UnitvisError(f"{folder} is not a whole run ({error}); scan again with --overwrite") from error
     source = None if images is None else open_as_described(images, manifest["source"], manifest["transform"])
     run = kind(tops, manifest, records, source, partial)
-    run.folder, run.labels = folder, _read_labels(folder / _LABELS)
+    run.folder, run.labels, run.sample = folder, _read_labels(folder / _LABELS), sampled
     return run
 
 
@@ -240,10 +247,13 @@ def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerArrays
     return tops
 
 
-def _files_problem(folder: Path, hashes: Mapping[str, str]) -> str | None:
+def _files_problem(folder: Path, hashes: Mapping[str, str] | None) -> str | None:
     """Which file is not the one that was written with the manifest; None if all are, or it is too old to say so."""
-    for name in _HASHED & hashes.keys():
-        if _file_hash(folder / name) != hashes[name]:
+    if hashes is None:
+        return None
+    # A run without a sample lists none.
+    for name in _HASHED & hashes.keys() | ({"sample.npz"} if (folder / "sample.npz").exists() else set()):
+        if name not in hashes or _file_hash(folder / name) != hashes[name]:
             return f"{name} is not the one that was written with manifest.json"
     return None
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from unitvis.errors import UnitvisError
 from unitvis.network.device import fingerprint
 from unitvis.network.network import Network
-from unitvis.ranking.winners import field_info
+from unitvis.ranking.winners import field_info, sampled_again
 from unitvis.results.data import RunData
 from unitvis.sources.base import Source, same_name
+from unitvis.state.interval_set import IntervalSet
+from unitvis.state.noise_numbers import ROUNDING
 from unitvis.state.partial import differences, same_images
 
 
@@ -70,6 +75,37 @@ def differing_images(run: RunData) -> list[str]:
         if not same_name(name := source.name(failure["id"]), failure["name"]):
             found.append(f"the name of image {failure['id']}, which failed, is {failure['name']!r} and {name!r}")
     return found + [sentence for record in run.records.values() for sentence in _differing_record(record, source)]
+
+
+def differing_sample(run: RunData, network: Network, by_slot: Container[str]) -> list[str]:
+    """Say what of a run's sample its images contradict: which images it has, and the first response that differs.
+
+    network: with the run's layers. Responses must be bit-equal under the run's fingerprint, and otherwise, as in the
+    layers `by_slot`, within 1e-5 of the layer's largest. No sentence about a run without a sample.
+    """
+    if run.sample is None:
+        return []
+    if len(beyond := IntervalSet(run.manifest["coverage"]) - IntervalSet([(0, run.source.length or 0)])):
+        return [f"the sample is of a coverage with images that are not there: {beyond}"]
+    try:
+        now = sampled_again(run.manifest, network, run.source)
+    except UnitvisError as error:
+        return [f"the sample of the images cannot be computed again: {error}"]
+    if not np.array_equal(run.sample.images, now.images):
+        return ["the images of the sample are not those of the coverage whose ids have the smallest hashes"]
+    same = fingerprint(network.device) == run.manifest["fingerprint"]
+    found = []
+    for name, then in run.sample.responses.items():
+        equal = (then == now.responses[name]) | (np.isnan(then) & np.isnan(now.responses[name]))
+        if not same or name in by_slot:
+            won = np.abs(run.tops[name].values)
+            with np.errstate(invalid="ignore"):
+                equal |= np.abs(then - now.responses[name]) <= ROUNDING * won[np.isfinite(won)].max(initial=0)
+        if not equal.all():
+            at = np.unravel_index(np.argmin(equal), equal.shape)
+            values = f"{then[at]:.9g} in the sample and {now.responses[name][at]:.9g} now"
+            found.append(f"image {now.images[at[0]]} gives unit {at[1]} of layer {name!r} {values}")
+    return found
 
 
 def _differing_record(record: Mapping[str, Any], source: Source) -> Iterator[str]:

@@ -25,6 +25,7 @@ from unitvis.models.labels import labels_from
 from unitvis.network.device import default_batch
 from unitvis.network.network import Network
 from unitvis.ranking.recorder import Recorder
+from unitvis.ranking.winners import keep_sample
 from unitvis.results.classes import name_classes, warn_of_idle_labels
 from unitvis.results.drawn_files import refuse_scanned_pictures
 from unitvis.results.folder import check_output, refuse_unreadable
@@ -227,12 +228,13 @@ def _settled(recorder: Recorder, source: Source, pixels: Tensor, chosen_plan: Pl
 
 
 def finish_run(run: Run, source: Source, network: Network, on_error: str = "skip") -> None:
-    """Finish a run whose images are all ranked, by one scan or by many: second pass, and its warnings."""
+    """Finish a run whose images are all ranked, by one scan or by many: second pass, sample, and its warnings."""
     start = time.perf_counter()
     if on_error == "raise":
         refuse_odd_responses(run)
     if source.rereadable:
         _second_pass(run, network)
+        keep_sample(run, network, source)
     if by_slot := layers_by_slot(run, network):
         run.manifest["scan"]["by_slot"] = by_slot
     run.manifest["seconds"]["second_pass"] = time.perf_counter() - start

@@ -21,7 +21,13 @@ from unitvis.network.network import Network
 from unitvis.reranking.pairs import ResponsePairs
 from unitvis.results.data import RunData
 from unitvis.scanning.absences import differing_nan, readable_failures
-from unitvis.scanning.claims import compares_images, differing_images, differing_network, uncompared
+from unitvis.scanning.claims import (
+    compares_images,
+    differing_images,
+    differing_network,
+    differing_sample,
+    uncompared,
+)
 from unitvis.sources import Batch, Source
 from unitvis.state.noise_numbers import ROUNDING
 from unitvis.state.partial import OTHER_POSITIONS, ranked_inside, refuse_differences
@@ -143,7 +149,7 @@ def verify(
     within 1e-5 of the layer's largest, and so must the response at the run's place. The box must be equal, except where
     the layer's receptive field is unknown. What the manifest and images.jsonl say of the model, its layers and the
     images must be so; of the images that failed, a sample must fail again; of NaN responses see
-    `absences.differing_nan`. Not compared are what only a scan can tell: whether another image responds more strongly,
+    `absences.differing_nan`, of the run's sample `claims.differing_sample`. Not compared are what only a scan can tell: whether another image responds more strongly,
     and the units' statuses. Raises UnitvisError for a run ranked in half precision.
 
     Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
@@ -173,6 +179,7 @@ def verify(
     if compares_images(run):
         differing += readable_failures((failure["id"] for failure in run.manifest["failures"]), run.source)
     differing += differing_nan(run, network, run.source)
+    differing += differing_sample(run, network, found["by_slot"])
     if not found["wrong"]:  # gradients are those of the winners
         differing += differing_effective_boxes(network, run)
     return found | {"differing": differing, "uncompared": uncompared(run)}

@@ -48,7 +48,7 @@ def test_scan_render_sheet_and_verify(
     assert "12 images, 10 units of 2 layers" in printed
     assert "input: 31 x 31 pixels, pixels / 255, mean 0.5 0.5 0.5, std 0.25 0.25 0.25\n" in printed
     assert f"2 sheets in {out / 'sheets'}" in printed
-    files = ["gallery", "images.jsonl", "index.html", "manifest.json", "sheets", "top.npz"]
+    files = ["gallery", "images.jsonl", "index.html", "manifest.json", "sample.npz", "sheets", "top.npz"]
     assert sorted(p.name for p in out.iterdir()) == files
     run = unitvis.load(out)
     assert run.layers == ["0", "2"]

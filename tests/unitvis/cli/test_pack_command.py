@@ -43,7 +43,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert code == cli.SKIPPED
     assert "66 images, 11 units of 2 layers" in printed
     assert call("scan", model, folder, "-o", tmp_path / "want", *normal, *size)[0] == cli.SKIPPED
-    for name in ("top.npz", "images.jsonl", "sheets/2.png"):
+    for name in ("top.npz", "sample.npz", "images.jsonl", "sheets/2.png"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "want" / name).read_bytes()
     assert call("verify", tmp_path / "run", model)[0] == cli.DONE
     assert call("verify", tmp_path / "run", model, "--images", folder)[0] == cli.DONE

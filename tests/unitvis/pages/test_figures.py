@@ -116,7 +116,7 @@ def test_pictures_of_another_run_are_not_shown(copy: Path, tmp_path: Path) -> No
     other = nn.Sequential(nn.Conv2d(3, 12, 5), nn.ReLU(), nn.Conv2d(12, 10, 3)).eval()
     source = unitvis.load(copy).manifest["source"]["path"]
     unitvis.scan(other, source, transform=unitvis.Transform(), out=tmp_path / "other", progress=False)
-    for name in ("manifest.json", "top.npz", "images.jsonl"):
+    for name in ("manifest.json", "top.npz", "sample.npz", "images.jsonl"):
         shutil.copy(tmp_path / "other" / name, copy / name)
     for layer in ("0", "2"):
         with pytest.raises(UnitvisError, match=f"no projections of layer '{layer}'"):

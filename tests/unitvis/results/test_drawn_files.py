@@ -19,7 +19,7 @@ from unitvis import UnitvisError
 from unitvis.drawing.sheets import render
 from unitvis.scanning.merge import merge
 
-RUN = {"images.jsonl", "manifest.json", "top.npz"}  # files of a run that is not drawn
+RUN = {"images.jsonl", "manifest.json", "sample.npz", "top.npz"}  # files of a run that is not drawn
 OPTIONS = {"transform": unitvis.Transform(mean=(0.5,) * 3, std=(0.25,) * 3), "progress": False, "device": "cpu"}
 # Files of a user in the folders of pictures, each with a name that unitvis does not give there.
 MINE = [

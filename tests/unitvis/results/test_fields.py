@@ -105,6 +105,7 @@ MANIFEST: list[Row] = [
     ("seconds.second_pass", 9.0, TOLD, "a time"),
     ("warnings", ["x"], TOLD, "what the scan said"),
     ("files.top.npz", "00", READ, "top.npz is not the one that was written with manifest.json"),
+    ("files.sample.npz", "00", READ, "sample.npz is not the one that was written with manifest.json"),
     ("files.images.jsonl", "00", READ, "images.jsonl is not the one that was written with manifest.json"),
 ]
 RECORDS: list[Row] = [
@@ -123,6 +124,15 @@ ARRAYS: list[Row] = [
     ("boxes", lambda a: a + 1, VERIFY, "in box "),
     ("status", lambda a: np.full_like(a, "tied"), TOLD, "whether another image ties, only a scan tells"),
     ("status", lambda a: np.full_like(a, "unseparated"), READ, "6 units are unseparated, and the manifest counts 0"),
+]
+SAMPLE: list[Row] = [
+    ("images", lambda a: a[::-1], READ, "the ids of images do not ascend"),
+    ("images", lambda a: np.array([0, 1, 2, 4, 5]), READ, "image 2 lies outside of the coverage"),
+    ("images", lambda a: a[:4], READ, r"images is int64 \[4\], not int64 \[5\]"),
+    ("0/responses", lambda a: a[:4], READ, r"layer '0': responses is float32 \[4, 6\], not float32 \[5, 6\]"),
+    ("0/responses", lambda a: a.astype(np.float64), READ, "layer '0': responses is float64"),
+    ("0/responses", lambda a: np.nextafter(a, a + 1), VERIFY, "image 0 gives unit 0 of layer '0' .* in the sample and"),
+    ("2/responses", lambda a: a[::-1], VERIFY, "image 0 gives unit 0 of layer '2' .* in the sample and .* now"),
 ]
 
 
@@ -193,6 +203,8 @@ def test_the_table_names_every_field(whole: Path) -> None:
     assert {key for record in read(whole / "images.jsonl") for key in record} == {field for field, *_ in RECORDS}
     with np.load(whole / "top.npz") as arrays:
         assert {name.removeprefix("0/") for name in arrays if name.startswith("0/")} == {name for name, *_ in ARRAYS}
+    with np.load(whole / "sample.npz") as arrays:
+        assert set(arrays) == {name for name, *_ in SAMPLE}
     assert all(reason for *_, reason in MANIFEST)
 
 
@@ -223,6 +235,16 @@ def test_an_array(row: Row, whole: Path, folder: Path) -> None:
     arrays = dict(np.load(folder / "top.npz"))
     arrays[f"0/{name}"] = change(arrays[f"0/{name}"])
     np.savez_compressed(folder / "top.npz", **arrays)
+    without_hashes(folder)
+    check(kind, said, folder, whole)
+
+
+@named(SAMPLE)
+def test_an_array_of_the_sample(row: Row, whole: Path, folder: Path) -> None:
+    name, change, kind, said = row
+    arrays = dict(np.load(folder / "sample.npz"))
+    arrays[name] = change(arrays[name])
+    np.savez(folder / "sample.npz", **arrays)
     without_hashes(folder)
     check(kind, said, folder, whole)
 

@@ -48,11 +48,11 @@ def test_a_full_disk_does_not_cost_the_run_that_was_there(
     assert contents(folder) == before
     other = scanned(1)
     other.save(folder, overwrite=True)
-    assert set(contents(folder)) == {"manifest.json", "top.npz", "images.jsonl"}  # pictures of the old run are gone
+    assert set(contents(folder)) == {"manifest.json", "top.npz", "sample.npz", "images.jsonl"}  # pictures of the old run are gone
     assert unitvis.load(folder)["0"].values.tobytes() == other["0"].values.tobytes()
 
 
-OBSTACLES = ["top.npz", "state.npz", "images.jsonl", "index.html", "top.npz.part", "manifest.json.part", "progress.npz"]
+OBSTACLES = ["top.npz", "sample.npz", "state.npz", "images.jsonl", "index.html", "top.npz.part", "manifest.json.part", "progress.npz"]
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
@@ -98,7 +98,7 @@ def without_hashes(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("name", ["top.npz", "images.jsonl"])
+@pytest.mark.parametrize("name", ["top.npz", "sample.npz", "images.jsonl"])
 def test_files_that_were_not_written_together_are_refused(name: str, tmp_path: Path) -> None:
     one, other = (scanned(seed).save(tmp_path / str(seed)) for seed in (0, 1))
     (other / "images.jsonl").write_text((other / "images.jsonl").read_text().replace('"image 3"', '"image three"'))

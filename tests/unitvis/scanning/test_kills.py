@@ -91,11 +91,11 @@ def started_with(marker: str) -> list[int]:
     return found
 
 
-def result(run: Path) -> tuple[bytes, bytes, object]:
+def result(run: Path) -> tuple[object, ...]:
     """What must be the same for all scans of a folder."""
     manifest = json.loads((run / "manifest.json").read_text())
     kept = {key: manifest[key] for key in ("images", "coverage", "failures", "layers", "model", "source", "k")}
-    return (run / "top.npz").read_bytes(), (run / "images.jsonl").read_bytes(), kept
+    return *((run / name).read_bytes() for name in ("top.npz", "sample.npz", "images.jsonl")), kept
 
 
 @pytest.mark.parametrize(("seed", "trials"), [(1, 3), pytest.param(2, 100, marks=pytest.mark.slow)])

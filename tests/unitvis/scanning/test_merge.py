@@ -406,7 +406,8 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     merge += [*model, "--overwrite"]
     assert cli.main(merge) == cli.DONE
     assert "2 sheets in" in capsys.readouterr().out
-    assert (tmp_path / "merged" / "top.npz").read_bytes() == (tmp_path / "whole" / "top.npz").read_bytes()
+    for name in ("top.npz", "sample.npz"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("merged", "whole")]
     for key in ("layers", "images", "coverage", "model", "source"):
         assert manifests[0][key] == manifests[1][key]

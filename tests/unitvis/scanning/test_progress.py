@@ -52,10 +52,10 @@ def checkpoint(out: Path) -> Partial | None:
     return Checkpoints(out / SCAN_CHECKPOINT).read(Partial.from_arrays, PARTIAL_ARRAYS)
 
 
-def result(out: Path) -> tuple[bytes, bytes, object]:
+def result(out: Path) -> tuple[object, ...]:
     manifest = json.loads((out / "manifest.json").read_text())
     kept = {key: manifest[key] for key in ("images", "coverage", "failures", "layers", "model", "source", "k")}
-    return (out / "top.npz").read_bytes(), (out / "images.jsonl").read_bytes(), kept
+    return *((out / name).read_bytes() for name in ("top.npz", "sample.npz", "images.jsonl")), kept
 
 
 class StoppedError(Exception):
@@ -99,7 +99,7 @@ def test_a_scan_that_crashed_goes_on_to_the_same_bytes(
     run = scan(folder, tmp_path / "run", resume=True, batch_size=16)
     assert result(tmp_path / "run") == result(tmp_path / "whole")
     assert run.manifest["coverage"] == [[1, 31], [32, 69]]
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["images.jsonl", "manifest.json", "top.npz"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["images.jsonl", "manifest.json", "sample.npz", "top.npz"]
     good = [id for id in range(COUNT) if id not in (0, 31, 69)]
     done = good[: (batches - 1) * batch_size]  # a failure before the last of them is known as well
     if done:  # sixteen winners, to see whether the images are the same

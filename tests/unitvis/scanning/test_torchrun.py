@@ -40,7 +40,7 @@ def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subproces
 
 def check_equal(one: Path, other: Path) -> None:
     """Byte for byte."""
-    for name in ("top.npz", "images.jsonl"):
+    for name in ("top.npz", "sample.npz", "images.jsonl"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     manifests = [json.loads((path / "manifest.json").read_text()) for path in (one, other)]
     for key in ("images", "coverage", "failures", "layers", "source", "model", "transform"):
