@@ -16,8 +16,8 @@ from unitvis.network.network import Network
 from unitvis.network.receptive_fields.receptive_field import ReceptiveField
 from unitvis.ranking.repetition import repetition_warning
 from unitvis.reranking.bound import EXCEEDING_PROBABILITY
-from unitvis.reranking.rereading import responses_again
 from unitvis.reranking.rerank import Scanned, rerank
+from unitvis.reranking.rereading import responses_again
 from unitvis.results.arrays import SEPARATED, TIED, UNSEPARATED, LayerArrays
 from unitvis.results.manifest import saturation_warning, unknown_boxes_warning
 from unitvis.results.nonfinite import infinite_info, nan_info
@@ -82,7 +82,7 @@ def sampled_again(manifest: Mapping[str, Any], network: Network, source: Source)
 
 
 def _sample_of(network: Network, ids: NDArray[np.int64], responses: NDArray[np.float32]) -> Sample:
-    """ids [n] with their responses [n, units] as a run keeps them."""
+    """A sample as a run keeps it, of ids [n] and their responses [n, units]."""
     own = zip(network.layers, network.columns, strict=True)
     return Sample(ids, {layer.name: np.ascontiguousarray(responses[:, columns]) for layer, columns in own})
 

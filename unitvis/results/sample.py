@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unitvis.errors import UnitvisError
-from unitvis.files import read_arrays
+from unitvis.files import read_arrays, write_arrays
 from unitvis.state.interval_set import IntervalSet
 from unitvis.state.sampling import SIZE
 
@@ -99,10 +99,9 @@ def refuse_without_sample(manifest: Mapping[str, Any]) -> UnitvisError:
 
 
 def write_sample(sample: Sample, path: Path) -> None:
-    """Write a sample as an npz file; the noise of responses does not compress."""
+    """Write a sample as an npz file, which is not compressed: responses hardly get smaller."""
     arrays = {f"{name}/responses": responses for name, responses in sample.responses.items()}
-    with open(path, "wb") as file:
-        np.savez(file, images=sample.images, **arrays)
+    write_arrays(path, {"images": sample.images, **arrays})
 
 
 def read_sample(path: Path, manifest: Mapping[str, Any]) -> Sample:

@@ -234,12 +234,13 @@ def finish_run(run: Run, source: Source, network: Network, on_error: str = "skip
         refuse_odd_responses(run)
     if source.rereadable:
         _second_pass(run, network)
-        keep_sample(run, network, source)
     if by_slot := layers_by_slot(run, network):
         run.manifest["scan"]["by_slot"] = by_slot
-    run.manifest["seconds"]["second_pass"] = time.perf_counter() - start
     for message in run.manifest["warnings"]:
         warnings.warn(message)
+    if source.rereadable:
+        keep_sample(run, network, source)
+    run.manifest["seconds"]["second_pass"] = time.perf_counter() - start
 
 
 def _second_pass(run: Run, network: Network) -> None:

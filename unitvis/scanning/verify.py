@@ -149,8 +149,9 @@ def verify(
     within 1e-5 of the layer's largest, and so must the response at the run's place. The box must be equal, except where
     the layer's receptive field is unknown. What the manifest and images.jsonl say of the model, its layers and the
     images must be so; of the images that failed, a sample must fail again; of NaN responses see
-    `absences.differing_nan`, of the run's sample `claims.differing_sample`. Not compared are what only a scan can tell: whether another image responds more strongly,
-    and the units' statuses. Raises UnitvisError for a run ranked in half precision.
+    `absences.differing_nan`, of the run's sample `claims.differing_sample`. Not compared are what only a scan can tell:
+    whether another image responds more strongly, and the units' statuses. Raises UnitvisError for a run ranked in half
+    precision.
 
     Returns a dict: "winners", "equal" (bit-equal) and "wrong" count winners; "worst": the largest distance, relative to
     the layer's largest value; "same_fingerprint": bool; "by_slot": the layers whose bits depend on an image's place;
