@@ -48,25 +48,13 @@ def test_a_full_disk_does_not_cost_the_run_that_was_there(
     assert contents(folder) == before
     other = scanned(1)
     other.save(folder, overwrite=True)
-    assert set(contents(folder)) == {
-        "manifest.json",
-        "top.npz",
-        "sample.npz",
-        "images.jsonl",
-    }  # pictures of the old run are gone
+    # Pictures of the old run are gone.
+    assert set(contents(folder)) == {"manifest.json", "top.npz", "sample.npz", "images.jsonl"}
     assert unitvis.load(folder)["0"].values.tobytes() == other["0"].values.tobytes()
 
 
-OBSTACLES = [
-    "top.npz",
-    "sample.npz",
-    "state.npz",
-    "images.jsonl",
-    "index.html",
-    "top.npz.part",
-    "manifest.json.part",
-    "progress.npz",
-]
+OBSTACLES = ["top.npz", "sample.npz", "state.npz", "images.jsonl", "index.html"]
+OBSTACLES += ["top.npz.part", "manifest.json.part", "progress.npz"]
 
 
 @pytest.mark.parametrize("name", OBSTACLES)

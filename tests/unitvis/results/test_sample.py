@@ -192,7 +192,7 @@ def test_a_run_without_one_says_why(case: str, tmp_path: Path, monkeypatch: pyte
 def test_what_is_asked_for_wrongly_is_refused(run: unitvis.Run) -> None:
     with pytest.raises(UnitvisError, match="layer '2' has no unit 5; it has 5, from 0"):
         run["2"].typical(5)
-    with pytest.raises(UnitvisError, match="a quantile must lie from 0 to 1, and 1.5 was given"):
+    with pytest.raises(UnitvisError, match=r"a quantile must lie from 0 to 1, and 1\.5 was given"):
         run["2"].typical(0, [1.5])
     with pytest.raises(UnitvisError, match="bins must be"):
         run["2"].histogram(0, 0)
@@ -203,7 +203,7 @@ def test_runs_of_earlier_versions_and_files_of_other_runs(run: unitvis.Run, tmp_
     manifest = read(folder / "manifest.json")
     del manifest["files"]["sample.npz"]
     write(folder / "manifest.json", manifest)
-    with pytest.raises(UnitvisError, match="sample.npz is not the one that was written with manifest.json"):
+    with pytest.raises(UnitvisError, match=r"sample\.npz is not the one that was written with manifest\.json"):
         unitvis.load(folder)
     (folder / "sample.npz").unlink()
     with pytest.raises(UnitvisError, match="an earlier version of unitvis made it"):
@@ -220,7 +220,7 @@ def test_an_array_that_does_not_belong_there_is_refused(run: unitvis.Run, tmp_pa
     folder = without_hashes(run.save(tmp_path / "run"))
     held = dict(np.load(folder / "sample.npz"))
     np.savez(folder / "sample.npz", **held, more=np.zeros(3))
-    with pytest.raises(UnitvisError, match="sample.npz has an array 'more', which does not belong there"):
+    with pytest.raises(UnitvisError, match=r"sample\.npz has an array 'more', which does not belong there"):
         unitvis.load(folder)
     np.savez(folder / "sample.npz", **(held | {"images": np.array([{}], object)}))
     with pytest.raises(UnitvisError, match="is not a whole run"):
