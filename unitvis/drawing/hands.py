@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -25,10 +25,14 @@ MAX_OPEN_PICTURES = 16  # at once, however many cores there are: a large photogr
 
 
 class Hands:
-    """Context in which the pictures of a run are cut and saved; images: how many will be cut."""
+    """Context in which the pictures of a run are cut and saved; images: how many will be cut.
 
-    def __init__(self, run: RunData, images: int) -> None:
+    records: of the images, by id, which tell that one has changed; None: those of the run's winners.
+    """
+
+    def __init__(self, run: RunData, images: int, records: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         self._run = run
+        self._records = run.records if records is None else records
         if images:
             _need_images(run)
         grey = run.manifest["input"][0] == 1
@@ -87,7 +91,7 @@ class Hands:
 
     def _cut_later(self, image: int, cuts: Cuts) -> Callable[[], Pieces]:
         """Begin to cut an image; returns a call that waits for its pieces."""
-        record = self._run.records.get(image)
+        record = self._records.get(image)
         if self._cutter is None or self._executor is None:
             return lambda: self._cut(image, cuts)
         if record is not None:
@@ -112,8 +116,8 @@ class Hands:
 
     def _cut(self, image: int, cuts: Cuts) -> Pieces:
         """Cut an image that is no file."""
-        if image in self._run.records:
-            self._run.source.check(self._run.records[image])
+        if image in self._records:
+            self._run.source.check(self._records[image])
         picture, to_picture = self._run.source.picture(image, self._value_range)
         seen = as_seen(picture, grey=self._run.manifest["input"][0] == 1)
         found = pieces(seen, to_picture, self._run.input_size, cuts)

@@ -16,7 +16,7 @@ from unitvis.drawing.sheets import drawable
 from unitvis.drawing.units import Units, units_by_layer
 from unitvis.errors import UnitvisError
 from unitvis.files import make_folder, replacing
-from unitvis.pages import earlier, facts, pictures, projections, sprites
+from unitvis.pages import earlier, facts, pictures, projections, sprites, usual
 from unitvis.results.data import RunData
 from unitvis.results.drawn_files import remove_drawn, warn_of_kept
 from unitvis.results.folder import holds_run
@@ -96,7 +96,8 @@ def draw(
             found = projections.draw_projections(run, folder, chosen, method, crop, model, device)
             for layer in run:
                 drawn[layer] |= found.get(layer, {"projections": None, "projected": None})
-    return _write_pages(run, folder, drawn), written
+    sampled = usual.draw_sample(run, folder)
+    return _write_pages(run, folder, drawn, sampled=sampled), written
 
 
 def _prepare_folder(run: RunData, folder: Path) -> Path:
@@ -135,16 +136,23 @@ def _earlier_drawings(run: RunData, folder: Path, crop: str | None) -> dict[str,
     return drawn
 
 
-def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]]) -> Path:
-    """Write the page, its script and style, and the run's data; returns the path of index.html."""
+def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]], *, sampled: bool) -> Path:
+    """Write the page, its script and style, and the run's data; returns the path of index.html.
+
+    sampled: the images of the run's sample were drawn.
+    """
     within = folder / "gallery"
     texts = {
         within / "drawn.json": json.dumps(earlier.described(run, drawn)),
-        within / "index.js": facts.script("unitvis.index", facts.index(run)),
+        within / "index.js": facts.script(
+            "unitvis.index", facts.index(run) | {"sample": usual.sample_entry(run) if sampled else None}
+        ),
         within / "images.js": facts.script("unitvis.search.images", facts.images(run)),
         **{
             sprites.layer_folder(folder, layer) / "layer.js": facts.script(
-                "unitvis.layer", facts.layer(run, layer, drawn[layer])
+                "unitvis.layer",
+                facts.layer(run, layer, drawn[layer])
+                | {"usual": usual.usual_entries(run, layer) if sampled else None},
             )
             for layer in run
         },

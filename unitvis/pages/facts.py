@@ -177,7 +177,7 @@ def _winner_rows(top: LayerArrays, unit: int) -> list[list[Any]]:
     """A unit's winners that are not blank, each as [value, image, row, column, left, top, right, bottom]."""
     count = int((top.images[unit] >= 0).sum())
     columns = [
-        [_json_number(value) for value in top.values[unit, :count].tolist()],
+        [json_number(value) for value in top.values[unit, :count].tolist()],
         top.images[unit, :count].tolist(),
         *top.positions[unit, :count].T.tolist(),
         *top.boxes[unit, :count].T.tolist(),
@@ -185,7 +185,7 @@ def _winner_rows(top: LayerArrays, unit: int) -> list[list[Any]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _json_number(value: float) -> float | str:
+def json_number(value: float) -> float | str:
     """Round a value to five digits; an infinite one becomes a string that JavaScript's Number() reads."""
     return float(f"{value:.5g}") if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
 

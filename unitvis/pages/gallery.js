@@ -230,7 +230,46 @@ const unitvis = (() => {
         data.responses ? el("span", { class: "map" }, "response map: " + data.responses.colours) : "",
         isProjected(data, unit) ? `projection: grey is 0; ${data.projections}` : "") : "",
       el("ol", { class: "winners" }, ...Array.from({ length: fired }, (_, rank) => winner(layer, unit, rank))),
-      notFired.length ? el("p", {}, `Did not fire: ${notFired.map(([value, image]) => `${data.images[image]} (${number(value)})`).join(", ")}.`) : ""];
+      notFired.length ? el("p", {}, `Did not fire: ${notFired.map(([value, image]) => `${data.images[image]} (${number(value)})`).join(", ")}.`) : "",
+      ...usual(data, unit)];
+  }
+
+  // --- what is usual for a unit ---
+
+  /** A shape of a drawing. */
+  function shape(tag, attributes, ...children) {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.append(...children);
+    return element;
+  }
+
+  /** How many images of the sample give a response of each size, with a line for each winner that fired. */
+  function histogram({ counts, extent }, values, words) {
+    const [low, high] = extent.map(Number), most = Math.max(...counts, 1), wide = 480 / counts.length;
+    const bars = counts.map((count, bin) => shape("rect", { class: "bar", x: bin * wide, width: wide - 1,
+      y: 80 * (1 - count / most), height: (80 * count) / most }));
+    const marks = values.map(Number).map((value) => 480 * clamped((value - low) / (high - low)))
+      .map((x) => shape("path", { class: "mark", d: `M${x} 0V88` }));
+    return shape("svg", { class: "histogram", viewBox: "-2 0 484 90", role: "img", "aria-label": words }, ...bars, ...marks,
+      shape("path", { class: "axis", d: "M0 80.5H480" }));
+  }
+
+  function usual(data, unit) {
+    const entry = data.usual && data.usual[unit];
+    if (!entry) return [];
+    const { names, columns, file } = run.sample, last = entry.images.length - 1, fired = data.fired[unit];
+    const counted = names.length - entry.left_out, rows = Math.ceil(names.length / columns);
+    const words = `Responses to ${counted} images of the run, chosen by hash, from ${number(entry.extent[0])} to ` +
+      `${number(entry.extent[1])}` + (fired ? `; lines: the ${fired} strongest of all images` : "") +
+      (entry.left_out ? `; ${entry.left_out} more gave NaN or infinity` : "");
+    const thumb = ([place, value], index) => el("li", {}, part("thumb", { source: "gallery/" + file, columns, rows,
+      column: place % columns, row: Math.floor(place / columns) }, `Whole image ${names[place]}`, { title: names[place] }),
+      el("span", {}, number(value), index === 0 ? " upper quartile" : index === last ? " lower quartile" : ""));
+    return [el("section", { class: "usual" }, el("h2", {}, "What is usual"),
+      histogram(entry, data.winners[unit].slice(0, fired).map(([value]) => value), words), el("p", {}, words + "."),
+      el("p", {}, "Whole images at the quartiles, and around the median:"),
+      el("ol", {}, ...entry.images.map(thumb)))];
   }
 
   function neighbours(data, unit) {

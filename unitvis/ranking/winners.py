@@ -54,7 +54,7 @@ def reranked_run(network: Network, scanned: Scanned, source: Source, manifest: M
     run = ranked_run(network, found.topk, scanned.k, found.decided, {**manifest, "rescored": counts})
     run.manifest["seconds"]["rescoring"] = time.perf_counter() - start
     if why_none(run.manifest) is None:
-        run.sample = _sample_of(network, found.sample, found.sample_responses)
+        run.sample = _sample_of(network, source, found.sample, found.sample_responses)
     run.attach(source)
     return run
 
@@ -78,13 +78,14 @@ def keep_sample(run: Run, network: Network, source: Source) -> None:
 def sampled_again(manifest: Mapping[str, Any], network: Network, source: Source) -> Sample:
     """The sample of a run with this manifest and a coverage, computed from the images; see `responses_again`."""
     ids = sample(np.array(manifest["coverage"], np.int64))
-    return _sample_of(network, ids, responses_again(network, source, ids))
+    return _sample_of(network, source, ids, responses_again(network, source, ids))
 
 
-def _sample_of(network: Network, ids: NDArray[np.int64], responses: NDArray[np.float32]) -> Sample:
+def _sample_of(network: Network, source: Source, ids: NDArray[np.int64], responses: NDArray[np.float32]) -> Sample:
     """A sample as a run keeps it, of ids [n] and their responses [n, units]."""
     own = zip(network.layers, network.columns, strict=True)
-    return Sample(ids, {layer.name: np.ascontiguousarray(responses[:, columns]) for layer, columns in own})
+    hashes = np.array([source.record(id).get("hash") or "" for id in ids.tolist()], np.str_)
+    return Sample(ids, hashes, {layer.name: np.ascontiguousarray(responses[:, columns]) for layer, columns in own})
 
 
 def winners(network: Network, ranked: Ranked, k: int, decided: NDArray[np.bool_]) -> Mapping[str, LayerArrays]:

@@ -25,7 +25,7 @@ _SHEET = re.compile(rf"(?P<layer>[^+/]+?)(\+{_NUMBER})?\.png{_PART}")  # of any 
 # Paths relative to the folder of that name; see `results.folder`.
 _DRAWN = {
     "gallery": re.compile(
-        rf"(drawn\.json|(index|images|gallery|search)\.js|gallery\.css){_PART}|images/{_NUMBER}\.jpg"
+        rf"(drawn\.json|(index|images|gallery|search)\.js|gallery\.css){_PART}|sample\.jpg|images/{_NUMBER}\.jpg"
         rf"|layers/[^/]+/(layer\.js{_PART}|strip\.jpg|(patches|projections)-{_NUMBER}\.jpg"
         rf"|(responses|filters)-{_NUMBER}\.png)"
     ),

@@ -20,6 +20,7 @@ from unitvis.state.sampling import SIZE
 
 MAX_BYTES = 2**27  # of responses: 256 images of 131,072 units. A run with more units keeps no sample.
 QUARTILES = (0.25, 0.5, 0.75)
+_MAX_HASH = 64  # characters
 MIDDLE = 9  # images around the median, as many as a tile has
 
 
@@ -46,6 +47,7 @@ class Sample:
     """Canonical responses of the sampled images in all layers of a run."""
 
     images: NDArray[np.int64]  # [n], ids, ascending
+    hashes: NDArray[np.str_]  # [n]: of their contents, as in their records; empty where there is none
     responses: Mapping[str, NDArray[np.float32]]  # by layer, [n, units]; NaN where an image gives NaN
 
     def typical(self, layer: str, unit: int, quantiles: Sequence[float] = QUARTILES) -> Typical:
@@ -101,14 +103,14 @@ def refuse_without_sample(manifest: Mapping[str, Any]) -> UnitvisError:
 def write_sample(sample: Sample, path: Path) -> None:
     """Write a sample as an npz file, which is not compressed: responses hardly get smaller."""
     arrays = {f"{name}/responses": responses for name, responses in sample.responses.items()}
-    write_arrays(path, {"images": sample.images, **arrays})
+    write_arrays(path, {"images": sample.images, "hashes": sample.hashes, **arrays})
 
 
 def read_sample(path: Path, manifest: Mapping[str, Any]) -> Sample:
     """Read the sample of a run with this manifest; ValueError where it does not belong to it."""
     names = {f"{name}/responses": name for name in manifest["layers"]}
-    arrays = read_arrays(path, {"images", *names})
-    found = Sample(arrays["images"], {name: arrays[array] for array, name in names.items()})
+    arrays = read_arrays(path, {"images", "hashes", *names})
+    found = Sample(arrays["images"], arrays["hashes"], {name: arrays[array] for array, name in names.items()})
     if wrong := _problem(found, manifest):
         raise ValueError(f"{path.name}: {wrong}")
     return found
@@ -122,6 +124,8 @@ def _problem(sample: Sample, manifest: Mapping[str, Any]) -> str | None:
     count = min(SIZE, len(coverage))
     if ids.dtype != np.dtype("<i8") or ids.shape != (count,):
         return f"images is {ids.dtype} {list(ids.shape)}, not int64 [{count}]"
+    if (hashes := sample.hashes).dtype.kind != "U" or hashes.shape != (count,) or hashes.itemsize > 4 * _MAX_HASH:
+        return f"hashes is {hashes.dtype} {list(hashes.shape)}, not text [{count}]"
     if (np.diff(ids) <= 0).any():
         return "the ids of images do not ascend"
     if not (inside := coverage.holds(ids)).all():

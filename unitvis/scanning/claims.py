@@ -95,6 +95,10 @@ def differing_sample(run: RunData, network: Network, by_slot: Container[str]) ->
         return ["the images of the sample are not those of the coverage whose ids have the smallest hashes"]
     same = fingerprint(network.device) == run.manifest["fingerprint"]
     found = []
+    if run.source.kind == run.manifest["source"]["kind"]:
+        for id, before, after in zip(now.images, run.sample.hashes, now.hashes, strict=True):
+            if before != after:
+                found.append(f"the hash of image {id} of the sample is {before!r} and {after!r}")
     for name, then in run.sample.responses.items():
         equal = (then == now.responses[name]) | (np.isnan(then) & np.isnan(now.responses[name]))
         if not same or name in by_slot:

@@ -129,6 +129,8 @@ SAMPLE: list[Row] = [
     ("images", lambda a: a[::-1], READ, "the ids of images do not ascend"),
     ("images", lambda a: np.array([0, 1, 2, 4, 5]), READ, "image 2 lies outside of the coverage"),
     ("images", lambda a: a[:4], READ, r"images is int64 \[4\], not int64 \[5\]"),
+    ("hashes", lambda a: a[:4], READ, r"hashes is <U32 \[4\], not text \[5\]"),
+    ("hashes", lambda a: np.roll(a, 1), VERIFY, "the hash of image 0 of the sample is '.*' and "),
     ("0/responses", lambda a: a[:4], READ, r"layer '0': responses is float32 \[4, 6\], not float32 \[5, 6\]"),
     ("0/responses", lambda a: a.astype(np.float64), READ, "layer '0': responses is float64"),
     ("0/responses", lambda a: np.nextafter(a, a + 1), VERIFY, "image 0 gives unit 0 of layer '0' .* in the sample and"),

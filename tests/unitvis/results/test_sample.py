@@ -95,7 +95,7 @@ def test_typical_images_and_histogram_are_those_of_brute_force(count: int) -> No
 def bytes_of(run: unitvis.Run) -> dict[str, bytes]:
     assert run.sample is not None
     held = {name: responses.tobytes() for name, responses in run.sample.responses.items()}
-    return arrays(run) | held | {"ids": run.sample.images.tobytes()}
+    return arrays(run) | held | {"ids": run.sample.images.tobytes(), "hashes": run.sample.hashes.tobytes()}
 
 
 def shuffled() -> unitvis.Run:
@@ -140,7 +140,7 @@ def test_it_is_read_as_it_was_written(run: unitvis.Run, tmp_path: Path) -> None:
 
 def test_responses_that_are_no_numbers_are_counted_apart() -> None:
     values = np.array([[3, np.nan, np.inf, 1, -np.inf, 2, np.nan]], np.float32).T
-    sample = Sample(np.arange(10, 17), {"x": np.hstack([values, np.full_like(values, np.nan)])})
+    sample = Sample(np.arange(10, 17), np.full(7, ""), {"x": np.hstack([values, np.full_like(values, np.nan)])})
     counts, edges, left_out = sample.histogram("x", 0, 2, 5.0)
     assert (counts.tolist(), edges.tolist(), left_out) == ([2, 1], [1, 3, 5], 4)
     assert sample.typical("x", 0).images.tolist() == [13, 15, 10]  # of -inf 1 2 3 inf
