@@ -151,8 +151,7 @@ def _write_pages(run: RunData, folder: Path, drawn: dict[str, dict[str, Any]], *
         **{
             sprites.layer_folder(folder, layer) / "layer.js": facts.script(
                 "unitvis.layer",
-                facts.layer(run, layer, drawn[layer])
-                | {"usual": usual.usual_entries(run, layer) if sampled else None},
+                facts.layer(run, layer, drawn[layer]) | {"usual": usual.usual_entries(run, layer) if sampled else None},
             )
             for layer in run
         },

@@ -9,6 +9,7 @@ index.html
 gallery/               script, style and data of the page
   drawn.json           which of the optional files below exist
   images/ID.jpg        what the model sees of a picture, in the picture's own pixels and proportions
+  sample.jpg           what the model sees of the images of the run's sample, small, see pages/usual.py
   layers/LAYER/        patches-UNIT.jpg: the patches of some dozen units from this one on as one picture, see
                        pages/sprites.py; with the model also projections-UNIT.jpg, responses-UNIT.png and
                        filters-UNIT.png; strip.jpg: those of a few units, for the first page
