@@ -55,7 +55,8 @@ def checkpoint(out: Path) -> Partial | None:
 def result(out: Path) -> tuple[object, ...]:
     manifest = json.loads((out / "manifest.json").read_text())
     kept = {key: manifest[key] for key in ("images", "coverage", "failures", "layers", "model", "source", "k")}
-    return *((out / name).read_bytes() for name in ("top.npz", "sample.npz", "images.jsonl")), kept
+    files = (out / name for name in ("top.npz", "sample.npz", "images.jsonl"))
+    return {path.name: path.read_bytes() for path in files if path.exists()}, kept
 
 
 class StoppedError(Exception):
