@@ -243,7 +243,8 @@ class CanonicalPass:
         slots: of the images in a compute batch whose others are black, which gives the bits of `keys` if they have
         those slots there; None: the pass is of one image, which is faster and differs by rounding.
         """
-        never = torch.full((self._columns[-1].stop,), torch.inf, device=self._device)  # no position is looked for
+        # No position is looked for.
+        never = torch.full((self._columns[-1].stop,), torch.inf, dtype=torch.float32, device=self._device)
         keys = []
         for number, image in enumerate(torch.split(images, 1)):
             slot = 0 if slots is None else slots[number]

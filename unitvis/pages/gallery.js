@@ -236,23 +236,17 @@ const unitvis = (() => {
 
   // --- what is usual for a unit ---
 
-  /** A shape of a drawing. */
-  function shape(tag, attributes, ...children) {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  }
-
   /** How many images of the sample give a response of each size, with a line for each winner that fired. */
   function histogram({ counts, extent }, values, words) {
     const [low, high] = extent.map(Number), most = Math.max(...counts, 1), wide = 480 / counts.length;
-    const bars = counts.map((count, bin) => shape("rect", { class: "bar", x: bin * wide, width: wide - 1,
-      y: 80 * (1 - count / most), height: (80 * count) / most }));
-    const marks = values.map(Number).map((value) => 480 * clamped((value - low) / (high - low)))
-      .map((x) => shape("path", { class: "mark", d: `M${x} 0V88` }));
-    return shape("svg", { class: "histogram", viewBox: "-2 0 484 90", role: "img", "aria-label": words }, ...bars, ...marks,
-      shape("path", { class: "axis", d: "M0 80.5H480" }));
+    const bars = counts.map((count, bin) => `<rect class="bar" x="${bin * wide}" y="${80 * (1 - count / most)}" ` +
+      `width="${wide - 1}" height="${(80 * count) / most}"/>`);
+    const marks = values.map((value) =>
+      `<path class="mark" d="M${480 * clamped((Number(value) - low) / (high - low))} 0V88"/>`);
+    const drawing = el("div", { class: "histogram", role: "img", "aria-label": words });
+    drawing.innerHTML = `<svg viewBox="-2 0 484 90">${bars.join("")}${marks.join("")}` +  // of numbers alone
+      '<path class="axis" d="M0 80.5H480"/></svg>';
+    return drawing;
   }
 
   function usual(data, unit) {

@@ -39,7 +39,8 @@ def responses_again(network: Network, source: Source, ids: NDArray[np.int64]) ->
 
     network: its layers known. Raises UnitvisError as `read_again` does.
     """
-    never = torch.full((network.units,), torch.inf, device=network.device)  # no position is looked for
+    # No position is looked for.
+    never = torch.full((network.units,), torch.inf, dtype=torch.float32, device=network.device)
     with network.evaluating(), network.reading() as canonical:
         keys = [canonical.keys(batch.pixels, never).cpu() for batch in read_again(source, ids)]
     return np.asarray(uk.unpack(torch.cat(keys))[0].numpy())

@@ -96,7 +96,7 @@ def differing_sample(run: RunData, network: Network, by_slot: Container[str]) ->
     same = fingerprint(network.device) == run.manifest["fingerprint"]
     found = []
     if run.source.kind == run.manifest["source"]["kind"]:
-        for id, before, after in zip(now.images, run.sample.hashes, now.hashes, strict=True):
+        for id, before, after in zip(now.images, run.sample.hashes.tolist(), now.hashes.tolist(), strict=True):
             if before != after:
                 found.append(f"the hash of image {id} of the sample is {before!r} and {after!r}")
     for name, then in run.sample.responses.items():
