@@ -95,7 +95,7 @@ def differing_sample(run: RunData, network: Network, by_slot: Container[str]) ->
         return ["the images of the sample are not those of the coverage whose ids have the smallest hashes"]
     same = fingerprint(network.device) == run.manifest["fingerprint"]
     found = []
-    if run.source.kind == run.manifest["source"]["kind"]:
+    if compares_images(run):
         for id, before, after in zip(now.images, run.sample.hashes.tolist(), now.hashes.tolist(), strict=True):
             if before != after:
                 found.append(f"the hash of image {id} of the sample is {before!r} and {after!r}")
