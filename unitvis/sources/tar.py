@@ -320,7 +320,8 @@ class _Member(tarfile.TarInfo):
 class _HeaderReader:
     """What tarfile reads headers from: a file whose reads are bounded, so that no claimed length takes memory.
 
-    What is longer than a block is the body of an extended header or a long name, as the block before it says.
+    What is longer than a block is the body of an extended header or a long name, as the block before it says. One
+    block is a header, or a body too short to take time. One byte is a file's last, read to see whether it is there.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -335,7 +336,7 @@ class _HeaderReader:
         data = self._file.read(size)
         if size == tarfile.BLOCKSIZE:
             self._type = data[_TYPE : _TYPE + 1]
-        elif not is_name:
+        elif size > tarfile.BLOCKSIZE and not is_name:
             _check_records(data)
         return data
 

@@ -145,6 +145,51 @@ def test_odd_and_long_names(form, tmp_path):
         source.check(record)
 
 
+@pytest.mark.parametrize(
+    "form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"]
+)
+def test_files_of_any_length_are_read_whatever_byte_they_end_with(form, tmp_path):
+    """Between whole blocks no padding lies, so that the byte before a header is the last of a file's content."""
+    contents = {
+        f"{folder}/{size}-{last:03}.png": bytes(size and [last]).rjust(size, b"1")
+        for folder in ("short", "long" * 30)  # USTAR splits it at the slash; the others write an extended header
+        for size in (0, 1, 511, 512, 513, 1024, 1536)
+        for last in range(256)
+    }
+    path = write_tar(tmp_path / "a.tar", contents.items(), form)
+    with tarfile.open(path) as archive:
+        want = [(member.name, member.offset_data, member.size) for member in archive]
+    assert len(want) == len(contents)
+    source = open_source(path, PLAIN)
+    found = []
+    for id in range(source.length):
+        _, offset, size = source.place(id)
+        found.append((source.name(id).removeprefix("a.tar/"), offset, size))
+    assert found == want
+    data = path.read_bytes()
+    assert all(data[offset : offset + size] == contents[name] for name, offset, size in found)
+
+
+@pytest.mark.parametrize("size", [511, 512, 513, 1024, 1536])
+def test_extended_headers_of_any_length_are_read(size, tmp_path):
+    """Headers of a body of whole blocks, too, before a file of whole blocks; compared with Python's tarfile."""
+    members = []
+    for last in (b"0", b"1", b"x", b" ", b"=", b"\n", b"\xff"):
+        info = tarfile.TarInfo(f"{len(members)}.png")
+        record = len(b"%d k=\n" % size)
+        info.pax_headers, info.size = {"k": "v" * (size - record)}, 1024
+        members.append((info, last.rjust(1024, b"1")))
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for info, data in members:
+            archive.addfile(info, io.BytesIO(data))
+    with tarfile.open(path) as archive:
+        want = [(0, member.offset_data, member.size) for member in archive]
+        assert {len(member.pax_headers["k"]) + record for member in archive.getmembers()} == {size}
+    source = open_source(path, PLAIN)
+    assert [source.place(id) for id in range(source.length)] == want
+
+
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")
 @pytest.mark.parametrize("form", ["gnu", "ustar", "v7", "pax"])
 def test_what_the_program_tar_writes(form, tmp_path):
