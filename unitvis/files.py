@@ -10,6 +10,7 @@ import math
 import os
 import stat
 import urllib.parse
+import weakref
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -79,21 +80,44 @@ def only_writer(folder: Path | None) -> Iterator[None]:
     if folder is None or fcntl is None:
         yield
         return
-    number = os.open(folder, os.O_RDONLY)
+    opened = _OpenFolder(folder)
     try:
-        if not lock(number):
+        if not lock(opened):
             raise UnitvisError(f"another command is writing into {folder}; wait for its end, or give another path")
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # of a file system without locks
-                fcntl.flock(number, fcntl.LOCK_UN)  # processes that were forked meanwhile would keep it
+        yield
     finally:
-        os.close(number)
+        if not opened.closed:  # as it is in a process that was forked meanwhile
+            with suppress(OSError):  # of a file system without locks
+                fcntl.flock(opened, fcntl.LOCK_UN)  # a process that a library forked without Python may share it
+            opened.close()
 
 
-def lock(file: int | IO[Any]) -> bool:
-    """Lock an open file or folder until it is closed; False where another process or thread holds it."""
+class _OpenFolder:
+    """A folder that is open to be locked, with those methods of a file that `lock` needs."""
+
+    def __init__(self, path: Path) -> None:
+        self.closed, self._number = False, os.open(path, os.O_RDONLY)
+
+    def fileno(self) -> int:
+        return self._number
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self._number)
+
+
+# Open files and folders that this process has locked. A forked process inherits them, and the system keeps a lock until
+# the last process that has its file open closes it: a worker would hold it after its parent was killed.
+_locked: weakref.WeakSet[io.FileIO | _OpenFolder] = weakref.WeakSet()
+
+
+def lock(file: io.FileIO | _OpenFolder) -> bool:
+    """Lock an open file or folder until it is closed; False where another process or thread holds it.
+
+    Processes that are forked meanwhile have it closed, so that they never hold the lock.
+    """
+    _locked.add(file)
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,6 +126,17 @@ def lock(file: int | IO[Any]) -> bool:
     except OSError:  # a file system without locks
         pass
     return True
+
+
+def _close_locked() -> None:
+    """Close, in a process that was just forked, what its parent has locked; this releases nothing in the parent."""
+    for file in list(_locked):
+        file.close()
+    _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locked)
 
 
 def is_linked(folder: Path, path: Path) -> bool:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +23,17 @@ from support.clock import in_time
 from support.memory import tracing
 from unitvis import UnitvisError, files
 from unitvis.drawing import sheets
-from unitvis.files import file_name, make_folder, parsed_json, read_arrays, read_json, replacing, unoccupied
+from unitvis.files import (
+    file_name,
+    lock,
+    make_folder,
+    only_writer,
+    parsed_json,
+    read_arrays,
+    read_json,
+    replacing,
+    unoccupied,
+)
 from unitvis.pages import sprites
 from unitvis.pages.figures import figure
 
@@ -55,6 +67,80 @@ def test_a_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert make_folder(make_folder(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
     assert unoccupied(tmp_path / "folder") == tmp_path / "folder"
     assert (tmp_path / "elsewhere").is_dir()
+
+
+KILLED = """
+import io, os, signal, sys
+from pathlib import Path
+from unitvis.files import lock, only_writer
+
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+if kind == "folder":
+    context = only_writer(folder)
+    context.__enter__()
+else:
+    file = io.FileIO(folder / "file", "w")
+    assert lock(file)
+if not os.fork():  # a worker that is busy until the test ends it
+    print("forked", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process is forked")
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_workers_of_a_killed_process_do_not_keep_its_lock(kind: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path), kind]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"forked\n"
+
+        def is_free() -> bool:
+            if kind == "file":
+                with io.FileIO(tmp_path / "file") as file:
+                    return lock(file)
+            try:
+                with only_writer(tmp_path):
+                    return True
+            except UnitvisError:
+                return False
+
+        assert not is_free()
+        process.kill()
+        process.wait()
+        assert is_free()  # the worker still waits for the end of its input, which this test holds
+
+
+LEFT = """
+import os, sys
+from pathlib import Path
+from unitvis import UnitvisError
+from unitvis.files import only_writer
+
+folder, child = Path(sys.argv[1]), 0
+with only_writer(folder):
+    if child := os.fork():
+        print(os.waitpid(child, 0)[1])
+        try:
+            with only_writer(folder):
+                print("free")
+        except UnitvisError as error:
+            print(error)
+if not child:
+    os._exit(7)
+with only_writer(folder):
+    print("free again")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process is forked")
+def test_a_forked_process_that_leaves_the_block_does_not_release_the_lock(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT, str(tmp_path)], capture_output=True, text=True, check=True)
+    refused = f"another command is writing into {tmp_path}; wait for its end, or give another path"
+    assert done.stdout.splitlines() == [str(7 << 8), refused, "free again"]
+    assert not done.stderr
 
 
 @pytest.mark.parametrize("layer", [".", "..", "...", "a/b", "../x", "\0", "a b.c", "é", "\ud800"])
