@@ -25,7 +25,6 @@ from unitvis.scanning.verify import Comparison
 from unitvis.sources import Source
 from unitvis.sources.base import map_in_order, usable_cores
 from unitvis.state.checkpoints import HOW_TO_RESUME, SCAN_CHECKPOINT, Checkpoints, check_seconds
-from unitvis.state.interval_set import IntervalSet
 from unitvis.state.partial import PARTIAL_ARRAYS, Identity, Partial, identity, refuse_differences
 from unitvis.state.shards import Shard
 from unitvis.state.topk import Ranked
@@ -96,7 +95,6 @@ class Progress:
                 self._recorder.set_precision(part.identity["precision"], batch_size)
             self._prepare_same_scan(f"the scan in {self._folder} cannot be resumed (then and now)", part.identity)
             self._recorder.restore(part.ordered(self._recorder.network.layer_names))
-            self._source.add_failures(part.failures)
             self.earlier_seconds = part.seconds
             what = f"the scan in {self._folder} cannot be resumed"
             self._check_noted(what, part)
@@ -198,12 +196,10 @@ class Progress:
         return identity(described) | {"shard": None if self._shard is None else str(self._shard)}
 
     def unread_ids(self) -> Iterable[int] | None:
-        """Ids still to be read; None: all of them."""
-        done = len(self._recorder.coverage) + len(self._source.failure_reasons)
-        if self.ids is None and not done:
+        """Ids still to be read; None: all of them. Images that failed before a resume are read again."""
+        if self.ids is None and not len(self._recorder.coverage):
             return None
-        wanted = range(self._source.length or 0) if self.ids is None else self.ids
-        return (self._recorder.coverage | IntervalSet.of(self._source.failure_reasons)).left(wanted)
+        return self._recorder.coverage.left(range(self._source.length or 0) if self.ids is None else self.ids)
 
     def after_batch(self) -> None:
         """Write a checkpoint if one is due; after a signal write one and raise `Interrupted`."""

@@ -103,12 +103,12 @@ def test_a_scan_that_crashed_goes_on_to_the_same_bytes(
     files = {"images.jsonl", "manifest.json", "sample.npz", "top.npz"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == files
     good = [id for id in range(COUNT) if id not in (0, 31, 69)]
-    done = good[: (batches - 1) * batch_size]  # a failure before the last of them is known as well
+    done = good[: (batches - 1) * batch_size]  # an image that failed before is tried again
     if done:  # sixteen winners, to see whether the images are the same
         witness = asked.pop(0)
         assert set(witness) <= set(done)
         assert len(witness) == min(len(done), 16)
-    assert asked[0] == [id for id in range(COUNT) if id not in done and (id in good or id > max(done, default=-1))]
+    assert asked[0] == [id for id in range(COUNT) if id not in done]
 
 
 def test_a_scan_that_goes_on_in_another_precision_than_was_asked_for_says_so(
@@ -227,6 +227,50 @@ def test_failures_before_a_crash_count(
     out = unfinished(folder, tmp_path / "run", monkeypatch)
     with pytest.raises(UnitvisError, match=message):
         scan(folder, out, resume=True, **options)
+
+
+@pytest.mark.parametrize("batches", [6, 9, 99])
+def test_images_that_failed_before_a_crash_and_can_be_read_now_are_scanned(
+    batches: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the images has more contrast than all others, so that it wins; two that fail again count once."""
+    stark, out = folder / "000.png", tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if batches == 99:  # all images are read, and the run is not written
+            patch.setattr(Recorder, "ranked", lambda *_: crash())
+        stopping(batches, crash, patch)
+        with pytest.raises(StoppedError):
+            scan(folder, out)
+    part = checkpoint(out)
+    assert part is not None
+    assert {0, 31} <= part.failures.keys()
+    Image.fromarray(np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (12, 12, 3))).save(stark)
+    scan(folder, tmp_path / "whole")
+    run = scan(folder, out, resume=True, max_failures=2)
+    assert 0 in run["0"].images
+    assert [failure["id"] for failure in run.manifest["failures"]] == [31, 69]
+    assert result(out) == result(tmp_path / "whole")
+    scan(folder, out, resume=True)  # the finished run is believed
+
+
+def test_in_a_shard_too_images_that_failed_are_tried_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = (1, 2)
+    out = unfinished(folder, tmp_path / "run", monkeypatch, shard=shard, batch_size=6)
+    stopped = checkpoint(out)
+    assert stopped is not None
+    assert stopped.failures
+    for name in ("000.png", "031.png", "069.png"):
+        shutil.copy(folder / "001.png", folder / name)
+    whole, run = scan(folder, None, shard=shard), scan(folder, out, shard=shard, resume=True)
+    assert run.manifest["failures"] == whole.manifest["failures"] == []
+    parts = [one.partial for one in (whole, run)]
+    assert all(part is not None for part in parts)
+    first, second = (part.topk.read() for part in parts if part is not None)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert run.manifest["images"] == whole.manifest["images"] > 0
+    scan(folder, out, shard=shard, resume=True)
 
 
 def test_a_finished_run_is_not_scanned_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
