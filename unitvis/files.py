@@ -45,13 +45,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The file is a new one: a link that stands at either path is replaced, never written through.
     """
-    part = unoccupied(path.with_name(path.name + ".part"))
+    part = part_of(path)
     try:
-        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        yield part
+        yield new_file(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """The path where the file that is to take the place of `path` is written first."""
+    return path.with_name(f"{path.name}.part")
+
+
+def new_file(path: Path) -> Path:
+    """Make an empty file in place of whatever file or link stood there; returns the path."""
+    os.close(os.open(unoccupied(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return path
 
 
 def unoccupied(path: Path) -> Path:

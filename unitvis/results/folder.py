@@ -22,16 +22,25 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Container, Mapping
-from contextlib import ExitStack, suppress
-from itertools import compress
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from unitvis.errors import UnitvisError, abridged, first_line
-from unitvis.files import array_names, open_regular, parsed_json, read_arrays, read_json, replacing
+from unitvis.files import (
+    array_names,
+    flush_to_disk,
+    new_file,
+    open_regular,
+    parsed_json,
+    part_of,
+    read_arrays,
+    read_json,
+    replacing,
+)
 from unitvis.models.labels import Labels
 from unitvis.results.arrays import ARRAYS, LayerArrays, winners_of
 from unitvis.results.consistency import arrays_problem, manifest_problem, state_problem
@@ -46,11 +55,13 @@ from unitvis.state.checkpoints import SCAN_CHECKPOINT, Checkpoints
 from unitvis.state.partial import PARTIAL_ARRAYS, differences, identity, read_partial
 
 FORMAT = 1  # version of the folder's format, in the manifest
-_HASHED = {"top.npz", "sample.npz", "state.npz", "images.jsonl"}  # files whose hashes the manifest has
+# Files whose hashes the manifest has, and that must be those. It has the hash of the names of classes, too, which may
+# be replaced later.
+_HASHED = {"top.npz", "sample.npz", "state.npz", "images.jsonl"}
 _MAX_LINE = 2**20  # bytes of a line of images.jsonl: the longest path of a text list, six characters a byte, twice over
-_LABELS = "labels.json"
+_MANIFEST, _LABELS = "manifest.json", "labels.json"
 _ARRAYS = ("top.npz", "sample.npz", "state.npz")
-_FILES = ("manifest.json", *_ARRAYS, "images.jsonl", _LABELS, "index.html")  # that a run may replace or remove
+_FILES = (_MANIFEST, *_ARRAYS, "images.jsonl", _LABELS, "index.html")  # that a run may replace or remove
 _RECORDED = {"folder", "list", "paths", "tar", "pack", "array", "dataset", "DataLoader"}  # sources that make records
 _NOT_WRITTEN = "a run is not written that nothing could read again"  # begins messages
 _MANIFEST_KEYS = MANIFEST_OF_A_SHARD.keys()
@@ -60,7 +71,8 @@ _Data = TypeVar("_Data", bound=RunData)
 def write_run(run: RunData, folder: Path) -> Path:
     """Write a run into a folder that `check_output` returned; returns the folder.
 
-    The manifest is written last, so that a folder with one is complete. Raises UnitvisError where writing fails.
+    Wherever the process is stopped, the folder holds the run that was there or this one. Raises UnitvisError where
+    writing fails.
     """
     try:
         _write(run, folder)
@@ -71,7 +83,7 @@ def write_run(run: RunData, folder: Path) -> Path:
 
 
 def _write(run: RunData, folder: Path) -> None:
-    """Write all files beside those of a run that is there, then put them in its place; the manifest comes last.
+    """Write all files beside those of a run that is there, then put them in its place, see `_new_parts`.
 
     Its pictures go first, while it is whole: they can be drawn again. The checkpoints of a scan go last.
     """
@@ -83,31 +95,82 @@ def _write(run: RunData, folder: Path) -> None:
     if (source := _source_of(run, folder)) is not None:
         refuse_scanned_pictures(folder, source)
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}
-    with ExitStack() as stack:
-        manifest = stack.enter_context(replacing(folder / "manifest.json"))  # entered first, so put in place last
-        there = (bool(arrays), run.sample is not None, run.partial is not None)
-        names = [*compress(_ARRAYS, there), "images.jsonl"]
-        if run.labels is not None:
-            _write_json(stack.enter_context(replacing(folder / _LABELS)), run.labels.to_json())
-        parts = {name: stack.enter_context(replacing(folder / name)) for name in names}
+    held = {"images.jsonl": True, "top.npz": bool(arrays), "state.npz": run.partial is not None}
+    held |= {"sample.npz": run.sample is not None, _LABELS: run.labels is not None}
+    _finish(folder)
+    with _new_parts(folder, [name for name in held if held[name]]) as parts:
         if arrays:
             with open(parts["top.npz"], "wb") as file:
                 np.savez_compressed(file, **arrays)
+                flush_to_disk(file)
         if run.sample is not None:
             write_sample(run.sample, parts["sample.npz"])
         if run.partial is not None:
             run.partial.write(parts["state.npz"])
+        if run.labels is not None:
+            _write_json(parts[_LABELS], run.labels.to_json())
         with open(parts["images.jsonl"], "w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(record) + "\n" for _, record in sorted(run.records.items()))
-        hashes = {name: _file_hash(path) for name, path in parts.items()}
-        _write_json(manifest, {**run.manifest, "files": hashes})
+            flush_to_disk(lines)
+        hashes = {name: _file_hash(parts[name]) for name in held if held[name]}
+        _write_json(parts[_MANIFEST], {**run.manifest, "files": hashes})
         # All is written, so no disk that fills up can cost the run that was there.
         (folder / "index.html").unlink(missing_ok=True)
         kept = remove_drawn(folder)
-        for name in ("manifest.json", *_ARRAYS, _LABELS):
-            (folder / name).unlink(missing_ok=True)
+        for name in ("sample.npz", _LABELS):
+            if not held[name] and (folder / name).exists():  # would be taken for the new run's; `_place` finds it
+                os.replace(folder / name, part_of(folder / name))
+    for path in (folder / name for name in held if not held[name]):  # of runs that are replaced
+        path.unlink(missing_ok=True)
+        part_of(path).unlink(missing_ok=True)
     Checkpoints(folder / SCAN_CHECKPOINT).remove()
     warn_of_kept(folder, kept)  # now that no filter that makes warnings errors can cost the run
+
+
+@contextmanager
+def _new_parts(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+    """Paths by name, to write a manifest and the files of these names to; all take their places when the block ends.
+
+    The manifest goes first. Until then the run that was there is whole, and an error removes the parts. From then on
+    the folder holds the new run, wherever this stops: `_place` finds the parts that have not moved by the manifest's
+    hashes, and `_finish` moves them.
+    """
+    parts = {name: part_of(folder / name) for name in (_MANIFEST, *names)}
+    try:
+        for part in parts.values():
+            new_file(part)
+        yield parts
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+    except BaseException:
+        if parts[_MANIFEST].exists():
+            for part in reversed(parts.values()):
+                part.unlink(missing_ok=True)
+        raise
+
+
+def _place(folder: Path, name: str, hashes: Mapping[str, str]) -> Path:
+    """Where a file of a run is: at its name, or beside it as a part that was to take its place when a write stopped.
+
+    hashes: those of the manifest, by name.
+    """
+    part = part_of(folder / name)
+    with suppress(OSError):
+        if name in hashes and not part.is_symlink() and _file_hash(part) == hashes[name]:
+            return part
+    return folder / name
+
+
+def _finish(folder: Path) -> None:
+    """Put the files of a run in their places where the command that wrote it was stopped."""
+    try:
+        hashes = read_json(folder / _MANIFEST)["files"]
+        names = [name for name in (*_HASHED, _LABELS) if name in hashes]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):  # no run, or one that cannot be read
+        return
+    for name in names:
+        if (place := _place(folder, name, hashes)) != folder / name:
+            os.replace(place, folder / name)
 
 
 def _source_of(run: RunData, folder: Path) -> Source | None:
@@ -169,9 +232,14 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    state = folder / "state.npz"
+    hashes = manifest.pop("files", None)
+    top, sample, state, lines, labels = (
+        _place(folder, name, hashes or {}) for name in (*_ARRAYS, "images.jsonl", _LABELS)
+    )
+    # One that the manifest does not name is of the run that was replaced, by a command that was stopped.
+    has_state = state.exists() and (hashes is None or "state.npz" in hashes)
     try:
-        partial = read_partial(state) if state.exists() else None
+        partial = read_partial(state) if has_state else None
     except UnitvisError as error:
         raise UnitvisError(f"{error}; scan that shard again with --overwrite") from error
     if partial is not None:
@@ -188,16 +256,17 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
     if manifest.get("partial") and partial is None:
         raise UnitvisError(f"{folder} is not a whole run (there is no {state.name}); scan that shard again")
     try:
-        tops = {} if manifest.get("partial") else _read_tops(folder / "top.npz", manifest)
+        tops = {} if manifest.get("partial") else _read_tops(top, manifest)
         if partial is not None and (wrong := state_problem(tops, partial, manifest)):
             raise ValueError(f"{state.name} does not belong to it: {wrong}")
         ids = winners_of(tops.values()) if tops or partial is None else partial.candidates
-        if (size := (folder / "images.jsonl").stat().st_size) > len(ids) * _MAX_LINE:
+        if (size := lines.stat().st_size) > len(ids) * _MAX_LINE:
             raise ValueError(f"images.jsonl has {size:,} bytes, for {len(ids):,} images that won")
-        if wrong := _files_problem(folder, manifest.pop("files", None)):
+        places = {"top.npz": top, "sample.npz": sample, "state.npz": state, "images.jsonl": lines}
+        if wrong := _files_problem(places, hashes):
             raise ValueError(wrong)
-        sampled = read_sample(folder / "sample.npz", manifest) if tops and (folder / "sample.npz").exists() else None
-        records = _read_records(folder / "images.jsonl", set(ids.tolist()))
+        sampled = read_sample(sample, manifest) if tops and sample.exists() else None
+        records = _read_records(lines, set(ids.tolist()))
         if wrong := _records_problem(tops, records, manifest):
             raise ValueError(wrong)
     except UnitvisError:
@@ -206,7 +275,7 @@ def read_run(kind: type[_Data], path: str | Path, images: object = None) -> _Dat
         raise UnitvisError(f"{folder} is not a whole run ({error}); scan again with --overwrite") from error
     source = None if images is None else open_as_described(images, manifest["source"], manifest["transform"])
     run = kind(tops, manifest, records, source, partial)
-    run.folder, run.labels, run.sample = folder, _read_labels(folder / _LABELS), sampled
+    run.folder, run.labels, run.sample = folder, _read_labels(labels), sampled
     return run
 
 
@@ -248,13 +317,13 @@ def _read_tops(path: Path, manifest: Mapping[str, Any]) -> dict[str, LayerArrays
     return tops
 
 
-def _files_problem(folder: Path, hashes: Mapping[str, str] | None) -> str | None:
+def _files_problem(places: Mapping[str, Path], hashes: Mapping[str, str] | None) -> str | None:
     """Which file is not the one that was written with the manifest; None if all are, or it is too old to say so."""
     if hashes is None:
         return None
     # A run without a sample lists none.
-    for name in _HASHED & hashes.keys() | ({"sample.npz"} if (folder / "sample.npz").exists() else set()):
-        if name not in hashes or _file_hash(folder / name) != hashes[name]:
+    for name in _HASHED & hashes.keys() | ({"sample.npz"} if places["sample.npz"].exists() else set()):
+        if name not in hashes or _file_hash(places[name]) != hashes[name]:
             return f"{name} is not the one that was written with manifest.json"
     return None
 
@@ -334,7 +403,8 @@ def holds_run(folder: Path) -> bool:
 def _holds_scan(folder: Path, names: set[str]) -> bool:
     """Whether a folder, with files of these names, holds a scan that is not finished.
 
-    One of its checkpoints has the arrays of one or, where none can be read, nothing else is there but files of a run.
+    One of its checkpoints has the arrays of one or, where none can be read, nothing else is there but files of a run,
+    with a checkpoint or, where no manifest is, with a part of a run that was being written.
     """
     own = Checkpoints(folder / SCAN_CHECKPOINT).names
     held = [array_names(folder / name) for name in own & names]
@@ -342,7 +412,8 @@ def _holds_scan(folder: Path, names: set[str]) -> bool:
         return set(PARTIAL_ARRAYS) in held
     files = own.union(_FILES)
     parts = {f"{name}.part" for name in files}
-    return (bool(names & own) and names <= files | parts) or names <= parts
+    begun = own if _MANIFEST in names else own | parts
+    return bool(names & begun) and names <= files | parts
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,3 +178,102 @@ def test_a_damaged_run_is_overwritten(text: str, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_alone_is_overwritten(tmp_path: Path) -> None:
     damaged_checkpoint(tmp_path)
     scanned(0).save(tmp_path, overwrite=True)
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextmanager
+def stopping(after: int, dead: bool) -> Iterator[None]:
+    """Context in which one of the system's calls that change a folder raises: that after so many others.
+
+    dead: so do all later ones, so that nothing is cleaned up, as where the process is killed.
+    """
+    done, raised, opened = 0, list[int](), os.open
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def stopped(*args: Any, **kwargs: Any) -> object:
+            nonlocal done
+            done += call is not opened or bool(args[1] & os.O_CREAT)
+            if done > after and (dead or not raised):
+                raised.append(done)
+                raise Killed
+            return call(*args, **kwargs)
+
+        return stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "replace", "rename", "unlink", "remove", "rmdir", "mkdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        yield
+
+
+def shard(images: int, labelled: bool = False) -> unitvis.Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval()
+    with unitvis.Recorder(model) as recorder:
+        recorder(torch.rand(images, 3, 8, 8))
+    run = recorder.partial()
+    if labelled:
+        run.set_labels(unitvis.models.labels.Labels(("cat", "dog"), "text"))
+    return run
+
+
+def fingerprint(run: unitvis.Run) -> str:
+    state = b"" if run.partial is None else run.partial.topk.tensor.numpy().tobytes()
+    winners = {name: (top.values.tobytes(), top.images.tobytes()) for name, top in run.tops.items()}
+    return repr((run.manifest, run.records, run.labels, state, winners))
+
+
+def runs_of_a_kind(kind: str) -> tuple[unitvis.Run | None, unitvis.Run]:
+    """The run that is there and the one that replaces it."""
+    return {
+        "a first run": lambda: (None, scanned(1)),
+        "a run": lambda: (scanned(0), scanned(1)),
+        "a shard": lambda: (shard(16), shard(32)),
+        "a run by a shard": lambda: (scanned(0), shard(16)),
+        "a shard by a run": lambda: (shard(16), scanned(0)),
+        "names of classes": lambda: (shard(16), shard(16, labelled=True)),
+    }[kind]()
+
+
+@pytest.mark.parametrize("dead", [True, False], ids=["killed", "interrupted"])
+@pytest.mark.parametrize(
+    "kind", ["a first run", "a run", "a shard", "a run by a shard", "a shard by a run", "names of classes"]
+)
+def test_a_run_whose_writing_stops_anywhere_is_the_old_or_the_new_one(kind: str, dead: bool, tmp_path: Path) -> None:
+    old, new = runs_of_a_kind(kind)
+    wanted = [fingerprint(new)] if old is None else [fingerprint(old), fingerprint(new)]
+    found = []
+    for after in range(60):
+        folder = tmp_path / str(after)
+        if old is not None:
+            old.save(folder)
+            (folder / "index.html").write_text("pages")
+        else:
+            folder.mkdir()
+        try:
+            with stopping(after, dead):
+                new.write(folder)
+            break
+        except Killed:
+            pass
+        if old is not None or (folder / "manifest.json").exists():
+            found.append(fingerprint(unitvis.load(folder)))
+        again = new if after % 2 else old or new
+        again.save(folder, overwrite=True)
+        assert fingerprint(unitvis.load(folder)) == fingerprint(again)
+        assert not list(folder.glob("*.part"))
+    else:
+        raise AssertionError("it does not end")
+    assert set(found) == set(wanted)
+    assert fingerprint(unitvis.load(folder)) == wanted[-1]
+
+
+def test_files_that_an_earlier_version_left_without_a_manifest_are_overwritten(tmp_path: Path) -> None:
+    folder = shard(16).save(tmp_path / "run")
+    for name in ("manifest.json", "state.npz"):
+        (folder / name).rename(folder / f"{name}.part")
+    scanned(1).save(folder, overwrite=True)
+    assert fingerprint(unitvis.load(folder)) == fingerprint(scanned(1))
