@@ -92,6 +92,9 @@ def _write(run: RunData, folder: Path) -> None:
     for id, record in run.records.items():
         if wrong := problem(record, RECORD, f"the record of image {id}"):
             raise UnitvisError(f"{_NOT_WRITTEN}: {wrong}")
+    for name, top in run.tops.items():
+        if wrong := arrays_problem(top, run.manifest):
+            raise UnitvisError(f"{_NOT_WRITTEN}: layer {name!r}: {wrong}")
     if (source := _source_of(run, folder)) is not None:
         refuse_scanned_pictures(folder, source)
     arrays = {f"{name}/{key}": getattr(top, key) for name, top in run.tops.items() for key in ARRAYS}

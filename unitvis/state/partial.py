@@ -210,9 +210,12 @@ def _arrays_problem(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     seen, failed = arrays["seen"]["id"], arrays["failed"]
     if (np.diff(seen) <= 0).any():
         return "the table of images is not in order"
-    held = [TopK(torch.from_numpy(arrays[name])).read().images for name in ("state", "largest_inputs")]
     covered = IntervalSet(arrays["coverage"])
-    for ids in (*(images[images != -1] for images in held), seen):
+    held = {name: TopK(torch.from_numpy(arrays[name])) for name in ("state", "largest_inputs")}
+    for name, topk in held.items():
+        if wrong := topk.problem(len(covered)):
+            return f"{name}: {wrong}"
+    for ids in (*(topk.images() for topk in held.values()), seen):
         if len(outside := ids[~covered.holds(ids)]):
             return f"image {outside[0]} holds a place, or a line in the table of images, and was not scanned"
     if len(outside := failed[(failed < 0) | (failed >= (MAX_ID + 1 if total is None else total))]):

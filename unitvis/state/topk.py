@@ -88,6 +88,23 @@ class TopK:
         values, images, positions = (part.numpy() for part in uk.topk_read(tensor))
         return Ranked(values, images, positions, tensor[:, -2:].numpy())
 
+    def problem(self, count: int) -> str | None:
+        """What cannot come of so many images, each folded in once; None if all can."""
+        keys, ranked = self.tensor[:, : self.places].cpu().numpy(), self.read()
+        high, ids, blank = keys >> 32, ranked.images, ranked.images == -1
+        if (ids < -1).any() or (np.isnan(ranked.values) != blank).any():
+            return "a place has a value and no image, or an image and no value"
+        descends = (high[:, :-1] > high[:, 1:]) | ((high[:, :-1] == high[:, 1:]) & (ids[:, :-1] < ids[:, 1:]))
+        if not (descends | (blank[:, :-1] & blank[:, 1:])).all():  # the high word of a blank is below all others
+            return "the places of a unit are not in order"
+        ordered = np.sort(ids, axis=1)
+        if ((ordered[:, :-1] == ordered[:, 1:]) & (ordered[:, 1:] >= 0)).any():
+            return "a unit has an image twice"
+        nan = ranked.nan[:, 0]
+        if len(wrong := nan[(nan < 0) | (nan > count)]):
+            return f"a unit counts {wrong[0]:,} images with NaN, of {count:,}"
+        return None
+
     def images(self, places: int | None = None) -> NDArray[np.int64]:
         """The ids that hold one of the first so many places (None: any), ascending."""
         ids = np.unique(self.read().images[:, :places])

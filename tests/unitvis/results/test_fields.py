@@ -299,8 +299,17 @@ def stronger(array: Any) -> Any:
     """The state with every response, in the high half of a key, twice as large."""
     places = (array.shape[1] - 2) // 2
     array = array.copy()
-    array[:, :places] += np.where(array[:, :places] > 0, 1 << 55, -(1 << 55))
+    more = np.where(array[:, :places] > 0, 1 << 55, -(1 << 55))
+    array[:, :places] += np.where(array[:, places:-2] >= 0, more, 0)  # a blank place stays blank
     return array
+
+
+def in_another_order(array: Any) -> Any:
+    """The state with the first two places of each unit exchanged."""
+    places = (array.shape[1] - 2) // 2
+    order = np.arange(array.shape[1])
+    order[[0, 1, places, places + 1]] = [1, 0, places + 1, places]
+    return array[:, order]
 
 
 def with_entry(name: str, value: Any) -> Any:
@@ -338,6 +347,7 @@ STATE: list[tuple[str, Any, str, str, str]] = [
     ("reasons", ["x"], TOLD, "what the scan met", ""),
     ("seconds", 9.0, TOLD, "a time", ""),
     ("state", stronger, VERIFY, "give other responses here", "responses have changed and its images have not"),
+    ("state", in_another_order, READ, "of a unit are not in order", "are not in order"),
     ("largest_inputs", lambda a: np.zeros((5, 6), np.int64), READ, "largest_inputs is", "largest_inputs is"),
     ("coverage", lambda a: a + 1, READ, "was not scanned", "was not scanned"),
     ("coverage", lambda a: np.array([[0, 2], [4, 5]]), READ, "its coverage is 0 to 1, 4, and that of the run", ""),

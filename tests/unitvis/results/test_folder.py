@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +278,24 @@ def test_files_that_an_earlier_version_left_without_a_manifest_are_overwritten(t
         (folder / name).rename(folder / f"{name}.part")
     scanned(1).save(folder, overwrite=True)
     assert fingerprint(unitvis.load(folder)) == fingerprint(scanned(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("positions", lambda a: a + 99, "a winner lies outside of the feature map"),
+        ("images", lambda a: a * 0, "a unit has an image twice among its winners"),
+        ("values", lambda a: a[:, ::-1], "values of winners do not descend"),
+    ],
+)
+def test_a_run_that_nothing_could_read_is_not_written(
+    name: str, change: Callable[[np.ndarray], np.ndarray], said: str, tmp_path: Path
+) -> None:
+    folder = scanned(0).save(tmp_path / "run")
+    (folder / "progress.npz").write_bytes(b"a checkpoint")
+    before, good = contents(folder), scanned(1)
+    tops = {layer: replace(top, **{name: change(getattr(top, name))}) for layer, top in good.tops.items()}
+    wrong = unitvis.Run(tops, dict(good.manifest), good.records)
+    with pytest.raises(UnitvisError, match=f"a run is not written that nothing could read again: layer '0': {said}"):
+        wrong.write(folder)
+    assert contents(folder) == before

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import unitvis
 from support.scans import two_convolutions
 from unitvis import UnitvisError
 from unitvis.state.checkpoints import Checkpoints
 from unitvis.state.partial import PARTIAL_ARRAYS, SEEN, Partial, joined_seen, read_partial
+from unitvis_kernels.keys import BLANK, NAN_KEY
 
 
 def seen(ids: tuple[int, ...] = (2, 7), digest: bytes = bytes(range(16))) -> np.ndarray:
@@ -74,6 +78,74 @@ def test_a_state_that_contradicts_itself_is_refused(changes: dict[str, object], 
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UnitvisError, match=rf"a.npz is damaged \({message}"):
+        read_partial(tmp_path / "a.npz")
+
+
+@functools.cache
+def half_precision() -> Partial:
+    """Twelve images, with the magnitudes of their inputs."""
+    images = torch.rand(12, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    with unitvis.Recorder(two_convolutions(), k=2, precision="fp16") as recorder:
+        recorder(images)
+    return recorder.partial().partial
+
+
+def swapped(state: NDArray[np.int64]) -> None:
+    """Exchange the first two places of the last unit."""
+    places = (state.shape[1] - 2) // 2
+    for start in (0, places):
+        state[-1, start : start + 2] = state[-1, start : start + 2][::-1].copy()
+
+
+def by_descending_ids(state: NDArray[np.int64]) -> None:
+    """Give all places of a unit one value, and the larger ids first."""
+    places = (state.shape[1] - 2) // 2
+    state[0, :places], state[0, places:-2] = state[0, 0], np.sort(state[0, places:-2])[::-1]
+
+
+def first_blank(state: NDArray[np.int64]) -> None:
+    state[1, 0], state[1, (state.shape[1] - 2) // 2] = BLANK, -1
+
+
+def without_an_image(state: NDArray[np.int64]) -> None:
+    state[1, -3] = -1
+
+
+def with_an_image_twice(state: NDArray[np.int64]) -> None:
+    state[1, -3] = state[1, (state.shape[1] - 2) // 2]
+
+
+def with_a_nan(state: NDArray[np.int64]) -> None:
+    state[1, 0] = NAN_KEY
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swapped, "the places of a unit are not in order"),
+        (by_descending_ids, "the places of a unit are not in order"),
+        (first_blank, "the places of a unit are not in order"),
+        (without_an_image, "a place has a value and no image, or an image and no value"),
+        (with_a_nan, "a place has a value and no image, or an image and no value"),
+        (with_an_image_twice, "a unit has an image twice"),
+        (lambda state: state[:, -2].fill(-1), "a unit counts -1 images with NaN, of 12"),
+        (lambda state: state[:, -2].fill(13), "a unit counts 13 images with NaN, of 12"),
+    ],
+)
+@pytest.mark.parametrize("name", ["state", "largest_inputs"])
+def test_places_that_no_images_lead_to_are_refused(
+    name: str, change: Callable[[NDArray[np.int64]], None], message: str, tmp_path: Path
+) -> None:
+    arrays = dict(half_precision().arrays())
+    state = arrays[name] = arrays[name].copy()
+    places = (state.shape[1] - 2) // 2
+    filled = min(12, places)  # by twelve images
+    kept = [*range(filled), *range(places, places + filled), -2, -1]
+    part = state[:, kept]
+    change(part)
+    state[:, kept] = part
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UnitvisError, match=rf"a.npz is damaged \({name}: {message}"):
         read_partial(tmp_path / "a.npz")
 
 
