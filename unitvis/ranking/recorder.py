@@ -61,8 +61,9 @@ class Recorder(Recording):
         images: whatever `scan` takes and can be read again by id, to cut patches from and for the sample of
         `LayerTop.typical`; after half precision also to compute again what can win. Without them such a run ranks what
         half precision said, and nothing is separated. Sixteen winners are read from them and computed again:
-        UnitvisError if they give other responses than were recorded under their ids. The manifest's `witness` says so,
-        or why it was not checked.
+        UnitvisError if they give other responses than were recorded under their ids. That with the largest id is one of
+        them, so that a loop which left images out and let ids be counted is found. The manifest's `witness` says so, or
+        why it was not checked.
         """
         with self._lock:
             return self._result(images)
@@ -82,13 +83,20 @@ class Recorder(Recording):
                 checked = self.check_witness(source, rounding=LOOP_ROUNDING)
             except UnitvisError as error:
                 raise UnitvisError(
-                    f"the images given are not those that were recorded under their ids: {error}; a loop that shuffles "
-                    "or augments must hand over ids and the very images: recorder(images, ids)"
+                    f"the images given are not those that were recorded under their ids: {error}; a loop that "
+                    "shuffles, augments or leaves images out must hand over ids and the very images: recorder(images, ids)"
                 ) from error
         length = None if source is None else source.length
         if length is not None and len(more := self.coverage - IntervalSet([(0, length)])):
             raise UnitvisError(
                 f"{length:,} images were given, and image {more.ranges[0, 0]:,} was recorded; give all of them"
+            )
+        # In float32 the witness tells; half precision gives some images the same responses within its rounding.
+        if self._counted and self.precision != "fp32" and length is not None and self.images < length:
+            warnings.warn(
+                f"{self.images:,} images were recorded without ids, and {length:,} were given: if the loop left out "
+                "any but the last ones, as a collate_fn that drops images does, winners may be wrong; give ids to the "
+                "Recorder: recorder(images, ids)"
             )
         run = self._ranked(source)
         run.manifest["witness"] = checked

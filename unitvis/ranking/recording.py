@@ -84,6 +84,7 @@ class Recording:
         self._inside = inside
         self._like: Tensor | None = None  # no images, of the shape and type of those that were taken
         self._next_id = 0
+        self._counted = False  # a call gave no ids, so that they were counted
         self._waiting: tuple[Tensor, Tensor] | None = None  # images and ids, fewer than are computed at once
         self._raised = 0  # images of the last call, if it raised; it took none of them
         self._first_raised: Tensor | None = None  # some of its values, if it raised without ids
@@ -208,6 +209,7 @@ class Recording:
             warnings.warn(f"{reason}; the images are scanned in {NAMES[self.precision]}")
         images = self._moved(given) if self.precision == "fp32" else given
         if ids is None:
+            self._counted = True
             ids = torch.arange(self._next_id, self._next_id + len(given), device="cpu")
         ids = checked_ids(ids, len(given))
         if self._waiting is not None:

@@ -86,17 +86,19 @@ def check_witness(
 def witnesses(winners: NDArray[np.int64]) -> NDArray[np.int64]:
     """At most 16 of the images in `winners` [units, k], -1 where blank, that win for many different units: ascending.
 
-    One after the other the image is taken that wins for most units for which none of those before it does (Chvatal
-    1979, a greedy cover); of equal ones, and once all units are covered, that whose id has the smallest hash.
+    The first is the winner with the largest id: where a loop left images out and counted on, the ids of all that
+    followed are too small, so if that of any winner is, that of the last one is. Then, one after the other, the image
+    is taken that wins for most units for which none of those before it does (Chvatal 1979, a greedy cover); of equal
+    ones, and once all units are covered, that whose id has the smallest hash.
     """
     ids, at = np.unique(winners, return_inverse=True)
     unit, image = np.nonzero(winners >= 0)[0], at.ravel()[winners.ravel() >= 0]
     order = np.argsort(mixed(ids), kind="stable")
     place = np.argsort(order, kind="stable")[image]  # of each pair's image by hash: argmax takes the first
     free, chosen = ids[order] >= 0, list[int]()
-    for _ in range(min(WITNESSES, int(free.sum()))):
+    for number in range(min(WITNESSES, int(free.sum()))):
         wins = np.bincount(place, minlength=len(ids))
-        chosen.append(int(np.argmax(np.where(free, wins, -1))))
+        chosen.append(int(np.argmax(np.where(free, wins, -1) if number else ids[order])))
         free[chosen[-1]] = False
         left = ~np.isin(unit, unit[place == chosen[-1]])
         unit, place = unit[left], place[left]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,7 +41,9 @@ def recorded(*, with_ids: bool, precision: str = "fp32") -> Recorder:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_loop_that_shuffles_must_hand_over_ids(precision: str) -> None:
-    with pytest.raises(UnitvisError, match=f"{OTHERS}; a loop that shuffles or augments must hand over ids"):
+    with pytest.raises(
+        UnitvisError, match=f"{OTHERS}; a loop that shuffles, augments or leaves images out must hand over ids"
+    ):
         recorded(with_ids=False, precision=precision).result(images=pixels())
     run = recorded(with_ids=True, precision=precision).result(images=pixels())
     found = brute.responses(two_convolutions(), LAYERS, pixels(), brute.canonical_batches(pixels()))
@@ -69,7 +72,7 @@ def test_one_image_among_the_witnesses_that_differs_is_enough() -> None:
 
 
 @pytest.mark.parametrize("units", [300, 20])
-def test_witnesses_win_for_as_many_units_as_a_greedy_choice_of_sixteen_finds(units: int) -> None:
+def test_witnesses_win_for_as_many_units_as_a_greedy_choice_after_the_last_winner_finds(units: int) -> None:
     rng = np.random.default_rng(0)
     winners = np.stack([rng.choice(200, 5, replace=False) for _ in range(units)])
     winners[:4, 3:] = -1
@@ -77,9 +80,9 @@ def test_witnesses_win_for_as_many_units_as_a_greedy_choice_of_sixteen_finds(uni
     wins = {image: set(np.nonzero((winners == image).any(1))[0].tolist()) for image in np.unique(winners).tolist()}
     del wins[-1]
     chosen, covered = list[int](), set[int]()
-    for _ in range(16):
+    for number in range(16):
         left = [(len(wins[image] - covered), -int(mixed(np.array([image]))[0]), image) for image in wins]
-        chosen.append(max(one for one in left if one[2] not in chosen)[2])
+        chosen.append(max(one for one in left if one[2] not in chosen)[2] if number else max(wins))
         covered |= wins[chosen[-1]]
     assert witnesses(winners).tolist() == sorted(chosen)
     assert len(covered) > np.isin(winners, smallest_hashes(np.array(sorted(wins)), 16)).any(1).sum()
@@ -88,6 +91,37 @@ def test_witnesses_win_for_as_many_units_as_a_greedy_choice_of_sixteen_finds(uni
 def test_few_winners_are_all_witnesses() -> None:
     assert witnesses(np.array([[3, 5, -1], [5, 7, -1], [7, 3, 9]])).tolist() == [3, 5, 7, 9]
     assert witnesses(np.full((2, 3), -1)).tolist() == []
+
+
+def test_a_loop_that_leaves_an_image_out_must_hand_over_ids() -> None:
+    """Wherever it does: the winners are refused if one of them stands under another image's id, and right if none."""
+    pool, refused = images(120, 12), []
+    for left_out in (40, 100, 112, 119):
+        kept = [id for id in range(120) if id != left_out]
+        with Recorder(two_convolutions(), ["0", "2"], 3) as recorder:
+            recorder(pool[kept])
+        found = brute.responses(two_convolutions(), ["0", "2"], pool[kept], brute.canonical_batches(pool[kept]))
+        run = recorder.result()
+        brute.check(run, found)  # under the counted ids
+        refused.append(bool(run.winners.max() >= left_out))
+        if refused[-1]:
+            with pytest.raises(UnitvisError, match=f"{OTHERS}; .* leaves images out must hand over ids"):
+                recorder.result(images=pool)
+        else:
+            assert arrays(recorder.result(images=pool)) == arrays(run)
+    assert set(refused) == {False, True}
+
+
+def test_half_precision_warns_of_fewer_images_without_ids_than_are_given() -> None:
+    for ids in (None, list(range(32))):
+        with Recorder(two_convolutions(), LAYERS, precision="bf16") as recorder:
+            recorder(pixels()[:32], ids)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            recorder.result(images=pixels())
+        said = [str(one.message) for one in caught if "recorded without ids" in str(one.message)]
+        assert len(said) == (ids is None)
+        assert all(one.startswith("32 images were recorded without ids, and 40 were given: if the") for one in said)
 
 
 def test_images_normalised_elsewhere_may_differ_in_their_last_bits() -> None:
