@@ -84,7 +84,8 @@ class Recorder(Recording):
             except UnitvisError as error:
                 raise UnitvisError(
                     f"the images given are not those that were recorded under their ids: {error}; a loop that "
-                    "shuffles, augments or leaves images out must hand over ids and the very images: recorder(images, ids)"
+                    "shuffles, augments or leaves images out must hand over ids and the very images: "
+                    "recorder(images, ids)"
                 ) from error
         length = None if source is None else source.length
         if length is not None and len(more := self.coverage - IntervalSet([(0, length)])):

@@ -248,7 +248,7 @@ def test_a_call_that_raised_may_be_made_again(
             recorder.flush()
         merge.left = sys.maxsize
     assert merge.raised >= 2
-    by_id = torch.zeros(201, *pixels.shape[1:])
+    by_id = torch.zeros(int(ids.max()) + 1, *pixels.shape[1:])
     by_id[ids] = pixels
     check_recorded(recorder.result(by_id), ids, pixels)
 
