@@ -224,7 +224,8 @@ def shard(images: int, labelled: bool = False) -> unitvis.Run:
 def fingerprint(run: unitvis.Run) -> str:
     state = b"" if run.partial is None else run.partial.topk.tensor.numpy().tobytes()
     winners = {name: (top.values.tobytes(), top.images.tobytes()) for name, top in run.tops.items()}
-    return repr((run.manifest, run.records, run.labels, state, winners))
+    sample = None if run.sample is None else repr(run.sample)
+    return repr((run.manifest, run.records, run.labels, state, winners, sample))
 
 
 def runs_of_a_kind(kind: str) -> tuple[unitvis.Run | None, unitvis.Run]:
