@@ -178,7 +178,7 @@ class Stopped(BaseException):
     """In the place of a process that is killed."""
 
 
-@pytest.mark.parametrize("name", ["index.html", "drawn.json", "0.png", "labels.json"])
+@pytest.mark.parametrize("name", ["index.html", "drawn.json", "0.png"])
 def test_a_kill_while_the_old_run_is_removed_costs_neither(
     name: str, images: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
