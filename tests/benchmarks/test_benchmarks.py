@@ -215,7 +215,7 @@ def test_exact_says_where_half_precision_is_not_fast(monkeypatch: pytest.MonkeyP
 
 
 def test_reading_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"PHOTOGRAPHS": 4, "SMALL": 8, "TURNS": 1, "WAITING_IMAGES": 260, "WAITING_WORKERS": 2}
+    sizes = {"PHOTOGRAPHS": 4, "LONG": 12, "SMALL": 8, "TURNS": 1, "WAITING_IMAGES": 260, "WAITING_WORKERS": 2}
     for name, value in (sizes | {"MEMORY_FROM": 64, "MEMORY_TO": 300}).items():
         monkeypatch.setattr(reading, name, value)
     written = {}

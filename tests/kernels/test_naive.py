@@ -107,10 +107,11 @@ def test_magnitudes() -> None:
     x = torch.zeros(2, 2, 5, 17)
     x[0, 0, 4, 16], x[0, 1, 1, :8] = -8.0, 2.0
     x[1, 1, 0, 0] = NAN
-    # The corner is a block of one pixel, in a block of 2 x 1 blocks, one of two; the other channel has less.
-    assert naive.magnitudes(x, [], []).tolist() == [[8.0, 8.0, 4.0, 2.0, 2.0], [INF] * 5]
+    # The corner is a block of one pixel, in a block of 2 x 1 blocks, one of two.
+    first = [[8.0, 8.0, 4.0, 2.0, 2.0], [2.0, 0.5, 0.125, 0.0625, 0.0625]]
+    assert naive.magnitudes(x, [], []).tolist() == [first, [[0.0] * 5, [INF] * 5]]
     pixels = torch.tensor([[[[0], [255]]]], dtype=torch.uint8)
-    assert naive.magnitudes(pixels, [0.5], [0.25]).tolist() == [[2.0] * 5]
+    assert naive.magnitudes(pixels, [0.5], [0.25]).tolist() == [[[2.0] * 5]]
     assert naive.magnitudes(torch.tensor([[[[3.0, -1.0]], [[0.0, -2.5]]]]), [], []).tolist() == [
-        [3.0, 2.0, 2.0, 2.0, 2.0]
+        [[3.0, 2.0, 2.0, 2.0, 2.0], [2.5, 1.25, 1.25, 1.25, 1.25]]
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unitvis.decoding.cutting import Cut, Cuts
+from unitvis.decoding.cutting import FILL, Cut, Cuts
 from unitvis.decoding.mosaic import Encoding, cell_scan, joined
 from unitvis.drawing.hands import Hands
 from unitvis.drawing.sheets import EMPTY
@@ -36,7 +36,7 @@ def draw_sample(run: RunData, folder: Path) -> bool:
     if run.sample is None or not len(run.winners):
         return False
     try:
-        scans = _scans(run, run.sample)
+        scans = _scans(run, run.sample, folder / "gallery" / "images")
     except UnitvisError as error:
         warnings.warn(f"no typical images are drawn, because one of them cannot be used: {error}")
         return False
@@ -47,15 +47,33 @@ def draw_sample(run: RunData, folder: Path) -> bool:
     return True
 
 
-def _scans(run: RunData, sample: Sample) -> list[bytes]:
-    """What the model sees of each image of the sample, as cells; UnitvisError about one that has changed."""
+def _scans(run: RunData, sample: Sample, images: Path) -> list[bytes]:
+    """What the model sees of each image of the sample, as cells; UnitvisError about one that has changed.
+
+    images: the folder with what the model sees of each winning image: no file of those is read again.
+    """
     height, width = run.input_size
     whole = Cuts([Cut((0, 0, width, height), CELL, None, _ENCODING)])
-    ids = sample.images.tolist()
+    ids, winners = sample.images.tolist(), set(run.winners.tolist())
     hashes = dict(zip(ids, sample.hashes.tolist(), strict=True))
-    records = {id: {"id": id, "name": run.source.name(id), "hash": hashes[id] or None} for id in ids}
-    with Hands(run, len(ids), records) as hands:
-        return [pieces.patches[0].scan or b"" for _, pieces in hands.cut(((id, whole) for id in ids), len(ids))]
+    others = {
+        id: {"id": id, "name": run.source.name(id), "hash": hashes[id] or None} for id in ids if id not in winners
+    }
+    scans = {id: cell_scan(_reduced(images / f"{id}.jpg", width, height), _ENCODING) for id in ids if id in winners}
+    with Hands(run, len(others), others) as hands:
+        for id, pieces in hands.cut(((id, whole) for id in others), len(others)):
+            scans[id] = pieces.patches[0].scan or b""
+    return [scans[id] for id in ids]
+
+
+def _reduced(path: Path, width: int, height: int) -> Image.Image:
+    """A picture of the model's whole input, of so many pixels, within a cell."""
+    scale = CELL / max(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = Image.new("RGB", (CELL, CELL), FILL)
+    with Image.open(path) as picture:
+        canvas.paste(picture.resize(size, Image.Resampling.BICUBIC), ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
+    return canvas
 
 
 def sample_entry(run: RunData) -> dict[str, Any] | None:
