@@ -50,16 +50,15 @@ def draw_sample(run: RunData, folder: Path) -> bool:
 def _scans(run: RunData, sample: Sample, images: Path) -> list[bytes]:
     """What the model sees of each image of the sample, as cells; UnitvisError about one that has changed.
 
-    images: the folder with what the model sees of each winning image: no file of those is read again.
+    images: the folder with what the model sees of winning images that were drawn: no file of those is read again.
     """
     height, width = run.input_size
     whole = Cuts([Cut((0, 0, width, height), CELL, None, _ENCODING)])
-    ids, winners = sample.images.tolist(), set(run.winners.tolist())
+    ids = sample.images.tolist()
+    shown = {id for id in run.winners.tolist() if (images / f"{id}.jpg").is_file()}  # not those of dead units alone
     hashes = dict(zip(ids, sample.hashes.tolist(), strict=True))
-    others = {
-        id: {"id": id, "name": run.source.name(id), "hash": hashes[id] or None} for id in ids if id not in winners
-    }
-    scans = {id: cell_scan(_reduced(images / f"{id}.jpg", width, height), _ENCODING) for id in ids if id in winners}
+    others = {id: {"id": id, "name": run.source.name(id), "hash": hashes[id] or None} for id in ids if id not in shown}
+    scans = {id: cell_scan(_reduced(images / f"{id}.jpg", width, height), _ENCODING) for id in ids if id in shown}
     with Hands(run, len(others), others) as hands:
         for id, pieces in hands.cut(((id, whole) for id in others), len(others)):
             scans[id] = pieces.patches[0].scan or b""

@@ -59,6 +59,23 @@ def test_the_picture_of_the_sample_has_its_images(folder: Path) -> None:
         assert abs(cell(folder, place) - COLOURS[place]).max() < 6  # JPEG
 
 
+def test_images_that_win_in_dead_units_alone_are_read(tmp_path: Path) -> None:
+    """They are not drawn among the winners, from whose pictures the others are taken."""
+    model = network()
+    model[0].weight.data[1] *= -1  # wins where there is least red, and never fires
+    folder = tmp_path / "run"
+    scanned(tmp_path)
+    transform = unitvis.Transform(mean=(0, 0, 0), std=(1, 1, 1))
+    options = {"transform": transform, "overwrite": True, "progress": False}
+    run = unitvis.scan(model, tmp_path / "photos", ["0"], out=folder, **options)
+    unitvis.gallery(run, folder)
+    alone = set(run["0"].images[1].tolist()) - set(run["0"].images[0].tolist())
+    assert alone
+    assert not any((folder / "gallery" / "images" / f"{id}.jpg").exists() for id in alone)
+    for place in alone:
+        assert abs(cell(folder, place) - COLOURS[place]).max() < 6
+
+
 def test_pages_say_what_is_usual(folder: Path) -> None:
     red = COLOURS[:, 0] / 255
     order = sorted(range(COUNT), key=lambda image: (-red[image], image))
