@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unitvis.decoding.cutting import FILL, Cut, Cuts
+from unitvis.decoding.cutting import Cut, Cuts, cut
 from unitvis.decoding.mosaic import Encoding, cell_scan, joined
 from unitvis.drawing.hands import Hands
 from unitvis.drawing.sheets import EMPTY
@@ -54,8 +54,8 @@ def _scans(run: RunData, sample: Sample, images: Path) -> list[bytes]:
     """
     height, width = run.input_size
     whole = Cuts([Cut((0, 0, width, height), CELL, None, _ENCODING)])
-    ids = sample.images.tolist()
-    shown = {id for id in run.winners.tolist() if (images / f"{id}.jpg").is_file()}  # not those of dead units alone
+    ids, winners = sample.images.tolist(), set(run.winners.tolist())
+    shown = {id for id in ids if id in winners and (images / f"{id}.jpg").is_file()}  # not those of dead units alone
     hashes = dict(zip(ids, sample.hashes.tolist(), strict=True))
     others = {id: {"id": id, "name": run.source.name(id), "hash": hashes[id] or None} for id in ids if id not in shown}
     scans = {id: cell_scan(_reduced(images / f"{id}.jpg", width, height), _ENCODING) for id in ids if id in shown}
@@ -66,13 +66,9 @@ def _scans(run: RunData, sample: Sample, images: Path) -> list[bytes]:
 
 
 def _reduced(path: Path, width: int, height: int) -> Image.Image:
-    """A picture of the model's whole input, of so many pixels, within a cell."""
-    scale = CELL / max(width, height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    canvas = Image.new("RGB", (CELL, CELL), FILL)
+    """A picture of the model's whole input, of so many pixels, as a cell."""
     with Image.open(path) as picture:
-        canvas.paste(picture.resize(size, Image.Resampling.BICUBIC), ((CELL - size[0]) // 2, (CELL - size[1]) // 2))
-    return canvas
+        return cut(picture, lambda box: (0, 0, *picture.size), (0, 0, width, height), (height, width), CELL)
 
 
 def sample_entry(run: RunData) -> dict[str, Any] | None:
